@@ -1,0 +1,69 @@
+"""LoRA: train a low-rank update B·A·(alpha/rank) beside each frozen matrix.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Gt, Interval
+
+from hpcdl.errors import Fault
+from hpcdl.spec import ExperimentSpec, PeftSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(PeftSpec):
+    """LoRA's keys, as in the paper."""
+
+    rank: Annotated[int, Ge(1)] = 16
+    """Rank r of the update."""
+    alpha: Annotated[float, Gt(0)] = 32
+    """Scale: the update counts alpha/rank."""
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Dropout before A."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the matrices (`q_proj`, `v_proj`, …), or `all-linear`."""
+
+
+def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
+    """The rank must be below the width of the model, and there must be a target."""
+    if not config.targets:
+        yield Fault(
+            key="peft.targets",
+            value="[]",
+            problem="LoRA needs at least one target",
+            allowed="names of linear layers, or all-linear",
+            fix="peft.targets=[all-linear]",
+        )
+    shape = spec.model.shape
+    if shape is not None and config.rank > shape.hidden_size:
+        yield Fault(
+            key="peft.rank",
+            value=str(config.rank),
+            problem=f"the rank is above the model's width {shape.hidden_size}: no low-rank update any more",
+            allowed=f"1 to {shape.hidden_size}",
+            fix="peft.rank=16",
+        )
+
+
+def apply(config: Config, model: nn.Module) -> nn.Module:
+    """The model as peft's PeftModel: base frozen, adapters trainable."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)  # type: ignore[arg-type]

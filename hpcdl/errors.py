@@ -1,0 +1,96 @@
+"""Everything that hpcdl raises on purpose.
+
+    HpcdlError                  a user can read its message and act on it; no traceback is shown
+    ├── ConfigError             the config is wrong: all faults at once          exit 2
+    ├── UsageError              a command was called wrongly (no such run, …)    exit 2
+    ├── RunFailedError          the run itself failed                            exit 1
+    └── SchedulerError          the scheduler could not be reached, or refused   exit 3
+
+Anything else that reaches the user is a bug of ours, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong with a config."""
+
+    key: str
+    """Dotted key, as the user would write it on the command line: `trainer.max_steps`."""
+    value: str
+    """What was given, as text; empty where nothing was."""
+    problem: str
+    """What is wrong, in one sentence without a full stop."""
+    allowed: str = ""
+    """What is allowed: a type, a range, a list of names."""
+    nearest: str = ""
+    """The nearest valid name, where the value or key looks like a slip of the pen."""
+    fix: str = ""
+    """What to type instead."""
+    where: str = ""
+    """The sweep point that it was found in; empty for a single run."""
+
+
+class HpcdlError(Exception):
+    """Base of all errors that a user can cause; `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class ConfigError(HpcdlError):
+    """The config is wrong. Carries every fault that was found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self.faults: tuple[Fault, ...] = tuple(faults)
+        super().__init__(format_faults(self.faults))
+
+
+class UsageError(HpcdlError):
+    """A command was called with something that doesn't exist or doesn't fit."""
+
+    exit_code = 2
+
+
+class RunFailedError(HpcdlError):
+    """The run was started and failed; the message holds the reason."""
+
+    exit_code = 1
+
+
+class SchedulerError(HpcdlError):
+    """The scheduler could not be reached, or refused the job; the message holds its own words."""
+
+    exit_code = 3
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """The valid name that `name` was probably meant to be, or an empty string."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return found[0] if found else ""
+
+
+def format_faults(faults: Sequence[Fault]) -> str:
+    """All faults as one page of plain text, the same in a terminal, a log and a test."""
+    count = len(faults)
+    lines = [f"The config has {count} fault{'s' if count != 1 else ''}; nothing was submitted.", ""]
+    for number, fault in enumerate(faults, start=1):
+        given = f" = {fault.value}" if fault.value else ""
+        lines.append(f"{number}. {fault.key}{given}")
+        for label, text in (
+            ("problem", fault.problem),
+            ("allowed", fault.allowed),
+            ("nearest", fault.nearest),
+            ("fix", fault.fix),
+            ("in", fault.where),
+        ):
+            if text:
+                lines.append(f"   {label + ':':<9}{text}")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"

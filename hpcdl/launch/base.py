@@ -1,0 +1,50 @@
+"""What every backend offers: a pure `render`, and a `submit` that sends the very text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hpcdl.spec import ClusterSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """One submission: runs of one resource shape, an array task each."""
+
+    token: str
+    """Names the submission before the scheduler does; its folder is `<runs_dir>/.submissions/<token>`."""
+    name: str
+    """Name of the experiment, for the job's name."""
+    cluster: ClusterSpec
+    """The resources that every run of this submission gets."""
+    runs_dir: Path
+    """Absolute."""
+    run_dirs: tuple[Path, ...]
+    """Absolute; array task i carries run_dirs[i]."""
+    python: str
+    """Python on the compute nodes."""
+    after_job: str | None = None
+    """Job id that must have succeeded first."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the submission's own files lie."""
+        return self.runs_dir / ".submissions" / self.token
+
+
+class Backend(Protocol):
+    """A place to run: one file in hpcdl/launch/, found by the cluster's `kind`."""
+
+    def render(self, request: JobRequest) -> str:
+        """The text that `submit` would send; touches nothing."""
+        ...
+
+    def submit(self, request: JobRequest, text: str) -> str | None:
+        """Sends `text`; returns the scheduler's job id (an array's own), or None where there is none.
+
+        Raises:
+            SchedulerError: the scheduler could not be reached or refused; carries its words.
+        """
+        ...

@@ -1,0 +1,53 @@
+"""Distributed data parallel: every rank holds the whole model; gradients are averaged in buckets.
+
+Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge
+
+from hpcdl.errors import Fault
+from hpcdl.spec import ExperimentSpec, ParallelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(ParallelSpec):
+    """DDP's own keys."""
+
+    bucket_cap_mb: Annotated[int, Ge(1)] = 25
+    """Size of a gradient bucket, in MiB."""
+
+
+def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
+    """DDP only replicates: every other degree must be 1."""
+    for degree in ("dp_shard", "cp", "tp", "pp"):
+        value = getattr(config, degree)
+        if value != 1:
+            yield Fault(
+                key=f"parallel.{degree}",
+                value=str(value),
+                problem="ddp replicates the model and can't split it",
+                allowed="1",
+                fix=f"parallel.{degree}=1",
+            )
+
+
+def apply(config: Config, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Wraps `model` in DistributedDataParallel over the mesh's `dp_replicate` dimension."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(
+        model,
+        process_group=mesh["dp_replicate"].get_group(),
+        bucket_cap_mb=config.bucket_cap_mb,
+        gradient_as_bucket_view=True,
+    )

@@ -1,0 +1,60 @@
+"""A run's state: Slurm's words, one small JSON file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal[
+    "PENDING",
+    "RUNNING",
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "PREEMPTED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "UNKNOWN",
+]
+
+ACTIVE: frozenset[str] = frozenset({"PENDING", "RUNNING", "UNKNOWN"})
+"""States of a run that is not over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """The content of state.json. Times are UTC, ISO 8601."""
+
+    run_id: str
+    name: str
+    state: State
+    reason: str = ""
+    """Why: the queue's reason, or the first line of what went wrong."""
+    kind: str
+    """The cluster's kind: `local` or `slurm`."""
+    job_id: str | None = None
+    """The scheduler's id; an array task as `123_4`. Null until the job itself has started or been submitted."""
+    submission: str | None = None
+    """Token of the submission that carries the run: a folder below `<runs_dir>/.submissions/`."""
+    array_index: int | None = None
+    """The run's task in the submission's array."""
+    nodes: int
+    world_size: int
+    max_steps: int
+    attempt: int = 0
+    """Launches of this run: 0 at first, one more each time a failed run is launched again."""
+    restarts: int = 0
+    """Restarts in place by torchrun, over the whole run."""
+    requeues: int = 0
+    """Times the scheduler started the job anew, over the whole run."""
+    node_list: tuple[str, ...] = ()
+    host: str | None = None
+    """Where the agent (hpcdl.launch.job) of the first node runs."""
+    agent_pid: int | None = None
+    agent_started: float | None = None
+    """The agent's start, as psutil's create_time(): a reused pid is told apart by it."""
+    exit_code: int | None = None
+    created: str
+    started: str | None = None
+    ended: str | None = None

@@ -1,0 +1,27 @@
+"""Frozen dataclasses of everything that a user may configure; standard library only, quick to import."""
+
+from hpcdl.spec.cluster import ClusterSpec, PartitionLimits
+from hpcdl.spec.data import DataSpec
+from hpcdl.spec.experiment import ExperimentSpec, LaunchOptions
+from hpcdl.spec.model import ModelShape, ModelSpec
+from hpcdl.spec.parallel import ParallelSpec, PeftSpec, QuantSpec
+from hpcdl.spec.train import OptimSpec, TaskSpec, TrainerSpec
+from hpcdl.spec.watch import MonitorSpec, TrackerSpec
+
+__all__ = [
+    "ClusterSpec",
+    "DataSpec",
+    "ExperimentSpec",
+    "LaunchOptions",
+    "ModelShape",
+    "ModelSpec",
+    "MonitorSpec",
+    "OptimSpec",
+    "ParallelSpec",
+    "PartitionLimits",
+    "PeftSpec",
+    "QuantSpec",
+    "TaskSpec",
+    "TrackerSpec",
+    "TrainerSpec",
+]

@@ -1,0 +1,90 @@
+"""Where a run happens and what it is given, in Slurm's words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionLimits:
+    """What one node of a partition has; a request beyond it is refused before submission."""
+
+    nodes: Annotated[int, Ge(1)] | None = None
+    """Nodes in the partition."""
+    cpus_per_node: Annotated[int, Ge(1)] | None = None
+    """CPUs that Slurm schedules on a node."""
+    mem_gb: Annotated[float, Gt(0)] | None = None
+    """Memory of a node, in GiB."""
+    gpus_per_node: Annotated[int, Ge(0)] | None = None
+    """GPUs of a node."""
+    time_min: Annotated[int, Ge(1)] | None = None
+    """Longest time limit, in minutes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """Placement and resources. Null leaves a setting to the cluster's own default."""
+
+    kind: Literal["local", "slurm"]
+    """`local`: torchrun on this machine; `slurm`: sbatch, detached."""
+    nodes: Annotated[int, Ge(1)] = 1
+    """Nodes (sbatch --nodes)."""
+    processes_per_node: Annotated[int, Ge(1)] = 1
+    """Worker processes on each node (torchrun --nproc-per-node)."""
+    cpus_per_process: Annotated[int, Ge(1)] = 1
+    """CPUs of each worker; a node's task gets processes_per_node times as many (--cpus-per-task)."""
+    gpus_per_node: Annotated[int, Ge(0)] = 0
+    """GPUs on each node (--gpus-per-node); 0: train on the CPU with gloo."""
+    mem_gb: Annotated[float, Gt(0)] | None = None
+    """Memory of each node, in GiB (--mem)."""
+    time_min: Annotated[int, Ge(1)] | None = None
+    """Time limit, in minutes (--time)."""
+    partition: str | None = None
+    """Partition (--partition)."""
+    account: str | None = None
+    """Account (--account)."""
+    qos: str | None = None
+    """Quality of service (--qos)."""
+    constraint: str | None = None
+    """Node features (--constraint)."""
+    exclude: str | None = None
+    """Nodes to avoid (--exclude)."""
+    reservation: str | None = None
+    """Reservation (--reservation)."""
+    gres: str | None = None
+    """Generic resources (--gres), e.g. `gpu:a100:4`, where the site wants them rather than gpus_per_node."""
+    signal: str | None = "USR2@120"
+    """Signal before the time limit, and how many seconds before (--signal): workers save and stop."""
+    setup: tuple[str, ...] = ()
+    """Shell lines run on the first node before srun: `module load cuda`, `source env/bin/activate`."""
+    extra: tuple[str, ...] = ()
+    """More #SBATCH options, as they stand: `--mail-type=END`."""
+    srun_args: tuple[str, ...] = ()
+    """More srun options, as they stand: `--mpi=none`."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the workers."""
+    python: str | None = None
+    """Python on the compute nodes; null: the one that launches."""
+    max_restarts: Annotated[int, Ge(0)] = 0
+    """Times torchrun starts all workers anew in place after one has died."""
+    max_requeues: Annotated[int, Ge(0)] = 10
+    """Times a preempted or timed-out job is put back into the queue."""
+    array_parallelism: Annotated[int, Ge(1)] = 100
+    """Array tasks that run at a time (the `%` of --array)."""
+    max_array_size: Annotated[int, Ge(2)] = 1001
+    """The cluster's MaxArraySize: the highest array index is one less."""
+    partitions: dict[str, PartitionLimits] = field(default_factory=dict)
+    """What this site's partitions have, by name; checked before submission."""
+
+    @property
+    def world_size(self) -> int:
+        """Worker processes over all nodes."""
+        return self.nodes * self.processes_per_node
+
+    @property
+    def cpus_per_node(self) -> int:
+        """CPUs that the task on one node gets."""
+        return self.processes_per_node * self.cpus_per_process

@@ -1,0 +1,60 @@
+"""The whole experiment: the one object that crosses from the login node to the compute nodes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge
+
+from hpcdl.spec.cluster import ClusterSpec
+from hpcdl.spec.data import DataSpec
+from hpcdl.spec.model import ModelSpec
+from hpcdl.spec.parallel import ParallelSpec, PeftSpec, QuantSpec
+from hpcdl.spec.train import OptimSpec, TaskSpec, TrainerSpec
+from hpcdl.spec.watch import MonitorSpec, TrackerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExperimentSpec:
+    """All that a run is made of; written to spec.yaml and read back on the compute nodes."""
+
+    name: str
+    """Name of the experiment: a folder below `runs_dir`."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of the split, the order of the data, the initial weights and dropout."""
+    model: ModelSpec
+    data: DataSpec
+    parallel: ParallelSpec
+    peft: PeftSpec
+    quant: QuantSpec
+    task: TaskSpec
+    optim: OptimSpec
+    trainer: TrainerSpec
+    cluster: ClusterSpec
+    tracker: TrackerSpec
+    monitor: MonitorSpec
+
+
+def default_runs_dir() -> str:
+    """`$HPCDL_RUNS`, or `runs` below the current directory."""
+    return os.environ.get("HPCDL_RUNS") or "runs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOptions:
+    """What the launcher does with an experiment; no part of the experiment, nor of its run id."""
+
+    runs_dir: str = field(default_factory=default_runs_dir)
+    """Folder of all runs."""
+    dry_run: bool = False
+    """Print what would be submitted and change nothing."""
+    wait: bool = False
+    """Follow a submitted job to its end and exit as it does."""
+    force: bool = False
+    """Make a new run even where the same experiment has one."""
+    parsable: bool = False
+    """Print one line a run: run_id, job_id, run_dir, tab-separated."""
+    after: str | None = None
+    """Start only once this run or job has succeeded (sbatch --dependency=afterok)."""
