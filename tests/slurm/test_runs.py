@@ -1,0 +1,128 @@
+"""Whole runs on the real cluster: many nodes, sweeps, shared nodes, failures, nested launches."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+
+TINY = ("+experiment=pretrain_tiny", "trainer.eval_samples=8", "trainer.checkpoint_every=0")
+LONG = (*TINY, "trainer.max_steps=20000", "optim.warmup_steps=0")
+
+
+def test_ddp_across_nodes_gives_the_loss_of_one_process(cluster: Cluster) -> None:
+    steps = ("trainer.max_steps=4", "trainer.global_batch_size=8", "trainer.micro_batch_size=2")
+    many = cluster.launch_one(*TINY, *steps, "cluster.nodes=2", "cluster.processes_per_node=2")
+    one = cluster.launch_one(*TINY, *steps, "cluster.nodes=1", "cluster.processes_per_node=1")
+    status, _ = cluster.wait_done([many, one])
+    assert (status["nodes"], status["world_size"], status["step"], status["exit_code"]) == (2, 4, 4, 0)
+    expected = cluster.losses(one)
+    assert list(expected) == [1, 2, 3, 4]
+    for step, loss in cluster.losses(many).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+    (started,) = cluster.events(many, "started")
+    assert len(set(started["node_list"])) == 2
+    logs = cluster.run("hpcdl", "logs", many.run_id).stdout
+    assert all(f"[rank {rank}]" in logs for rank in range(4)), logs
+
+
+def test_the_main_job_runs_on_two_nodes(cluster: Cluster) -> None:
+    done = cluster.run(
+        "hpcdl", "launch", "+experiment=lora_llama", "cluster=slurm_docker", "cluster.nodes=2",
+        "cluster.processes_per_node=1", "trainer.max_steps=2", "trainer.eval_samples=4", "task.sample_tokens=4",
+        "optim.warmup_steps=0", "wait=true",
+        check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr + cluster.story("latest")
+    status = cluster.status("latest")
+    assert status["state"] == "COMPLETED"
+    assert "_0" in status["job_id"], "submitted as an array"
+    cluster.shell(f"test -s {status['run_dir']}/adapter/adapter_model.safetensors")
+    cluster.shell(f"test -s {status['run_dir']}/loss.png && grep -q perplexity {status['run_dir']}/card.md")
+
+
+def test_a_sweep_is_one_array_a_resource_shape_and_returns_at_once(cluster: Cluster) -> None:
+    runs = cluster.launch(
+        *TINY, "-m", "optim.lr=1e-3,2e-3,3e-3", "cluster.nodes=1,2", "trainer.max_steps=2",
+        "cluster.array_parallelism=2",
+    )  # fmt: skip
+    assert len(runs) == 6
+    states = [cluster.status(run.run_id)["state"] for run in runs]
+    assert "COMPLETED" not in states[-2:], "the launch returned before the sweep was over"
+    arrays = {run.array_id for run in runs}
+    assert len(arrays) == 2
+    for array in arrays:
+        assert "ArrayTaskThrottle=2" in cluster.shell(f"scontrol show job {array}")
+    ended = cluster.wait_done(runs, limit_s=600)
+    assert sorted(status["nodes"] for status in ended) == [1, 1, 1, 2, 2, 2]
+    assert len({status["run_id"] for status in ended}) == 6
+
+
+def test_two_jobs_share_a_node(cluster: Cluster) -> None:
+    shape = ("cluster.nodes=1", "cluster.processes_per_node=2", "cluster.cpus_per_process=1")
+    runs = cluster.launch(*TINY, *shape, "-m", "seed=1,2", "trainer.max_steps=60", "cluster.extra=[--nodelist=c1]")
+    ended = cluster.wait_done(runs)
+    first, second = ended
+    assert first["started"] < second["ended"] and second["started"] < first["ended"], "they ran at the same time"
+    assert {cluster.events(run, "started")[0]["node_list"][0] for run in runs} == {"c1"}
+
+
+def test_a_failing_worker_is_told_with_its_traceback(cluster: Cluster) -> None:
+    cluster.shell("echo 'too little text' > small.txt")
+    run = cluster.launch_one(
+        *TINY, "data=text", f"data.paths=[{cluster.home}/small.txt]", "cluster.processes_per_node=2"
+    )
+    status = cluster.wait_state(run.run_id, "FAILED", "COMPLETED")
+    assert status["state"] == "FAILED" and status["exit_code"] not in (0, None)
+    assert "rank" in status["reason"]
+    detail = cluster.run("hpcdl", "status", run.run_id).stdout
+    assert "Traceback" in detail and "hpcdl/worker" in detail
+    job = cluster.until(lambda: _ended_job(cluster, run.job_id), "the job's end in Slurm's books")
+    assert "JobState=FAILED" in job and "ExitCode=0:0" not in job
+    waited = cluster.run(
+        "hpcdl", "launch", "cluster=slurm_docker", *TINY, "data=text", f"data.paths=[{cluster.home}/small.txt]",
+        "cluster.processes_per_node=2", "wait=true", check=False,
+    )  # fmt: skip
+    assert waited.returncode == 1, waited.stdout + waited.stderr
+
+
+def _ended_job(cluster: Cluster, job_id: str) -> str | None:
+    text = cluster.shell(f"scontrol show job {job_id}")
+    return text if "JobState=RUNNING" not in text and "JobState=COMPLETING" not in text else None
+
+
+def test_an_edit_after_submission_changes_nothing(cluster: Cluster) -> None:
+    cluster.shell(
+        "mkdir -p conf/experiment; printf '# @package _global_\\ndefaults:\\n  - pretrain_tiny\\n  - _self_\\n"
+        "trainer:\\n  max_steps: 3\\n' > conf/experiment/mine.yaml"
+    )
+    run = cluster.launch_one("--config-dir", "conf", "+experiment=mine", "cluster.extra=[--hold]")
+    cluster.shell("sed -i s/3/999/ conf/experiment/mine.yaml")
+    assert cluster.status(run.run_id)["state"] == "PENDING"
+    cluster.shell(f"scontrol release {run.array_id}")
+    (status,) = cluster.wait_done([run])
+    assert (status["step"], status["max_steps"]) == (3, 3)
+
+
+def test_launching_from_inside_a_job(cluster: Cluster) -> None:
+    inner = "hpcdl launch cluster=slurm_docker +experiment=pretrain_tiny trainer.max_steps=2 parsable=true > inner.txt"
+    cluster.shell(f"sbatch --wait --mem=500 --cpus-per-task=2 --wrap '{inner}'")
+    run_id = cluster.shell("cat inner.txt").split("\t")[0]
+    assert cluster.wait_state(run_id, "COMPLETED", "FAILED")["state"] == "COMPLETED", cluster.story(run_id)
+
+
+def test_the_template_works_by_hand(cluster: Cluster) -> None:
+    cluster.shell("sbatch --wait /hpcdl/slurm/torchrun.sbatch +experiment=pretrain_tiny trainer.max_steps=2")
+    status = cluster.status("latest")
+    assert (status["state"], status["step"]) == ("COMPLETED", 2), cluster.story("latest")
+
+
+def test_dry_run_prints_what_is_submitted(cluster: Cluster) -> None:
+    words = ("cluster=slurm_docker", *TINY, "trainer.max_steps=2", "cluster.extra=[--hold]")
+    dry = cluster.run("hpcdl", "launch", *words, "dry_run=true").stdout
+    assert cluster.shell("ls -A").split() == [], "a dry run changes nothing"
+    run = cluster.launch_one(*words[1:])
+    sent = cluster.shell(f"cat {run.run_dir}/job.sh")
+    body = [line for line in sent.splitlines() if line and "hpcdl:" not in line and ".submissions" not in line]
+    missing = [line for line in body if line not in dry]
+    assert not missing
