@@ -1,1 +1,1 @@
-"""The run store: run directories with their state, events, metrics and logs. State is files, never a database."""
+"""The run store: run directories with state, events, metrics and logs. State is files, never a database."""

@@ -34,7 +34,7 @@ class RunState:
     kind: str
     """The cluster's kind: `local` or `slurm`."""
     job_id: str | None = None
-    """The scheduler's id; an array task as `123_4`. Null until the job itself has started or been submitted."""
+    """The scheduler's id; an array task as `123_4`. Null until it is submitted or has started."""
     submission: str | None = None
     """Token of the submission that carries the run: a folder below `<runs_dir>/.submissions/`."""
     array_index: int | None = None

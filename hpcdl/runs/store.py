@@ -1,23 +1,25 @@
 """Run directories: where they are, what is in them, how their state is read and changed.
 
-    <runs_dir>/<name>/<run_id>/       one run (its files: see docs/architecture.md)
-    <runs_dir>/.submissions/<token>/  one sbatch: job.sh, runs.txt (a run directory a line), submission.json
-    <runs_dir>/latest                 link to the run launched last
+<runs_dir>/<name>/<run_id>/       one run (its files: see docs/architecture.md)
+<runs_dir>/.submissions/<token>/  one sbatch: job.sh, runs.txt (a run directory a line), submission.json
+<runs_dir>/latest                 link to the run launched last
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from hpcdl.errors import UsageError
 from hpcdl.runs.files import append_line, last_line, locked, read_lines, write_json
-from hpcdl.runs.state import RunState
+from hpcdl.runs.state import RunState, State
 
 SUBMISSIONS = ".submissions"
 
@@ -88,42 +90,79 @@ class RunDir:
         """Its presence asks the workers to save and stop; its first word says why (`cancel`)."""
         return self.path / "STOP"
 
-    def read_state(self) -> RunState:
+    def read_state(self, submissions: dict[str, dict[str, Any]] | None = None) -> RunState:
         """The state as the file has it, the job id of a pending job added from its submission.
+
+        Args:
+            submissions: what `read_submission` gave before, by token; a caller that reads many runs passes
+                one dict to all calls.
 
         Raises:
             FileNotFoundError: no run was ever launched here.
+            UsageError: the file can't be read, or is no state of hpcdl's.
         """
-        plain = json.loads(self.state_file.read_text(encoding="utf-8"))
-        plain["node_list"] = tuple(plain.get("node_list", ()))
-        state = RunState(**plain)
+        state = parse_state(self._read_plain(), self.state_file)
         if state.job_id is None and state.submission is not None:
-            job_id = read_submission(self.runs_dir, state.submission).get("job_id")
+            job_id = self._submission(state.submission, submissions).get("job_id")
             if job_id is not None:
-                state = dataclasses.replace(state, job_id=f"{job_id}_{state.array_index}")
+                task = "" if state.array_index is None else f"_{state.array_index}"
+                state = dataclasses.replace(state, job_id=f"{job_id}{task}")
         return state
+
+    def _submission(self, token: str, known: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+        if known is None:
+            return read_submission(self.runs_dir, token)
+        if token not in known:
+            known[token] = read_submission(self.runs_dir, token)
+        return known[token]
+
+    def _read_plain(self) -> dict[str, Any]:
+        try:
+            plain = json.loads(_read_replaced(self.state_file))
+        except PermissionError as error:
+            raise UsageError(f"{self.state_file}: you may not read it (permission denied)") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{self.state_file}: not a state file that hpcdl wrote ({error})") from error
+        if not isinstance(plain, dict):
+            raise UsageError(f"{self.state_file}: not a state file that hpcdl wrote (no JSON object)")
+        return plain
 
     def write_state(self, state: RunState, *, durable: bool = True) -> None:
         """Replaces the state."""
         write_json(self.state_file, dataclasses.asdict(state), durable=durable)
 
-    def update(self, expect: RunState | None = None, **changes: Any) -> RunState:
+    def update(
+        self,
+        expect: RunState | None = None,
+        event: tuple[str, dict[str, Any]] | None = None,
+        **changes: Any,
+    ) -> RunState:
         """Changes fields of the state under the run's lock.
 
         Args:
             expect: only change the state if it still is this one (as `read_state` gave it): someone who
                 decided on old knowledge must not overwrite what has happened since.
+            event: kind and details of an event to append if, and only if, the state was changed.
             **changes: fields and their new values.
 
         Returns:
             The state that stands in the file afterwards.
+
+        Raises:
+            UsageError: the run is someone else's and may not be changed.
         """
-        with locked(self.path / ".lock"):
-            state = self.read_state()
-            if expect is not None and state != expect:
-                return state
-            changed = dataclasses.replace(state, **changes)
-            self.write_state(changed)
+        try:
+            with locked(self.path / ".lock"):
+                state = self.read_state()
+                if expect is not None and state != expect:
+                    return state
+                changed = dataclasses.replace(state, **changes)
+                # Keys that a newer hpcdl has written stay as they are.
+                write_json(self.state_file, {**self._read_plain(), **dataclasses.asdict(changed)})
+                if event is not None:
+                    self.event(event[0], **event[1])
+        except PermissionError as error:
+            raise UsageError(f"{self.path}: you may not change it (permission denied)") from error
         return changed
 
     def event(self, kind: str, **details: Any) -> None:
@@ -149,24 +188,71 @@ class RunDir:
         return self.path.parent.parent
 
 
+def _read_replaced(path: Path, tries: int = 5) -> str:
+    """The text of a file that others replace: NFS calls a handle stale when the old file is gone."""
+    for _ in range(tries - 1):
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return path.read_text(encoding="utf-8")
+
+
+def parse_state(plain: Mapping[str, Any], source: Path) -> RunState:
+    """A state from its JSON: keys that this version doesn't know are ignored, missing ones get their default.
+
+    Raises:
+        UsageError: a key without a default is missing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(RunState)}
+    values = {key: value for key, value in plain.items() if key in fields}
+    lacking = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and name not in _STAND_INS
+    ]
+    if lacking:
+        raise UsageError(f"{source}: not a state file that hpcdl wrote (without {', '.join(lacking)})")
+    values = {**_STAND_INS, **values, "node_list": tuple(values.get("node_list") or ())}
+    if values["state"] not in get_args(State):
+        values["reason"] = f"state.json says {values['state']!r}, which this version of hpcdl doesn't know"
+        values["state"] = "UNKNOWN"
+    return RunState(**values)
+
+
+_STAND_INS: dict[str, Any] = {"kind": "local", "nodes": 1, "world_size": 1, "max_steps": 0, "created": ""}
+"""For keys that an older version may not have written."""
+
+
 def read_submission(runs_dir: Path, token: str) -> dict[str, Any]:
-    """The record of one sbatch: `{token, job_id, kind, created, …}`; empty if it is gone."""
+    """The record of one sbatch: `{token, job_id, kind, name, created, …}`; empty if it is gone."""
     try:
         record = json.loads((runs_dir / SUBMISSIONS / token / "submission.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):
         return {}
-    return dict(record)
+    return dict(record) if isinstance(record, dict) else {}
 
 
 def all_runs(runs_dir: Path) -> Iterator[RunDir]:
-    """Every run below `runs_dir`, in no order."""
+    """Every run below `runs_dir`, in no order; none where the folder isn't there yet.
+
+    Raises:
+        UsageError: `runs_dir` itself can't be read. A folder in it that can't is left out.
+    """
     try:
-        names = [entry for entry in os.scandir(runs_dir) if entry.is_dir(follow_symlinks=False)]
+        names = [
+            e for e in os.scandir(runs_dir) if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)
+        ]
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise UsageError(f"{runs_dir}: can't be read ({error.strerror})") from error
     for name in names:
-        if name.name.startswith("."):
+        try:
+            entries = list(os.scandir(name.path))
+        except OSError:
             continue
-        for entry in os.scandir(name.path):
-            if entry.is_dir(follow_symlinks=False) and Path(entry.path, "state.json").exists():
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) and os.path.exists(f"{entry.path}/state.json"):  # noqa: PTH110 quick
                 yield RunDir(Path(entry.path))

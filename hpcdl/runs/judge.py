@@ -1,0 +1,200 @@
+"""From what is known of an active run to what its state should say. Decides only; writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from hpcdl.runs import failure
+from hpcdl.runs.scheduler import Job
+from hpcdl.runs.state import RunState
+from hpcdl.runs.store import RunDir, now
+
+NO_LOG = "it will never write a log"
+QUEUE_WORDS = {
+    "BeginTime": "its begin time lies ahead",
+    "Priority": "other jobs come first",
+    "Resources": "waits for nodes to become free",
+    "Dependency": "waits for another job",
+    "DependencyNeverSatisfied": "the job it waits for has failed: it will never start",
+    "JobArrayTaskLimit": "the array runs as many tasks as its % allows",
+    "JobHeldUser": "held: scontrol release starts it",
+    "JobHeldAdmin": "held by an administrator",
+    "PartitionTimeLimit": "asks for more time than the partition allows: it will never start",
+    "PartitionNodeLimit": "asks for more nodes than the partition has: it will never start",
+    "ReqNodeNotAvail": "nodes it needs are down or reserved",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
+    "Prolog": "the nodes are being prepared",
+    "None": "",
+}
+"""What Slurm's most common reasons mean."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the state should say."""
+
+    changes: dict[str, Any]
+    event: tuple[str, dict[str, Any]] | None = None
+    write: bool = True
+    """Whether it goes into state.json; the queue's reason, which changes by the minute, is only shown."""
+
+
+def agent_gone(run: RunDir, state: RunState, *, rebooted: bool) -> Verdict:
+    """A local run whose agent is no longer there and left no final state."""
+    how = "the machine was restarted" if rebooted else "killed (kill -9, or the kernel for want of memory)"
+    return _ended(run, state, "FAILED", f"the agent, process {state.agent_pid}, left no last word: {how}")
+
+
+def never_submitted(why: str) -> Verdict:
+    """A run that no scheduler ever heard of."""
+    reason = f"never submitted: {why}; launch it again"
+    return _final("FAILED", reason, None, "failed", traceback="")
+
+
+def forgotten(run: RunDir, state: RunState) -> Verdict:
+    """A job that the controller doesn't know, nor the accounting, and whose agent left no final state."""
+    if failure.log_files(run, state.attempt):
+        return _ended(
+            run,
+            state,
+            "FAILED",
+            f"Slurm knows no job {state.job_id} any more, and its agent left no last word",
+        )
+    reason = (
+        f"Slurm knows no job {state.job_id} any more, and it never wrote a log: "
+        "cancelled while pending, or ended before its agent had started"
+    )
+    return _ended(run, state, "FAILED", reason)
+
+
+def by_slurm(run: RunDir, state: RunState, job: Job) -> Verdict | None:
+    """What Slurm's word for the job means for the run; None where the state says it already."""
+    if job.ended:
+        return _by_end(run, state, job)
+    if job.waiting:
+        return _waiting(state, job)
+    if job.state == "COMPLETING":  # the end, or a requeue, under way: the next poll knows which
+        return None
+    if job.state == "CONFIGURING":
+        return Verdict(changes={"reason": "the nodes are being started"}, write=False)
+    if job.state == "SUSPENDED":
+        return Verdict(changes={"reason": "suspended by Slurm"}, write=False)
+    if state.state == "PENDING" and job.start is not None and job.start >= _requeued_at(run, state):
+        changes = {"state": "RUNNING", "reason": "", "started": state.started or job.start}
+        return Verdict(changes={**changes, "node_list": job.node_list})
+    return None
+
+
+def queue_reason(job: Job, state: RunState) -> str:
+    """Why a job waits, in words, and when it is expected to start."""
+    word = job.reason
+    meaning = QUEUE_WORDS.get(word, "")
+    if word == "BeginTime" and state.requeues:
+        meaning = "Slurm starts a requeued job about two minutes later"
+    text = f"{word}: {meaning}" if meaning else word
+    if job.start is not None:
+        text = (
+            f"{text}; expected to start {_clock(job.start)}"
+            if text
+            else f"expected to start {_clock(job.start)}"
+        )
+    return text
+
+
+def _waiting(state: RunState, job: Job) -> Verdict:
+    reason = queue_reason(job, state)
+    if state.state == "PENDING":
+        return Verdict(changes={"reason": reason}, write=False)
+    # Slurm put it back itself (pre-empted, a node failed): the agent had no time to say so. The agent of
+    # the next try counts the requeue, from $SLURM_RESTART_COUNT.
+    event = ("requeued", {"reason": "Slurm put the job back into its queue", "requeues": state.requeues + 1})
+    return Verdict(changes={"state": "PENDING", "reason": "put back into the queue by Slurm"}, event=event)
+
+
+def _by_end(run: RunDir, state: RunState, job: Job) -> Verdict:
+    nodes = ", ".join(job.node_list[:4]) + (", …" if len(job.node_list) > 4 else "")
+    words = {
+        "TIMEOUT": "the job reached its time limit",
+        "OUT_OF_MEMORY": "a process was killed because the job's memory was used up: raise cluster.mem_gb",
+        "NODE_FAIL": f"a node failed under the job ({nodes})" if nodes else "a node failed under the job",
+        "PREEMPTED": "pre-empted by a job of higher priority, and not put back into the queue",
+        "BOOT_FAIL": "its nodes could not be started (BOOT_FAIL)",
+        "DEADLINE": "it could not end before its deadline (DEADLINE)",
+        "REVOKED": "the job runs on another cluster (REVOKED)",
+    }
+    never_ran = not failure.log_files(run, state.attempt)
+    if job.state == "CANCELLED":
+        reason = (
+            f"cancelled while pending; {NO_LOG}" if never_ran and not job.node_list else "cancelled (scancel)"
+        )
+        return _final("CANCELLED", reason, job.exit_code, "cancelled", ended=job.end, by="scancel")
+    if job.state in words:
+        word = job.state if job.state in ("TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED") else "FAILED"
+        return _final(word, words[job.state], job.exit_code, "failed", ended=job.end, traceback="")
+    reason = _exit_words(job)
+    if never_ran:
+        said = failure.last_words(failure.slurm_output(run, state))
+        reason += f" before the agent had started{': ' + said if said else ''}"
+    return _ended(run, state, "FAILED", reason, exit_code=job.exit_code, ended=job.end)
+
+
+def _exit_words(job: Job) -> str:
+    code = job.exit_code
+    if code is None:
+        return "the job failed"
+    if code > 128:
+        return f"the job ended with exit code {code} (signal {code - 128})"
+    if code == 0:
+        return "Slurm counts the job as done, but training left no outcome"
+    return f"the job ended with exit code {code}"
+
+
+def _ended(
+    run: RunDir,
+    state: RunState,
+    word: str,
+    reason: str,
+    *,
+    exit_code: int | None = None,
+    ended: str | None = None,
+) -> Verdict:
+    """The end of a run whose agent could not say it: the workers' own files go before our guess."""
+    out = failure.outcome(run)
+    slurm_failed = exit_code not in (None, 0)
+    if out.get("status") == "finished" and not slurm_failed:
+        return _final("COMPLETED", "", 0, "finished", ended=ended, step=out.get("step"))
+    if out.get("status") == "stopped" and not slurm_failed:
+        why = f"stopped at step {out.get('step')}: {out.get('reason')}"
+        if state.kind == "local" or out.get("reason") == "cancel":
+            return _final("CANCELLED", why, exit_code, "cancelled", ended=ended, by=str(out.get("reason")))
+        reason = f"{why}, and was not put back into the queue"
+    cause = failure.root_cause(run)
+    traceback = cause.traceback if cause else ""
+    return _final(
+        word, cause.text if cause else reason, exit_code, "failed", ended=ended, traceback=traceback
+    )
+
+
+def _final(
+    word: str, reason: str, exit_code: int | None, kind: str, *, ended: str | None = None, **details: Any
+) -> Verdict:
+    said = {} if kind == "finished" else {"reason": reason}
+    changes = {"state": word, "reason": reason, "exit_code": exit_code, "ended": ended or now()}
+    return Verdict(changes=changes, event=(kind, {**said, **details, "found_by": "poll"}))
+
+
+def _requeued_at(run: RunDir, state: RunState) -> str:
+    """When the run was last put back: a job seen running since before that is the old try, going down."""
+    if not state.requeues:
+        return ""
+    return max((str(e.get("time", "")) for e in run.events() if e.get("event") == "requeued"), default="")
+
+
+def _clock(time: str) -> str:
+    """A time for people: local, with the day where it isn't today."""
+    local = datetime.fromisoformat(time).astimezone()
+    today = datetime.now(UTC).astimezone().date()
+    return f"{local:%H:%M:%S}" if local.date() == today else f"{local:%Y-%m-%d %H:%M}"

@@ -1,0 +1,169 @@
+"""Finding runs by what people have at hand: an id, a job id, a directory, a name, a sweep, `latest`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hpcdl.errors import UsageError, nearest_name
+from hpcdl.runs.reconcile import View, read
+from hpcdl.runs.store import RunDir, all_runs
+
+SWEEPS = ".sweeps"
+_JOB_ID = re.compile(r"(\d+)(?:_(\d+))?")
+SHOWN = 8
+"""Candidates that a message lists."""
+
+
+def runs_dir(option: str | None = None) -> Path:
+    """The folder of all runs: `option`, else $HPCDL_RUNS, else `runs`; absolute."""
+    return Path(option or os.environ.get("HPCDL_RUNS") or "runs").absolute()
+
+
+def find(query: str, folder: Path) -> list[RunDir]:
+    """The runs that `query` names, oldest first.
+
+    In this order: `latest`, a run's directory, a run id, a job id (an array's own id: all its tasks), an
+    experiment's name (all its runs), a sweep's id (all its points, in their order), the beginning of a run id.
+
+    Args:
+        query: what the user typed.
+        folder: the folder of all runs.
+
+    Raises:
+        UsageError: nothing has that name, or the beginning of a run id fits several.
+    """
+    if query == "latest":
+        return [_latest(folder)]
+    at_path = _by_path(query)
+    if at_path is not None:
+        return [at_path]
+    if _is_name(query):
+        by_id = [RunDir(path) for path in folder.glob(f"[!.]*/{query}") if (path / "state.json").exists()]
+        if by_id:
+            return by_id
+    return (
+        _by_job(query, folder)
+        or _by_name(query, folder)
+        or _by_sweep(query, folder)
+        or _by_prefix(query, folder)
+    )
+
+
+def find_all(queries: Sequence[str], folder: Path) -> list[RunDir]:
+    """The runs that any of `queries` names, each once."""
+    return list(dict.fromkeys(run for query in queries for run in find(query, folder)))
+
+
+def find_one(query: str, folder: Path) -> RunDir:
+    """The run that `query` names; the newest, where it names several (an experiment with several runs).
+
+    Raises:
+        UsageError: nothing has that name; or it is an array's or a sweep's, of which none is the newest.
+    """
+    runs = find(query, folder)
+    if len(runs) == 1:
+        return runs[0]
+    if _is_name(query) and (folder / query).is_dir():
+        return runs[-1]
+    raise UsageError(f"{query} is {len(runs)} runs; name one of them:\n{_list(runs)}")
+
+
+def by_age(runs: Iterable[RunDir]) -> list[View]:
+    """Readable runs, the oldest first."""
+    return sorted(read(runs).views, key=lambda view: (view.state.created, view.state.run_id))
+
+
+def _latest(folder: Path) -> RunDir:
+    path = (folder / "latest").resolve()
+    if not (path / "state.json").exists():
+        views = by_age(all_runs(folder))
+        if not views:
+            raise UsageError(f"no run yet in {folder} (--runs-dir or $HPCDL_RUNS names another folder)")
+        return views[-1].run
+    return RunDir(path)
+
+
+def _by_path(query: str) -> RunDir | None:
+    path = Path(query)
+    if os.sep not in query and not path.is_dir():
+        return None
+    if (path / "state.json").exists():
+        return RunDir(path.resolve())
+    if os.sep in query:
+        raise UsageError(f"{query} is no run's directory: there is no state.json in it")
+    return None
+
+
+def _by_job(query: str, folder: Path) -> list[RunDir]:
+    found = _JOB_ID.fullmatch(query)
+    if found is None:
+        return []
+    array = found.group(1)
+    views = [v for v in by_age(all_runs(folder)) if v.state.job_id is not None]
+    exact = [v.run for v in views if v.state.job_id == query]
+    if exact or found.group(2) is not None:
+        return exact
+    tasks = [v for v in views if (v.state.job_id or "").partition("_")[0] == array]
+    return [v.run for v in sorted(tasks, key=lambda v: v.state.array_index or 0)]
+
+
+def _by_name(query: str, folder: Path) -> list[RunDir]:
+    if not _is_name(query) or not (folder / query).is_dir():
+        return []
+    runs = [RunDir(path.parent) for path in (folder / query).glob("*/state.json")]
+    return [view.run for view in by_age(runs)]
+
+
+def _by_sweep(query: str, folder: Path) -> list[RunDir]:
+    file = folder / SWEEPS / f"{query}.json"
+    if not _is_name(query) or not file.exists():
+        return []
+    try:
+        points = json.loads(file.read_text(encoding="utf-8"))["points"]
+        ids = [str(point["run_id"]) for point in points]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file}: not a sweep that hpcdl wrote ({error!r})") from error
+    known = {run.path.name: run for run in all_runs(folder)}
+    return [known[run_id] for run_id in dict.fromkeys(ids) if run_id in known]
+
+
+def _by_prefix(query: str, folder: Path) -> list[RunDir]:
+    runs = list(all_runs(folder))
+    fitting = [run for run in runs if query and run.path.name.startswith(query)]
+    if len(fitting) == 1:
+        return fitting
+    if fitting:
+        raise UsageError(f"{query} is the beginning of {len(fitting)} run ids:\n{_list(fitting)}")
+    raise _not_found(query, folder, runs)
+
+
+def _not_found(query: str, folder: Path, runs: Sequence[RunDir]) -> UsageError:
+    if not folder.is_dir():
+        where = f"there is no folder {folder}"
+    else:
+        where = f"looked in {folder}, which has {len(runs)} run{'s' if len(runs) != 1 else ''}"
+    names = {run.path.name for run in runs} | {run.path.parent.name for run in runs} | {"latest"}
+    nearest = nearest_name(query, names) if runs else ""
+    lines = [f"no run is called {query}: {where}"]
+    if nearest:
+        lines.append(f"nearest name: {nearest}")
+    lines.append(
+        "a run id, its beginning, a job id, a run's directory, an experiment's name or `latest` will do;"
+    )
+    lines.append("--runs-dir or $HPCDL_RUNS names another folder")
+    return UsageError("\n".join(lines))
+
+
+def _list(runs: Sequence[RunDir]) -> str:
+    shown = [f"  {run.path.name}  {run.path.parent.name}" for run in runs[:SHOWN]]
+    more = len(runs) - SHOWN
+    return "\n".join(shown + ([f"  … and {more} more"] if more > 0 else []))
+
+
+def _is_name(query: str) -> bool:
+    """Whether `query` can be a folder's name (and no pattern that would find something else)."""
+    return re.fullmatch(r"[\w.+=,@-]+", query) is not None and not query.startswith(".")
