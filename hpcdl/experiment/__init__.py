@@ -1,0 +1,99 @@
+"""Plain dict → ExperimentSpec: every fault of a config is found, put into plain words and raised at once.
+
+__init__.py   load, load_all, check: the order of the steps
+sections.py   one section against its dataclass: unknown keys, wrong types, bounds (pydantic inside)
+words.py      what pydantic found, in words of ours: what is allowed, the nearest name, the fix
+resolve.py    what a config leaves to be looked up: absolute paths, the shape in a model's config.json
+rules.py      rules between sections: batch and ranks, degrees and processes
+resources.py  rules of the cluster: what a partition has, what Slurm's options look like
+identity.py   spec → run id
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpcdl.errors import ConfigError, Fault
+from hpcdl.experiment import resolve, rules, sections
+from hpcdl.experiment.identity import digest
+from hpcdl.spec import ExperimentSpec, LaunchOptions
+
+__all__ = ["Checked", "check", "digest", "load", "load_all", "merge_faults"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A config that was looked at: the experiment where nothing is wrong, else its faults."""
+
+    spec: ExperimentSpec | None = None
+    options: LaunchOptions | None = None
+    faults: tuple[Fault, ...] = ()
+
+
+def load(plain: Mapping[str, Any]) -> tuple[ExperimentSpec, LaunchOptions]:
+    """The experiment that a composed config describes, and what to do with it.
+
+    Raises:
+        ConfigError: something is wrong; carries every fault.
+    """
+    return load_all([("", plain)])[0]
+
+
+def load_all(
+    points: Sequence[tuple[str, Mapping[str, Any]]],
+) -> list[tuple[ExperimentSpec, LaunchOptions]]:
+    """Like `load` for all points of a sweep, each with the words that tell it from the others.
+
+    Raises:
+        ConfigError: something is wrong in at least one; carries every fault of all points, each once.
+    """
+    checked = [(where, check(plain)) for where, plain in points]
+    faults = merge_faults((where, item.faults) for where, item in checked)
+    if faults:
+        raise ConfigError(faults)
+    return [(item.spec, item.options) for _, item in checked if item.spec and item.options]
+
+
+def check(plain: Mapping[str, Any], *, types_only: bool = False, skip: Collection[str] = ()) -> Checked:
+    """Looks at a whole config and raises nothing.
+
+    Args:
+        plain: the composed config.
+        types_only: leave out the rules between sections: the config is known to be incomplete.
+        skip: sections that are not to be looked at, since their file could not be composed.
+    """
+    parts, faults = sections.validate(plain, skip)
+    if not types_only:
+        parts, found = resolve.resolve(parts)
+        faults += found
+        faults += rules.broken(parts)
+    if faults or types_only:
+        return Checked(faults=tuple(faults))
+    names = {field.name for field in dataclasses.fields(LaunchOptions)}
+    options = LaunchOptions(**{key: value for key, value in parts.items() if key in names})
+    spec = ExperimentSpec(**{key: value for key, value in parts.items() if key not in names})
+    return Checked(spec=spec, options=options, faults=tuple(rules.refused(spec)))
+
+
+def merge_faults(found: Iterable[tuple[str, Iterable[Fault]]]) -> tuple[Fault, ...]:
+    """Faults of all points, each once: with the point it is in, or how many have it."""
+    points: dict[Fault, list[str]] = {}
+    total = 0
+    for where, faults in found:
+        total += 1
+        for fault in faults:
+            points.setdefault(fault, []).append(where)
+    return tuple(
+        dataclasses.replace(fault, where=_places(wheres, total)) if total > 1 else fault
+        for fault, wheres in points.items()
+    )
+
+
+def _places(wheres: Sequence[str], total: int) -> str:
+    if len(wheres) == total:
+        return f"all {total} points of the sweep"
+    more = f" and {len(wheres) - 3} more points" if len(wheres) > 3 else ""
+    return "; ".join(wheres[:3]) + more

@@ -1,0 +1,43 @@
+"""Spec → run id: the same experiment has the same id, wherever and however often it is launched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from hpcdl.spec import ExperimentSpec
+from hpcdl.spec.plain import to_plain
+
+LEFT_OUT = {
+    "cluster": (
+        *(
+            "partition",
+            "account",
+            "qos",
+            "constraint",
+            "exclude",
+            "reservation",
+            "time_min",
+            "mem_gb",
+            "signal",
+        ),
+        *("setup", "extra", "srun_args", "python", "partitions"),
+        *("max_restarts", "max_requeues", "array_parallelism", "max_array_size"),
+    ),
+}
+"""What changes neither the result nor what is measured. kind, nodes and processes stay in, so that a sweep
+over them makes different runs."""
+
+SECTIONS_LEFT_OUT = ("tracker", "monitor")
+
+
+def digest(spec: ExperimentSpec) -> str:
+    """The run id: 12 hexadecimal digits of the SHA-256 of the experiment as canonical JSON."""
+    plain = to_plain(spec)
+    for section in SECTIONS_LEFT_OUT:
+        del plain[section]
+    for section, keys in LEFT_OUT.items():
+        for key in keys:
+            del plain[section][key]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,326 @@
+"""Rules between sections: each a small function that yields faults, run where its sections are right."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hpcdl import compress, parallel
+from hpcdl.errors import Fault
+from hpcdl.experiment import resources
+from hpcdl.spec import (
+    ClusterSpec,
+    DataSpec,
+    ExperimentSpec,
+    ModelSpec,
+    OptimSpec,
+    ParallelSpec,
+    QuantSpec,
+    TaskSpec,
+    TrainerSpec,
+)
+
+DEGREES = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+BYTE_VOCABULARY = 260
+"""256 bytes and the tokenizer's four special tokens."""
+
+
+def broken(parts: dict[str, Any]) -> list[Fault]:
+    """Faults of every rule whose sections are in `parts`."""
+    return [
+        fault
+        for needs, rule in RULES
+        if all(need in parts for need in needs)
+        for fault in rule(*(parts[need] for need in needs))
+    ]
+
+
+def refused(spec: ExperimentSpec) -> Iterator[Fault]:
+    """What the strategy and the method say of the experiment."""
+    yield from parallel.get(spec.parallel.name).check(spec.parallel, spec)
+    yield from compress.get(spec.peft.name).check(spec.peft, spec)
+
+
+def name_is_a_folder(name: str) -> Iterator[Fault]:
+    """The experiment's name is a folder's, a job's and an argument's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name == "latest":
+        near = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-")[:100]
+        near = near if near and near != "latest" else "my_run"
+        yield Fault(
+            key="name",
+            value=name or '""',
+            problem="is not safe as the name of a folder",
+            allowed="at most 100 letters, digits, dots, dashes, underscores, the first no mark; not 'latest'",
+            nearest=near,
+            fix=f"name={near}",
+        )
+
+
+def runs_dir_is_a_folder(runs_dir: str) -> Iterator[Fault]:
+    """Run directories stand in scripts, one a line."""
+    if not runs_dir.strip() or re.search(r"[\x00-\x1f]", runs_dir):
+        yield Fault(
+            key="runs_dir",
+            value=repr(runs_dir),
+            problem="is no folder's name",
+            allowed="a path without line breaks",
+            fix="runs_dir=runs",
+        )
+
+
+def model_has_a_source(model: ModelSpec) -> Iterator[Fault]:
+    """Random weights need a shape; everything else brings its own."""
+    if model.source == "random" and model.shape is None:
+        yield Fault(
+            key="model",
+            value=model.name,
+            problem="has no weights: none of path, hub_id and package is set, and no shape for random ones",
+            allowed="model.path, model.hub_id, model.package or model.shape",
+            fix="model.path=/path/of/the/model",
+        )
+
+
+def shape_is_a_transformer(model: ModelSpec) -> Iterator[Fault]:
+    """Heads share the width evenly, and query heads share key and value heads evenly."""
+    shape = model.shape
+    if shape is None:
+        return
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    if shape.head_dim is None and shape.hidden_size % heads:
+        near = _nearest_divisor(shape.hidden_size, heads)
+        yield Fault(
+            key="model.shape.num_attention_heads",
+            value=str(heads),
+            problem=f"does not divide hidden_size {shape.hidden_size}",
+            allowed="a divisor of hidden_size, or set model.shape.head_dim",
+            nearest=str(near),
+            fix=f"model.shape.num_attention_heads={near}",
+        )
+    if heads % kv_heads:
+        near = _nearest_divisor(heads, kv_heads)
+        yield Fault(
+            key="model.shape.num_key_value_heads",
+            value=str(kv_heads),
+            problem=f"does not divide num_attention_heads {heads}",
+            allowed="a divisor of num_attention_heads",
+            nearest=str(near),
+            fix=f"model.shape.num_key_value_heads={near}",
+        )
+    width = shape.head_dim or shape.hidden_size // heads
+    if width % 2 and not (shape.head_dim is None and shape.hidden_size % heads):
+        yield Fault(
+            key="model.shape.head_dim",
+            value=str(width),
+            problem="the rotary embedding turns pairs of numbers, so a head's width must be even",
+            allowed="an even number; hidden_size / num_attention_heads where null",
+            fix=f"model.shape.head_dim={width + 1}",
+        )
+
+
+def bytes_fit_the_vocabulary(model: ModelSpec) -> Iterator[Fault]:
+    """The byte tokenizer gives numbers up to 259."""
+    if model.tokenizer == "byte" and model.shape is not None and model.shape.vocab_size < BYTE_VOCABULARY:
+        yield Fault(
+            key="model.shape.vocab_size",
+            value=str(model.shape.vocab_size),
+            problem="is too small for the byte tokenizer: 256 bytes and 4 special tokens",
+            allowed=f"at least {BYTE_VOCABULARY}",
+            fix=f"model.shape.vocab_size={BYTE_VOCABULARY}",
+        )
+
+
+def random_weights_have_a_tokenizer(model: ModelSpec) -> Iterator[Fault]:
+    """Random weights come without a tokenizer of their own."""
+    if model.source == "random" and model.shape is not None and model.tokenizer == "auto":
+        yield Fault(
+            key="model.tokenizer",
+            value="auto",
+            problem="there are no weights that a tokenizer could lie beside: this model is random",
+            allowed="byte",
+            fix="model.tokenizer=byte",
+        )
+
+
+def sequence_fits_the_model(data: DataSpec, model: ModelSpec) -> Iterator[Fault]:
+    """No position beyond those the model was made for."""
+    limit = model.shape.max_position_embeddings if model.shape else None
+    if limit is not None and data.seq_len > limit:
+        yield Fault(
+            key="data.seq_len",
+            value=str(data.seq_len),
+            problem=f"is longer than the model's max_position_embeddings {limit}",
+            allowed=f"8 to {limit}",
+            nearest=str(limit),
+            fix=f"data.seq_len={limit}",
+        )
+
+
+def data_has_a_source(data: DataSpec) -> Iterator[Fault]:
+    """Files for text and jsonl, a dataset for hf."""
+    if data.kind in ("text", "jsonl") and not data.paths:
+        yield Fault(
+            key="data.paths",
+            value="[]",
+            problem=f"data={data.kind} needs at least one file",
+            allowed="files or globs",
+            fix="'data.paths=[/path/of/the/files/*.txt]'",
+        )
+    if data.kind == "hf" and not data.dataset:
+        yield Fault(
+            key="data.dataset",
+            value="null",
+            problem="data=hf needs a dataset",
+            allowed="a datasets name or a local folder",
+            fix="data.dataset=wikitext",
+        )
+
+
+def answers_are_marked(task: TaskSpec, data: DataSpec) -> Iterator[Fault]:
+    """The loss on answers needs data that says what an answer is."""
+    if task.name == "sft" and data.kind not in ("jsonl", "hf"):
+        yield Fault(
+            key="task.name",
+            value="sft",
+            problem=f"takes the loss on answers only, and data={data.kind} has no answers",
+            allowed="task=sft with data=jsonl or data=hf",
+            fix="data=jsonl, or task=pretrain",
+        )
+
+
+def scheme_exists(quant: QuantSpec) -> Iterator[Fault]:
+    """Weights can't be quantized yet."""
+    if quant.scheme != "none":
+        yield Fault(
+            key="quant.scheme",
+            value=quant.scheme,
+            problem="there is no such scheme",
+            allowed="none",
+            fix="quant=none",
+        )
+
+
+def warm_up_ends(optim: OptimSpec, trainer: TrainerSpec) -> Iterator[Fault]:
+    """The learning rate must reach its peak."""
+    if optim.warmup_steps > trainer.max_steps:
+        near = max(1, trainer.max_steps // 10)
+        yield Fault(
+            key="optim.warmup_steps",
+            value=str(optim.warmup_steps),
+            problem=f"the warm-up would not end within trainer.max_steps {trainer.max_steps}",
+            allowed=f"0 to {trainer.max_steps}",
+            fix=f"optim.warmup_steps={near}",
+        )
+
+
+def degrees_make_the_world(parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:
+    """The product of the degrees is the number of processes; one degree may be -1 and takes what is left."""
+    degrees = {name: getattr(parallel, name) for name in DEGREES}
+    for name, degree in degrees.items():
+        if degree == 0:
+            yield Fault(
+                key=f"parallel.{name}",
+                value="0",
+                problem="a degree is the number of ranks that share, at least 1",
+                allowed="-1 (whatever the others leave), or at least 1",
+                fix=f"parallel.{name}=1",
+            )
+    free = [name for name, degree in degrees.items() if degree == -1]
+    if len(free) > 1:
+        yield Fault(
+            key=f"parallel.{free[1]}",
+            value="-1",
+            problem=f"only one degree may be -1, and parallel.{free[0]} is too",
+            allowed="one -1 at most",
+            fix=f"parallel.{free[1]}=1",
+        )
+    elif 0 not in degrees.values():
+        yield from _product(degrees, free, cluster)
+
+
+def _product(degrees: dict[str, int], free: list[str], cluster: ClusterSpec) -> Iterator[Fault]:
+    world, product = cluster.world_size, math.prod(d for d in degrees.values() if d != -1)
+    processes = (
+        f"{world} processes (cluster.nodes {cluster.nodes} × processes_per_node {cluster.processes_per_node})"
+    )
+    shown = " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree not in (1, -1)) or "1"
+    if free and world % product:
+        near = -(-world // product) * product
+        yield Fault(
+            key="cluster.processes_per_node",
+            value=str(cluster.processes_per_node),
+            problem=f"{processes} can't be shared out over parallel's {shown} = {product}",
+            allowed=f"a multiple of {product} processes: {product}, {2 * product}, {3 * product}, …",
+            nearest=str(near),
+            fix=f"cluster.nodes=1 cluster.processes_per_node={near}",
+        )
+    if not free and product != world:
+        yield Fault(
+            key="parallel.dp_replicate",
+            value=str(degrees["dp_replicate"]),
+            problem=f"the degrees' product is {product} ({shown}), and there are {processes}",
+            allowed=f"degrees with the product {world}, or one of them -1",
+            nearest="-1",
+            fix="parallel.dp_replicate=-1",
+        )
+
+
+def data_ranks(parallel: ParallelSpec, world_size: int) -> int | None:
+    """Ranks that read different sequences; None where the degrees don't make up the world."""
+    degrees: dict[str, int] = {name: getattr(parallel, name) for name in DEGREES}
+    fixed = math.prod(degree for degree in degrees.values() if degree != -1)
+    free = sum(degree == -1 for degree in degrees.values())
+    if fixed == 0 or free > 1 or world_size % fixed or (not free and fixed != world_size):
+        return None
+    return world_size // math.prod(degrees[name] for name in ("cp", "tp", "pp"))
+
+
+def batch_divides(trainer: TrainerSpec, parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:
+    """Each data-parallel rank takes the same number of micro-batches."""
+    ranks = data_ranks(parallel, cluster.world_size)
+    if ranks is None:
+        return
+    unit = trainer.micro_batch_size * ranks
+    if trainer.global_batch_size % unit:
+        near = max(1, round(trainer.global_batch_size / unit)) * unit
+        yield Fault(
+            key="trainer.global_batch_size",
+            value=str(trainer.global_batch_size),
+            problem=(
+                f"is not a multiple of {unit} = micro_batch_size {trainer.micro_batch_size} × "
+                f"{ranks} data-parallel ranks"
+            ),
+            allowed=f"{unit}, {2 * unit}, {3 * unit}, …",
+            nearest=str(near),
+            fix=f"trainer.global_batch_size={near}",
+        )
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    divisors = (d for d in range(1, number + 1) if number % d == 0)
+    return min(divisors, key=lambda d: (abs(d - near), d))
+
+
+RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
+    (("name",), name_is_a_folder),
+    (("runs_dir",), runs_dir_is_a_folder),
+    (("model",), model_has_a_source),
+    (("model",), shape_is_a_transformer),
+    (("model",), bytes_fit_the_vocabulary),
+    (("model",), random_weights_have_a_tokenizer),
+    (("data", "model"), sequence_fits_the_model),
+    (("data",), data_has_a_source),
+    (("task", "data"), answers_are_marked),
+    (("quant",), scheme_exists),
+    (("optim", "trainer"), warm_up_ends),
+    (("parallel", "cluster"), degrees_make_the_world),
+    (("trainer", "parallel", "cluster"), batch_divides),
+    (("cluster",), resources.one_machine_is_one_node),
+    (("cluster",), resources.a_process_a_gpu),
+    (("cluster",), resources.fits_the_partition),
+    (("cluster",), resources.slurm_understands),
+    (("cluster",), resources.extra_is_extra),
+    (("cluster",), resources.lines_are_lines),
+)
+"""Which sections each rule needs, in the order in which faults are shown."""
