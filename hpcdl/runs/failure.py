@@ -20,9 +20,9 @@ class Failure:
 
     type: str
     message: str
-    rank: int
+    rank: int | None
+    """Global rank; null where no worker is to blame."""
     node: str
-    step: int | None
     traceback: str
     time: str
 
@@ -31,7 +31,8 @@ class Failure:
         """One line: `<Type>: <message> (rank r, node n)`."""
         lines = self.message.strip().splitlines()
         head = f"{self.type}: {lines[0]}" if lines else self.type
-        return f"{head} (rank {self.rank}, node {self.node})"
+        where = f"node {self.node}" if self.rank is None else f"rank {self.rank}, node {self.node}"
+        return f"{head} ({where})"
 
 
 def root_cause(run: RunDir, since: str | None = None) -> Failure | None:
@@ -58,13 +59,12 @@ def _read_failure(path: Path) -> Failure | None:
         return None
     if not isinstance(record, dict):
         return None
-    step, rank = record.get("step"), record.get("rank")
+    rank = record.get("rank")
     return Failure(
         type=str(record.get("type", "Error")),
         message=str(record.get("message", "")),
-        rank=rank if isinstance(rank, int) else -1,
+        rank=rank if isinstance(rank, int) else None,
         node=str(record.get("node", "?")),
-        step=step if isinstance(step, int) else None,
         traceback=str(record.get("traceback", "")),
         time=str(record.get("time", "")),
     )

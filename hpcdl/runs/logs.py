@@ -20,7 +20,7 @@ from hpcdl.runs.tail import Tail
 
 READ_EVERY_S = 0.5
 ASK_EVERY_S = 5.0
-_LINE = re.compile(r"(\d{4}-\d\d-\d\dT[\d:.]+\S*) \[rank (\d+|\?|-)\] ?")
+_LINE = re.compile(r"(\d{4}-\d\d-\d\dT[\d:.]+\S*) \[(?:rank (\d+)|\w+)\]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Wanted:
         return self.attempt is None or name == self.attempt or name.partition(".")[0] == self.attempt
 
     def line(self, line: str) -> bool:
-        """Whether this is such a line; one without a rank is nobody's."""
+        """Whether this is such a line; the agent's and torchrun's own are no rank's."""
         if self.rank is None:
             return True
         found = _LINE.match(line)
@@ -90,7 +90,7 @@ def follow(
     said = ""
     asked = float("-inf")
     while True:
-        if time.monotonic() - asked >= ask_every_s:
+        if time.monotonic() - asked >= ask_every_s or run.read_state().state not in ACTIVE:
             view, asked = look(run, slurm), time.monotonic()
         over = view.state.state not in ACTIVE
         for path in _files(run, wanted):
@@ -115,7 +115,7 @@ def follow(
 
 
 def merge(sources: Sequence[Iterable[str]]) -> Iterator[str]:
-    """Lines of several nodes in the order of their times; one without a time stays behind the one before it."""
+    """Lines of several nodes in the order of their times; one without a time stays behind its forerunner."""
     if len(sources) == 1:
         return iter(sources[0])
     return (line for _, _, _, line in heapq.merge(*(_timed(i, lines) for i, lines in enumerate(sources))))
@@ -144,7 +144,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _show_nothing(
     view: View, wanted: Wanted, write: Callable[[str], None], say: Callable[[str], None]
 ) -> None:
-    """Why there is no log: a wrong name, not started yet, never going to start, or failed before the agent."""
+    """Why there is no log: a wrong name, not started yet, never going to, or failed before the agent."""
     run, state = view.run, view.state
     existing = failure.log_files(run)
     if existing:

@@ -27,7 +27,7 @@ def find(query: str, folder: Path) -> list[RunDir]:
     """The runs that `query` names, oldest first.
 
     In this order: `latest`, a run's directory, a run id, a job id (an array's own id: all its tasks), an
-    experiment's name (all its runs), a sweep's id (all its points, in their order), the beginning of a run id.
+    experiment's name (all its runs), a sweep's id (all its points, in order), the beginning of a run id.
 
     Args:
         query: what the user typed.

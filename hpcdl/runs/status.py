@@ -1,0 +1,248 @@
+"""`hpcdl status`: a table of runs, or all that is known of one."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hpcdl.runs import failure, words
+from hpcdl.runs.files import last_line
+from hpcdl.runs.reconcile import View
+from hpcdl.runs.state import ACTIVE, RunState
+from hpcdl.runs.store import RunDir
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EVENTS_SHOWN = 8
+
+
+def as_json(view: View) -> dict[str, Any]:
+    """One run, under the names that scripts rely on."""
+    state = view.state
+    return {
+        "run_id": state.run_id,
+        "name": state.name,
+        "state": state.state,
+        "reason": state.reason,
+        "job_id": state.job_id,
+        "run_dir": str(view.run.path),
+        "nodes": state.nodes,
+        "world_size": state.world_size,
+        "step": view.run.step(),
+        "max_steps": state.max_steps,
+        "restarts": state.restarts,
+        "requeues": state.requeues,
+        "exit_code": state.exit_code,
+        "created": state.created,
+        "started": state.started,
+        "ended": state.ended,
+    }
+
+
+def summary(views: Sequence[View]) -> str:
+    """How many runs are in which state: `2 RUNNING · 1 FAILED`."""
+    counts: Counter[str] = Counter(view.state.state for view in views)
+    return " · ".join(f"{counts[state]} {state}" for state in words.STYLES if counts[state])
+
+
+def print_table(console: Console, views: Sequence[View], total: Sequence[View]) -> None:
+    """The runs that are shown, and under them how many there are in all.
+
+    Args:
+        console: where to.
+        views: the rows.
+        total: all runs that were found.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    gap = 1 if console.width < 100 else 2
+    grid = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold", show_edge=False)
+    for name in ("run", "name", "state"):
+        grid.add_column(name, no_wrap=True, overflow="ellipsis", min_width=12 if name == "run" else 4)
+    for name in ("step", "loss", "tok/s"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("job", no_wrap=True, overflow="ellipsis")
+    for name in ("nodes", "age"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for view in views:
+        state = view.state
+        step, loss, speed = _progress(view)
+        grid.add_row(
+            state.run_id,
+            state.name,
+            Text(state.state, style=words.STYLES[state.state]),
+            step,
+            loss,
+            speed,
+            state.job_id or ("local" if state.kind == "local" else "-"),
+            str(state.nodes),
+            words.age(words.since(state.created)),
+        )
+    console.print(grid)
+    hidden = len(total) - len(views)
+    more = f"; {hidden} older: --all or -n shows them" if hidden > 0 else ""
+    console.print(Text(f"{summary(total)}{more}", style="dim"))
+    for reason in _why_unknown(views):
+        console.print(Text(reason, style="yellow"), soft_wrap=True)
+
+
+def _why_unknown(views: Sequence[View]) -> list[str]:
+    return sorted({f"not checked: {view.unchecked}" for view in views if view.unchecked})
+
+
+def _progress(view: View) -> tuple[str, str, str]:
+    """Step, loss and speed as the table's cells."""
+    last = last_line(view.run.metrics_file, having="loss")
+    total = view.state.max_steps
+    if last is None:
+        return f"0/{total}", "-", "-"
+    speed = last.get("tokens_per_s")
+    return f"{last['step']}/{total}", words.number(last["loss"], 3), words.short(speed) if speed else "-"
+
+
+def print_detail(console: Console, view: View) -> None:
+    """All that is known of one run, and what to type next."""
+    from rich.rule import Rule
+    from rich.text import Text
+
+    state = view.state
+    title = Text.assemble((state.name, "bold"), "  ", state.run_id, "  ")
+    title.append(state.state, style=words.STYLES[state.state])
+    console.print(title)
+    for label, text in _fields(view):
+        console.print(Text.assemble((f"{label:<11}", "dim"), text), soft_wrap=True, highlight=False)
+    events = view.run.events()
+    if events:
+        console.print(Rule("events", align="left", style="dim"))
+        for line in _event_lines(events[-EVENTS_SHOWN:]):
+            console.print(Text(line, no_wrap=True, overflow="ellipsis"))
+    traceback = traceback_of(view.run, state)
+    if traceback:
+        console.print(Rule("traceback", align="left", style="red"))
+        console.print(Text(traceback.rstrip()), soft_wrap=True)
+    console.print(Rule("next", align="left", style="dim"))
+    for command, meaning in next_commands(view):
+        console.print(Text.assemble(f"{command}  ", (f"# {meaning}", "dim")), soft_wrap=True)
+
+
+def _fields(view: View) -> list[tuple[str, str]]:
+    state, run = view.state, view.run
+    hosts = f" ({', '.join(state.node_list)})" if state.node_list else ""
+    exit_code = f", exit code {state.exit_code}" if state.exit_code is not None else ""
+    fields = [
+        ("reason", state.reason),
+        ("unchecked", view.unchecked if state.state != "UNKNOWN" else ""),
+        ("job", f"{state.job_id or '-'} ({state.kind}{exit_code})"),
+        ("nodes", f"{state.nodes}{hosts}, {state.world_size} process{'es' if state.world_size != 1 else ''}"),
+        ("progress", _last_metrics(view)),
+        ("held-out", _evaluations(run)),
+        ("times", _times(state)),
+        ("tries", _tries(state)),
+        ("directory", str(run.path)),
+    ]
+    return [(label, text) for label, text in fields if text]
+
+
+def _last_metrics(view: View) -> str:
+    last = last_line(view.run.metrics_file, having="loss")
+    if last is None:
+        return f"no step of {view.state.max_steps} yet"
+    parts = [f"step {last['step']}/{view.state.max_steps}", f"loss {words.number(last['loss'])}"]
+    if last.get("tokens_per_s"):
+        parts.append(f"{last['tokens_per_s']:,.0f} tokens/s")
+    if last.get("mfu"):
+        parts.append(f"MFU {100 * last['mfu']:.1f} %")
+    if last.get("peak_memory_bytes"):
+        parts.append(f"peak {words.size(last['peak_memory_bytes'])}")
+    return ", ".join(parts)
+
+
+def _evaluations(run: RunDir) -> str:
+    lines = [m for m in run.metrics() if m.get("eval_perplexity") is not None]
+    if not lines:
+        return ""
+    chosen = [lines[0]] if len(lines) == 1 else [lines[0], lines[-1]]
+    return "perplexity " + " → ".join(
+        f"{words.number(m['eval_perplexity'], 3)} (step {m['step']})" for m in chosen
+    )
+
+
+def _times(state: RunState) -> str:
+    parts = [f"launched {words.local(state.created)}"]
+    if state.started:
+        parts.append(f"started {words.local(state.started)}")
+    if state.ended:
+        parts.append(f"ended {words.local(state.ended)}")
+        if state.started:
+            parts.append(f"took {words.duration(words.between(state.started, state.ended))}")
+    elif state.started and state.state == "RUNNING":
+        parts.append(f"for {words.duration(words.since(state.started))}")
+    return ", ".join(parts)
+
+
+def _tries(state: RunState) -> str:
+    if not (state.attempt or state.restarts or state.requeues):
+        return ""
+    return f"launch {state.attempt + 1}, {state.restarts} restarts in place, {state.requeues} requeues"
+
+
+def _event_lines(events: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for event in events:
+        hidden = ("time", "event", "traceback", "found_by")
+        details = [
+            f"{k}={_plain(v)}" for k, v in event.items() if k not in hidden and v not in (None, "", [])
+        ]
+        time = words.local(str(event.get("time", "")))
+        lines.append(f"{time}  {event.get('event', '?'):<11} {' '.join(details)}".rstrip())
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    text = str(value)
+    return repr(text) if " " in text else text
+
+
+def traceback_of(run: RunDir, state: RunState) -> str:
+    """The failed run's traceback, as its agent or a poll recorded it, else from the ranks' own files."""
+    if state.state in ACTIVE or state.state == "COMPLETED":
+        return ""
+    recorded = [e for e in run.events() if e.get("event") in ("failed", "started")]
+    if recorded and recorded[-1].get("traceback"):
+        return str(recorded[-1]["traceback"])
+    cause = failure.root_cause(run)
+    return cause.traceback if cause else ""
+
+
+def next_commands(view: View) -> list[tuple[str, str]]:
+    """What one may want to type, given how the run stands."""
+    state, run = view.state, view.run
+    name = state.run_id
+    if state.state in ACTIVE:
+        commands = [(f"hpcdl cancel {name}", "save a checkpoint and stop")]
+        if state.state != "PENDING" or failure.log_files(run):
+            commands.insert(0, (f"hpcdl logs -f {name}", "what the ranks print"))
+        return [(f"hpcdl follow {name}", "progress, until it is over"), *commands]
+    if state.state == "COMPLETED":
+        return [
+            (f"hpcdl result {name}", "loss and perplexity before and after"),
+            (f"hpcdl logs {name}", "the log"),
+        ]
+    commands = [(f"hpcdl logs {name}", "the log of every rank")] if failure.log_files(run) else []
+    output = failure.slurm_output(run, state)
+    if not commands and output is not None:
+        commands = [(f"hpcdl logs {name}", "Slurm's own output")]
+    again = (
+        "resumes it from its last checkpoint" if any(run.checkpoints.glob("step-*")) else "starts it again"
+    )
+    return [
+        *commands,
+        (f"less {shlex.quote(str(run.job_file))}", "what was submitted"),
+        ("hpcdl launch …", f"the same command as before {again}"),
+    ]
