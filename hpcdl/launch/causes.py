@@ -1,0 +1,165 @@
+"""Why a try of a run failed: the earliest of what its ranks, its nodes' agents and torchrun said."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from hpcdl.runs.files import write_json
+from hpcdl.runs.store import RunDir, now
+
+_REPORT = re.compile(r"^\s+(time|host|rank|exitcode)\s*: (.*)$")
+_NO_WORDS = re.compile(r"^\s*(=+|-+)?\s*$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """One thing that went wrong."""
+
+    time: str
+    """UTC, ISO 8601."""
+    type: str
+    message: str
+    node: str
+    rank: int | None = None
+    """Global rank; null where no worker is to blame."""
+    traceback: str = ""
+    signal: int = 0
+    """The signal that killed the rank; 0 where it ended by itself."""
+
+    @property
+    def reason(self) -> str:
+        """One line for state.json and the status table."""
+        first = self.message.strip().splitlines()[0] if self.message.strip() else ""
+        where = f"node {self.node}" if self.rank is None else f"rank {self.rank}, node {self.node}"
+        return f"{self.type}: {first} ({where})" if first else f"{self.type} ({where})"
+
+
+def find(run: RunDir, attempt: str, restarts: int, words: Iterable[str], node: str) -> Cause:
+    """The root cause: the earliest, except that a death by signal goes before what it did to the others.
+
+    Args:
+        run: the run.
+        attempt: HPCDL_TRY.
+        restarts: restarts in place; what happened before the last one was got over.
+        words: the last lines that this node's torchrun said.
+        node: this node's name.
+    """
+    causes = list(_recorded(run, attempt, restarts))
+    own = from_torchrun(list(words), node)
+    if own.rank is not None or not causes:
+        causes.append(own)
+    return min(causes, key=_when)
+
+
+def record(run: RunDir, attempt: str, restarts: int, node: int, cause: Cause) -> None:
+    """Leaves this node's cause for the first node's agent: `errors/try<…>-restart<n>-node<k>.json`."""
+    plain = {
+        "time": cause.time,
+        "node": cause.node,
+        "rank": cause.rank,
+        "type": cause.type,
+        "message": cause.message,
+        "traceback": cause.traceback,
+        "signal": cause.signal,
+    }
+    run.errors.mkdir(exist_ok=True)
+    write_json(run.errors / f"try{attempt}-restart{restarts}-node{node}.json", plain)
+
+
+def of_nodes(run: RunDir, attempt: str) -> int:
+    """How many other nodes' agents have left a cause."""
+    return sum(1 for _ in run.errors.glob(f"try{attempt}-restart*-node*.json"))
+
+
+def from_torchrun(words: list[str], node: str) -> Cause:
+    """What torchrun's last lines say: its report's root cause, else its last words."""
+    report = _root_cause(words)
+    code = _number(report.get("exitcode", ""))
+    rank = _number(report.get("rank", ""))
+    time = _time(report.get("time", ""))
+    if code is None or rank is None:
+        said = [line for line in words if not _NO_WORDS.match(line)]
+        return Cause(
+            time=now(),
+            type="torchrun",
+            message=said[-1].strip() if said else "ended without a word",
+            node=node,
+        )
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        hint = "killed; by the kernel if memory ran out" if name == "SIGKILL" else "killed by this signal"
+        return Cause(time=time, type=name, message=hint, node=node, rank=rank, signal=-code)
+    message = f"the worker ended with code {code} and said nothing"
+    return Cause(time=time, type="ExitCode", message=message, node=node, rank=rank)
+
+
+def _recorded(run: RunDir, attempt: str, restarts: int) -> Iterator[Cause]:
+    for number in range(restarts, -1, -1):
+        found = [
+            c for f in run.errors.glob(f"try{attempt}-restart{number}-*.json") if (c := _read(f.read_text()))
+        ]
+        if found or number == restarts:
+            yield from found
+            return
+
+
+def _read(text: str) -> Cause | None:
+    try:
+        plain: Any = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(plain, Mapping):
+        return None
+    rank = plain.get("rank")
+    return Cause(
+        time=str(plain.get("time", "")),
+        type=str(plain.get("type", "Error")),
+        message=str(plain.get("message", "")),
+        node=str(plain.get("node", "?")),
+        rank=rank if isinstance(rank, int) else None,
+        traceback=str(plain.get("traceback", "")),
+        signal=int(plain.get("signal", 0)),
+    )
+
+
+def _when(cause: Cause) -> str:
+    """The time to sort by: torchrun notices a killed worker after the others have lost their connection."""
+    if not cause.signal:
+        return cause.time
+    earlier = datetime.fromisoformat(cause.time) - timedelta(seconds=1)
+    return earlier.isoformat(timespec="milliseconds")
+
+
+def _root_cause(words: list[str]) -> dict[str, str]:
+    """The fields below «Root Cause» in torchrun's report."""
+    for position in range(len(words) - 1, -1, -1):
+        if words[position].startswith("Root Cause"):
+            break
+    else:
+        return {}
+    found: dict[str, str] = {}
+    for line in words[position + 1 : position + 12]:
+        match = _REPORT.match(line)
+        if match:
+            found.setdefault(match.group(1), match.group(2).strip())
+    return found
+
+
+def _number(text: str) -> int | None:
+    found = re.match(r"-?\d+", text)
+    return int(found.group()) if found else None
+
+
+def _time(text: str) -> str:
+    """Torchrun's local time as UTC; now where there is none."""
+    try:
+        local = datetime.strptime(text, "%Y-%m-%d_%H:%M:%S").astimezone()
+    except ValueError:
+        return now()
+    return local.astimezone(UTC).isoformat(timespec="milliseconds")

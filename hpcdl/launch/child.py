@@ -1,0 +1,241 @@
+"""torchrun as a child of the agent: how it is started, what it says, and that nothing of it is left behind.
+
+Signals. torchrun is started with SIGUSR1, SIGUSR2, SIGTERM and SIGINT ignored: its own reaction would be to
+die, or to kill its workers 30 s later, in the middle of a checkpoint. The workers inherit the ignoring and
+install handlers of their own.
+
+Orphans. torchrun asks the kernel to be killed with the agent (PR_SET_PDEATHSIG), each worker to be killed
+with torchrun (hpcdl.worker.main does that). Whatever outlives torchrun otherwise becomes the agent's own
+child (PR_SET_CHILD_SUBREAPER) and is killed by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import select
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_RANK_LINE = re.compile(rb"\[rank \d+\] ")
+_CLOSING = re.compile(rb"Sending process (\d+) closing signal")
+CLOSING_GRACE_S = 8.0
+"""How long torchrun's workers may live on once it has told them to end, because one of them has failed. They
+take its SIGTERM for a wish to save and stop, which they can't do without the dead one; torchrun itself would
+wait 30 s."""
+_TICK_S = 0.2
+_KILL_LIMIT_S = 10.0
+_KEPT_LINES = 200
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of every descendant whose own parent dies."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when its parent dies; called between fork and exec."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call above
+        os._exit(1)
+
+
+class Log:
+    """A node's log of one try: each line with the UTC time and who wrote it, nothing buffered.
+
+    `2026-01-31T12:00:00.000+00:00 [rank 0] text`; `[torchrun]` and `[agent]` stand where a rank would.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, lines: Sequence[bytes]) -> None:
+        """Appends whole lines; those without a rank are torchrun's own words."""
+        stamp = datetime.now(UTC).isoformat(timespec="milliseconds").encode() + b" "
+        marked = (line if _RANK_LINE.match(line) else b"[torchrun] " + line for line in lines)
+        self._append(b"".join(stamp + line + b"\n" for line in marked))
+
+    def say(self, text: str) -> None:
+        """Appends words of the agent."""
+        stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._append("".join(f"{stamp} [agent] {line}\n" for line in text.splitlines()).encode())
+
+    def _append(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+
+class Torchrun:
+    """One torchrun process and everything below it.
+
+    Args:
+        argv: its command line.
+        environment: its whole environment.
+        log: where its output goes.
+        on_restart: called when it starts its workers anew, with the number of restarts so far.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        log: Log,
+        on_restart: Callable[[int], None],
+    ) -> None:
+        adopt_orphans()
+        parent = os.getpid()
+
+        def prepare() -> None:
+            die_with_parent(parent)
+            for number in _IGNORED:
+                signal.signal(number, signal.SIG_IGN)
+
+        self._process = subprocess.Popen(
+            argv,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=prepare,
+            process_group=0,  # a Ctrl-C in the agent's terminal must not reach it
+        )
+        self._log = log
+        self._on_restart = on_restart
+        self._rest = b""
+        self._closing: dict[int, float] = {}
+        self.restarts = 0
+        """Times that it has started its workers anew."""
+        self.words: deque[str] = deque(maxlen=_KEPT_LINES)
+        """The last lines that torchrun itself said."""
+
+    @property
+    def pid(self) -> int:
+        """Torchrun's process id."""
+        return self._process.pid
+
+    def watch(self, each_tick: Callable[[], None]) -> int:
+        """Pumps the output until torchrun has ended and nothing of it is left; returns its exit code.
+
+        Args:
+            each_tick: called several times a second, between reads: the place to act on signals.
+        """
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        while self._process.poll() is None:
+            self._read(descriptor, _TICK_S)
+            each_tick()
+            self._end_the_closing()
+        kill_below(os.getpid())
+        while self._read(descriptor, 0.0):
+            pass
+        if self._rest:
+            self._take([self._rest])
+        return self._process.returncode
+
+    def signal_workers(self, number: int) -> None:
+        """Sends a signal to each worker, not to torchrun."""
+        for pid in children(self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """Kills torchrun and everything below it, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _read(self, descriptor: int, wait_s: float) -> bool:
+        """Reads what there is, for at most `wait_s` seconds; false once nothing came."""
+        ready, _, _ = select.select([descriptor], [], [], wait_s)
+        data = os.read(descriptor, 1 << 16) if ready else b""
+        if ready and not data:
+            time.sleep(wait_s)  # the pipe is closed, the process not yet gone
+        if data:
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            self._take(lines)
+        return bool(data)
+
+    def _take(self, lines: Sequence[bytes]) -> None:
+        if not lines:
+            return
+        self._log.write(lines)
+        for line in lines:
+            if _RANK_LINE.match(line):
+                continue
+            self.words.append(line.decode(errors="replace"))
+            if b"will restart worker group" in line:
+                self.restarts += 1
+                self._on_restart(self.restarts)
+            found = _CLOSING.search(line)
+            if found:
+                self._closing[int(found.group(1))] = time.monotonic() + CLOSING_GRACE_S
+
+    def _end_the_closing(self) -> None:
+        late = [pid for pid, deadline in self._closing.items() if time.monotonic() > deadline]
+        for pid in late:
+            del self._closing[pid]
+            if pid in children(self.pid):
+                self._log.say(f"killing process {pid}: told to end {CLOSING_GRACE_S:g} s ago, it goes on")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def children(parent: int) -> list[int]:
+    """Process ids of a process's children (from /proc)."""
+    return [pid for pid, ppid in _parents().items() if ppid == parent]
+
+
+def kill_below(root: int) -> None:
+    """Kills every descendant of a process, and reaps those that are this process's own children.
+
+    Gives up after a while on a process that the kernel doesn't let go (stuck in a disk or a GPU).
+    """
+    deadline = time.monotonic() + _KILL_LIMIT_S
+    while time.monotonic() < deadline:
+        parents = _parents()
+        below: list[int] = []
+        level = [root]
+        while level:
+            level = [pid for pid, ppid in parents.items() if ppid in level]
+            below += level
+        if not below:
+            return
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in below:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.01)
+
+
+def _parents() -> dict[int, int]:
+    """Parent of each process that is no zombie of somebody else."""
+    found = {}
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            fields = Path(entry.path, "stat").read_text(errors="replace").rpartition(")")[2].split()
+            found[int(entry.name)] = int(fields[1])
+    return found
+
+
+def started_at(pid: int) -> float:
+    """When a process started, in seconds since the epoch, as psutil's create_time() counts it."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    for line in Path("/proc/stat").read_text().splitlines():
+        if line.startswith("btime "):
+            return ticks / os.sysconf("SC_CLK_TCK") + float(line.split()[1])
+    raise OSError("/proc/stat has no btime")

@@ -1,0 +1,123 @@
+"""The torchrun command and its environment: pure functions, standard library only.
+
+One torchrun a node. It runs with SIGUSR2, SIGTERM and SIGINT ignored (see hpcdl.launch.child), so it must not
+install handlers of its own for them: `--signals-to-handle` names SIGQUIT only, which nobody sends.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hpcdl.spec.cluster import ClusterSpec
+
+MODULE = "torch.distributed.run"
+"""What the console script `torchrun` calls; with `python -m` it is the right environment's."""
+WORKER: tuple[str, ...] = ("-m", "hpcdl.worker.main")
+"""What torchrun starts on each rank; the run directory follows."""
+LOOPBACK = "127.0.0.1"
+JOIN_TIMEOUT_S = 600
+"""How long an agent waits for the others: importing torch from a slow shared disk can take minutes."""
+PREFIX = "[rank ${rank}] "
+"""torchrun's template for the begin of each worker's line; ${rank} is the global rank."""
+
+_INHERITED = ("MASTER_", "TORCHELASTIC_", "TORCH_ELASTIC_", "PET_", "GROUP_", "ROLE_")
+_INHERITED_NAMES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "HPCDL_TRY"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the agents of one job meet."""
+
+    id: str
+    """The job's own id and try: two jobs, or two tries of one, never meet."""
+    host: str
+    """Address of the head node, which holds the store."""
+    port: int
+    """0: a free one, chosen by torchrun (one node only: nobody else has to know it)."""
+    is_head: bool
+    """Whether this node is the head. Said outright: torchrun would compare host names, which may differ."""
+    local_address: str
+    """This node's address, as the others reach it."""
+
+
+def alone(rendezvous_id: str) -> Rendezvous:
+    """The rendezvous of a job on one node: c10d on a free loopback port, no name is looked up."""
+    return Rendezvous(id=rendezvous_id, host=LOOPBACK, port=0, is_head=True, local_address=LOOPBACK)
+
+
+def command(
+    cluster: ClusterSpec,
+    python: str,
+    rendezvous: Rendezvous,
+    log_dir: str,
+    worker: Sequence[str],
+) -> list[str]:
+    """The argv of torchrun on one node.
+
+    Args:
+        cluster: nodes, processes and restarts.
+        python: interpreter of torchrun and the workers.
+        rendezvous: where the agents meet.
+        log_dir: folder for torchrun's own copies of the workers' output, on the node's own disk.
+        worker: what each rank runs: a script or `-m module`, and its arguments.
+    """
+    return [
+        python,
+        "-m",
+        MODULE,
+        f"--nnodes={cluster.nodes}",
+        f"--nproc-per-node={cluster.processes_per_node}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-id={rendezvous.id}",
+        f"--rdzv-endpoint={_endpoint(rendezvous)}",
+        f"--rdzv-conf=is_host={int(rendezvous.is_head)},join_timeout={JOIN_TIMEOUT_S},"
+        f"read_timeout={JOIN_TIMEOUT_S}",
+        f"--local-addr={rendezvous.local_address}",
+        f"--max-restarts={cluster.max_restarts}",
+        "--signals-to-handle=SIGQUIT",
+        "--tee=3",
+        f"--log-dir={log_dir}",
+        *worker,
+    ]
+
+
+def _endpoint(rendezvous: Rendezvous) -> str:
+    host = f"[{rendezvous.host}]" if ":" in rendezvous.host else rendezvous.host
+    return f"{host}:{rendezvous.port}"
+
+
+def environment(cluster: ClusterSpec, attempt: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The environment of torchrun and the workers.
+
+    Args:
+        cluster: CPUs of a process, nodes, and the user's own variables, which go before all others.
+        attempt: HPCDL_TRY, `<attempt>.<requeue>`.
+        inherited: this process's environment. What another torchrun left in it (a launch from inside a
+            run) is dropped.
+    """
+    kept = {
+        key: value
+        for key, value in inherited.items()
+        if key not in _INHERITED_NAMES and not key.startswith(_INHERITED)
+    }
+    settings = {
+        "HPCDL_TRY": attempt,
+        "OMP_NUM_THREADS": str(cluster.cpus_per_process),
+        "PYTHONUNBUFFERED": "1",
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": PREFIX,
+    }
+    if cluster.nodes > 1:
+        # With torchrun's store shared with the workers, a restart of several agents hangs or ends in
+        # «connectFullMesh failed».
+        settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return {**kept, **settings, **cluster.env}
+
+
+def preview(cluster: ClusterSpec, python: str) -> str:
+    """The command as a dry run shows it, with words where only the job will know."""
+    meeting = Rendezvous(id="JOB_ID", host="HEAD", port=0, is_head=True, local_address="THIS_NODE")
+    argv = command(cluster, python, alone("JOB_ID") if cluster.nodes == 1 else meeting, "TMP", WORKER)
+    shown = [a.replace("HEAD:0", "HEAD:PORT").replace("is_host=1,", "is_host=FIRST_NODE,") for a in argv]
+    return " ".join(shlex.quote(a) for a in (*(shown if cluster.nodes > 1 else argv), "RUN_DIR"))
