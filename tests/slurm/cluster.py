@@ -38,7 +38,9 @@ class Cluster:
     def __init__(self, home: str) -> None:
         self.home = home
 
-    def run(self, *command: str, check: bool = True, timeout: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, timeout: float = LIMIT_S
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a command as the student; fails the test with its output where `check` and it failed."""
         done = subprocess.run(
             [CLUSTER, "run", "--cwd", self.home, *command],
@@ -108,10 +110,16 @@ class Cluster:
             assert status["state"] in ("PENDING", "RUNNING"), self.story(run.run_id)
             return int(status["step"]) if status["step"] >= step else None
 
-        return self.until(reached, f"{run.run_id} at step {step}", LIMIT_S, story=lambda: self.story(run.run_id))
+        return self.until(
+            reached, f"{run.run_id} at step {step}", LIMIT_S, story=lambda: self.story(run.run_id)
+        )
 
     def until(
-        self, reached: Callable[[], T | None], what: str, limit_s: float = LIMIT_S, story: Callable[[], str] = str
+        self,
+        reached: Callable[[], T | None],
+        what: str,
+        limit_s: float = LIMIT_S,
+        story: Callable[[], str] = str,
     ) -> T:
         """Polls `reached` until it gives something."""
         deadline = time.monotonic() + limit_s
@@ -124,11 +132,15 @@ class Cluster:
 
     def story(self, run: str) -> str:
         """Everything that explains a run, for the message of a failed test."""
-        return self.shell(
-            f"hpcdl status {run}; dir=$(hpcdl status {run} --json | python -c 'import json,sys; print(json.load(sys.stdin)[\"run_dir\"])');"
-            " tail -n 20 $dir/events.jsonl; tail -n 60 $dir/logs/*; tail -n 30 runs/.submissions/*/slurm-*.out; squeue -a; sinfo",
-            check=False,
+        looks = (
+            f"hpcdl status {run}",
+            "tail -n 20 runs/*/*/events.jsonl",
+            "tail -n 60 runs/*/*/logs/*",
+            "tail -n 30 runs/.submissions/*/slurm-*.out",
+            "squeue -a",
+            "sinfo",
         )
+        return self.shell("; ".join(looks), check=False)
 
     def lines(self, path: str) -> list[dict[str, Any]]:
         """A JSON-lines file of the shared disk."""
@@ -136,7 +148,11 @@ class Cluster:
 
     def losses(self, run: Launched) -> dict[int, float]:
         """Training loss by step."""
-        return {line["step"]: line["loss"] for line in self.lines(f"{run.run_dir}/metrics.jsonl") if "loss" in line}
+        return {
+            line["step"]: line["loss"]
+            for line in self.lines(f"{run.run_dir}/metrics.jsonl")
+            if "loss" in line
+        }
 
     def events(self, run: Launched, kind: str) -> list[dict[str, Any]]:
         """The run's events of one kind."""

@@ -62,4 +62,6 @@ def cluster(slurm: None, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     cluster = Cluster(home)
     yield cluster
     cluster.shell("scancel --user=student; scancel --user=student --signal=KILL", check=False)
-    cluster.until(lambda: True if not cluster.shell("squeue -h -u student").strip() else None, "an empty queue")
+    cluster.until(
+        lambda: True if not cluster.shell("squeue -h -u student").strip() else None, "an empty queue"
+    )

@@ -32,7 +32,11 @@ def test_a_requeued_run_resumes_exactly(cluster: Cluster) -> None:
     cluster.wait_step(disturbed, 20)
     # What Slurm sends before the time limit: every process of the step gets it (slurm-facts 1).
     cluster.shell(f"scancel --signal=USR2 {disturbed.job_id}")
-    requeued = cluster.until(lambda: _event(cluster, disturbed, "requeued"), "a requeue", story=lambda: cluster.story(disturbed.run_id))
+    requeued = cluster.until(
+        lambda: _event(cluster, disturbed, "requeued"),
+        "a requeue",
+        story=lambda: cluster.story(disturbed.run_id),
+    )
     assert "USR2" in requeued["reason"]
     _start_now(cluster, disturbed)
     status, _ = cluster.wait_done([disturbed, calm])

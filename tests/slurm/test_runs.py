@@ -60,10 +60,14 @@ def test_a_sweep_is_one_array_a_resource_shape_and_returns_at_once(cluster: Clus
 
 def test_two_jobs_share_a_node(cluster: Cluster) -> None:
     shape = ("cluster.nodes=1", "cluster.processes_per_node=2", "cluster.cpus_per_process=1")
-    runs = cluster.launch(*TINY, *shape, "-m", "seed=1,2", "trainer.max_steps=60", "cluster.extra=[--nodelist=c1]")
+    runs = cluster.launch(
+        *TINY, *shape, "-m", "seed=1,2", "trainer.max_steps=60", "cluster.extra=[--nodelist=c1]"
+    )
     ended = cluster.wait_done(runs)
     first, second = ended
-    assert first["started"] < second["ended"] and second["started"] < first["ended"], "they ran at the same time"
+    assert first["started"] < second["ended"] and second["started"] < first["ended"], (
+        "they ran at the same time"
+    )
     assert {cluster.events(run, "started")[0]["node_list"][0] for run in runs} == {"c1"}
 
 
@@ -123,6 +127,8 @@ def test_dry_run_prints_what_is_submitted(cluster: Cluster) -> None:
     assert cluster.shell("ls -A").split() == [], "a dry run changes nothing"
     run = cluster.launch_one(*words[1:])
     sent = cluster.shell(f"cat {run.run_dir}/job.sh")
-    body = [line for line in sent.splitlines() if line and "hpcdl:" not in line and ".submissions" not in line]
+    body = [
+        line for line in sent.splitlines() if line and "hpcdl:" not in line and ".submissions" not in line
+    ]
     missing = [line for line in body if line not in dry]
     assert not missing
