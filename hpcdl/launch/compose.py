@@ -1,0 +1,222 @@
+"""Overrides → one plain config, through Hydra; every fault collected where Hydra stops at the first.
+
+Hydra reads the files once for each choice of groups; values are then set on a copy, by Hydra's own function
+and therefore with its result, so that a sweep of a thousand values doesn't read the same files a thousand
+times (tests/launch/test_compose.py compares with `hydra.compose`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from hpcdl.errors import ConfigError, Fault
+from hpcdl.experiment import sections, words
+from hpcdl.launch import hydra_faults
+
+VERSION_BASE = "1.3"
+CONFIG_NAME = "config"
+
+
+def config_folder() -> Path:
+    """The checkout's `conf/`, or the copy inside the installed package.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "conf", package / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError([Fault(key="conf/config.yaml", value="", problem="hpcdl's own configs are missing")])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composed:
+    """A config made of its files and overrides, and what was wrong on the way."""
+
+    plain: dict[str, Any]
+    """Resolved: no interpolation is left."""
+    faults: tuple[Fault, ...] = ()
+    incomplete: frozenset[str] = frozenset()
+    """Top-level keys whose content is not what was asked for, because of a fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """The config that one choice of groups makes, before values are overridden."""
+
+    config: DictConfig
+    """Without Hydra's own part, as `hydra.compose` gives it."""
+    hydra: DictConfig | None = None
+    """Hydra's own part, for `${hydra:…}`."""
+    faults: tuple[Fault, ...] = ()
+    incomplete: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class Composer:
+    """Hydra with hpcdl's configs, and the user's beside them."""
+
+    config_dir: str | None = None
+    """A further folder of configs (--config-dir)."""
+    config_name: str = CONFIG_NAME
+    """The root config (--config-name)."""
+    loader: ConfigLoaderImpl = field(init=False)
+    parser: OverridesParser = field(init=False)
+    _groups: dict[str, bool] = field(init=False, default_factory=dict)
+    _files: dict[tuple[str, ...], Files] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        version.setbase(VERSION_BASE)
+        setup_globals()
+        search_path = create_config_search_path(str(config_folder()))
+        if self.config_dir is not None:
+            folder = Path(self.config_dir).expanduser().absolute()
+            if not folder.is_dir():
+                raise ConfigError([hydra_faults.no_config_dir(self.config_dir, folder)])
+            schema = SearchPathQuery(provider="schema")
+            search_path.prepend(provider="command-line", path=f"file://{folder}", anchor=schema)
+        self.loader = ConfigLoaderImpl(search_path)
+        self.parser = OverridesParser.create(config_loader=self.loader)
+        if not self.loader.repository.config_exists(self.config_name):
+            raise ConfigError([hydra_faults.no_config_name(self.config_name, self.loader)])
+
+    def parse(self, texts: Sequence[str]) -> tuple[list[Override], list[Fault]]:
+        """The overrides in Hydra's terms, and the faults of those that are none."""
+        overrides, faults = [], []
+        for text in texts:
+            try:
+                overrides += self.parser.parse_overrides([text])
+            except HydraException as error:
+                faults.append(hydra_faults.unreadable(text, error))
+        return overrides, faults
+
+    def is_choice(self, override: Override) -> bool:
+        """Whether the override chooses files (or says something to Hydra itself), not a value."""
+        key = override.key_or_group
+        if key not in self._groups:
+            self._groups[key] = override.is_hydra_override() or self.loader.repository.group_exists(key)
+        return self._groups[key] and not isinstance(override.value(), dict)
+
+    def files(self, choices: Sequence[Override], mode: RunMode = RunMode.RUN) -> Files:
+        """What the files make for these choices of groups, composed once."""
+        lines = tuple(str(override.input_line) for override in choices)
+        if (mode.name, *lines) not in self._files:
+            self._files[mode.name, *lines] = self._read(choices, mode)
+        return self._files[mode.name, *lines]
+
+    def _read(self, choices: Sequence[Override], mode: RunMode) -> Files:
+        faults, good, incomplete = [], [], set()
+        for choice in choices:
+            fault = hydra_faults.wrong_choice(choice, self.loader)
+            if fault is None:
+                good.append(str(choice.input_line))
+            else:
+                faults.append(fault)
+                incomplete.add(choice.key_or_group.split("/")[0])
+        try:
+            config = self.loader.load_configuration(self.config_name, good, mode)
+        except Exception as error:  # whatever a file of the user's can bring about
+            faults.append(hydra_faults.broken_file(error, good))
+            everything = frozenset(sections.top_level())
+            return Files(config=OmegaConf.create({}), faults=tuple(faults), incomplete=everything)
+        if "experiment" in incomplete:
+            # What it would have chosen is not known: a key may be right for that and wrong for this.
+            incomplete |= {"parallel", "peft"}
+        hydra = OmegaConf.masked_copy(config, "hydra")
+        with open_dict(config):
+            del config["hydra"]
+        return Files(config=config, hydra=hydra, faults=tuple(faults), incomplete=frozenset(incomplete))
+
+    def compose(self, overrides: Sequence[Override]) -> Composed:
+        """The config that these overrides make; none of them may be a sweep."""
+        choices = [override for override in overrides if self.is_choice(override)]
+        files = self.files(choices)
+        faults, incomplete = list(files.faults), set(files.incomplete)
+        config = copy.deepcopy(files.config)
+        for override in overrides:
+            # A choice that is wrong leaves nothing behind that a value could be judged by.
+            if self.is_choice(override) or len(files.config) == 0:
+                continue
+            fault = self._set(config, override)
+            if fault is not None and override.key_or_group.split(".")[0] not in files.incomplete:
+                faults.append(fault)
+                incomplete.add(override.key_or_group if "." not in override.key_or_group else "")
+        HydraConfig.instance().cfg = files.hydra  # type: ignore[assignment]
+        plain, unresolved = hydra_faults.resolved(config)
+        faults += unresolved
+        incomplete |= {fault.key.split(".")[0] for fault in unresolved}
+        faults += self._misplaced(plain)
+        return Composed(plain=plain, faults=tuple(faults), incomplete=frozenset(incomplete - {""}))
+
+    def spelled_out(self, texts: Sequence[str]) -> list[str]:
+        """The overrides as Hydra itself would have them: a plus where only the spec knows the key.
+
+        Raises:
+            ConfigError: some of them are wrong.
+        """
+        overrides, faults = self.parse(texts)
+        whole = [override for override in overrides if not override.is_sweep_override()]
+        faults += self.compose(whole).faults
+        if faults:
+            raise ConfigError(faults)
+        config = copy.deepcopy(self.files([o for o in whole if self.is_choice(o)]).config)
+        lines = []
+        for override in overrides:
+            value = not override.is_sweep_override() and not self.is_choice(override)
+            new = value and override.type == OverrideType.CHANGE
+            new = new and not hydra_faults.has(config, override.key_or_group)
+            lines.append("++" * new + str(override.input_line))
+            if value:
+                self._set(config, override)
+        return lines
+
+    def _set(self, config: DictConfig, override: Override) -> Fault | None:
+        known = sections.type_of(override.key_or_group)
+        override = _as_text(override) if known is not None and _is_text(known) else override
+        if override.type == OverrideType.CHANGE and not hydra_faults.has(config, override.key_or_group):
+            if known is None:
+                return hydra_faults.unknown_key(override, config, self.loader)
+            # A key of the spec that a file leaves to its default needs no plus.
+            override = dataclasses.replace(override, type=OverrideType.FORCE_ADD)
+        try:
+            self.loader._apply_overrides_to_config([override], config)
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+            return hydra_faults.unfit(override, config, error)
+        return None
+
+    def _misplaced(self, plain: dict[str, Any]) -> Iterator[Fault]:
+        """An experiment without its first line lies under `experiment:`, and changes nothing."""
+        if isinstance(plain.get("experiment"), dict):
+            yield hydra_faults.lacks_package(plain.pop("experiment"))
+
+
+def _is_text(hint: Any) -> bool:
+    return words.parts_of(hint)[0] == [str]
+
+
+def _as_text(override: Override) -> Override:
+    """The override with a number given back the spelling it had: the job id 123_4 is not 1234."""
+    value = override._value
+    if isinstance(value, int | float) and not isinstance(value, bool) and "=" in str(override.input_line):
+        spelled = QuotedString(text=override.get_value_string().strip(), quote=hydra_faults.QUOTE)
+        return dataclasses.replace(override, _value=spelled)
+    return override

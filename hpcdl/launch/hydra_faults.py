@@ -1,0 +1,358 @@
+"""What Hydra, OmegaConf and YAML complain of, as faults in hpcdl's own form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Override, Quote
+from hydra.errors import MissingConfigException
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import split_key
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    OmegaConfBaseException,
+)
+
+from hpcdl.errors import Fault, nearest_name
+from hpcdl.experiment import sections, words
+
+QUOTE = Quote.double
+
+
+def no_config_dir(given: str, folder: Path) -> Fault:
+    """--config-dir names no folder."""
+    try:
+        names = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        names = []
+    near = nearest_name(folder.name, names)
+    nearest = str(folder.parent / near) if near else ""
+    return Fault(
+        key="--config-dir",
+        value=given,
+        problem="is a file, not a folder" if folder.exists() else "there is no such folder",
+        allowed="a folder with your own configs: my_conf/experiment/mine.yaml",
+        nearest=nearest,
+        fix=f"--config-dir {nearest or 'my_conf'}",
+    )
+
+
+def no_config_name(given: str, loader: ConfigLoaderImpl) -> Fault:
+    """--config-name names no file."""
+    names = loader.get_group_options("")
+    near = nearest_name(given, names)
+    return Fault(
+        key="--config-name",
+        value=given,
+        problem="there is no such root config",
+        allowed="one of " + ", ".join(names),
+        nearest=near,
+        fix=f"--config-name {near or 'config'}",
+    )
+
+
+def unreadable(text: str, error: Exception) -> Fault:
+    """An argument that is no override in Hydra's grammar."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals:
+        problem = "is no override: there is no = in it"
+        fix = words.shell(f"{text}=VALUE") if re.fullmatch(r"[\w+./@-]+", text) else "key=value"
+        return Fault(
+            key=text or '""', value="", problem=problem, allowed="key=value, +key=value, ~key", fix=fix
+        )
+    if not re.fullmatch(r"(~|\+{1,2})?[\w./@:$-]+", key):
+        problem = "is no key that Hydra can read"
+        return Fault(
+            key=key or '""', value=value, problem=problem, allowed="key=value, group=option", fix="key=value"
+        )
+    words_of_hydra = str(error).splitlines()
+    told = re.sub(r"^Error parsing override .*", "", words_of_hydra[0]) or " ".join(words_of_hydra[1:2])
+    told = told.split(" expecting ")[0]
+    return Fault(
+        key=key,
+        value=value,
+        problem=f"can't be read ({_what_is_odd(value) or told.strip()})",
+        allowed="a number, true, false, null, text, [a,b] or {key: value}; other text in quotes",
+        fix=words.shell(f'{key}="{_quoted(value)}"'),
+    )
+
+
+def _quoted(value: str) -> str:
+    return value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _what_is_odd(value: str) -> str:
+    for opening, closing in ("[]", "{}", "()"):
+        if value.count(opening) != value.count(closing):
+            return f"a bracket {opening} {closing} has no partner"
+    for quote in "\"'":
+        if value.count(quote) % 2:
+            return f"a quote {quote} has no partner"
+    odd = sorted(set(re.findall(r"[^\w\s.,:\[\]{}()\"'$%*@?|+/\\-]", value)))
+    return f"{' '.join(odd)} has a meaning of its own there" if odd else ""
+
+
+def wrong_choice(override: Override, loader: ConfigLoaderImpl) -> Fault | None:
+    """A group's option that has no file, or an experiment without its plus."""
+    group, value = override.key_or_group, override.value()
+    if override.is_delete() or override.is_hydra_override():
+        return None
+    options = loader.repository.get_group_options(group, results_filter=ObjectType.CONFIG)
+    chosen = value if isinstance(value, list) else [value]
+    for option in chosen:
+        if not isinstance(option, str) or not loader.repository.config_exists(f"{group}/{option}"):
+            near = nearest_name(str(option), options)
+            plus = "+" if override.is_add() or group == "experiment" else ""
+            return Fault(
+                key=group,
+                value=words.typed(option),
+                problem=f"the group {group} has no such option",
+                allowed=", ".join(options),
+                nearest=near,
+                fix=f"{plus}{group}={near or 'OPTION'}",
+            )
+    if group == "experiment" and not override.is_add():
+        return Fault(
+            key="experiment",
+            value=words.typed(value),
+            problem="an experiment is added to the config, which has none",
+            allowed="+experiment=NAME, with the plus",
+            fix=f"+experiment={words.typed(value)}",
+        )
+    return None
+
+
+def broken_file(error: Exception, lines: Sequence[str]) -> Fault:
+    """A config file that can't be read or composed."""
+    cause = error.__cause__ if isinstance(error.__cause__, yaml.YAMLError) else error
+    if isinstance(cause, yaml.MarkedYAMLError):
+        mark = cause.problem_mark or cause.context_mark
+        place = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a config file"
+        problem = f"is no YAML: {cause.problem or cause.context}"
+        return Fault(key=place, value="", problem=problem, fix="correct the file at that place")
+    told = _plain(str(error)) or (_plain(str(error.__cause__)) if error.__cause__ else "")
+    where = re.search(r"In '?([\w./-]+)'?:", told)
+    key = f"{where.group(1)}.yaml" if where else " ".join(lines) or "config"
+    if isinstance(error, UnicodeDecodeError):
+        told = f"a file is not UTF-8 text ({error.reason} at byte {error.start})"
+    missing = _missing_file(error, told)
+    if missing is not None:
+        return missing
+    added = re.search(r"Could not override '([^']+)'.*use \+(\S+)", told)
+    if added:
+        return Fault(
+            key=added.group(1),
+            value=added.group(2).partition("=")[2],
+            problem="the config has no such group to choose from",
+            fix=f"+{added.group(2)}",
+        )
+    problem = re.sub(rf"^In '?{re.escape(where.group(1))}'?:\s*", "", told) if where else told
+    return Fault(
+        key=key,
+        value="",
+        problem=f"can't be composed: {problem or type(error).__name__}",
+        fix="see which files are read: --info defaults",
+    )
+
+
+def _missing_file(error: Exception, told: str) -> Fault | None:
+    """A defaults list that names a file which isn't there."""
+    if not isinstance(error, MissingConfigException) or not error.missing_cfg_file:
+        return None
+    group, _, option = error.missing_cfg_file.rpartition("/")
+    listed = re.search(r"Available options in '[^']*': (.*?)( Config search path|$)", told)
+    options = listed.group(1).split() if listed else []
+    near = nearest_name(option, options)
+    parent = re.match(r"In '([^']+)'", told)
+    return Fault(
+        key=f"{parent.group(1)}.yaml" if parent else group or "config",
+        value=f"{group}: {option}" if group else option,
+        problem="its defaults list names a file that is not there",
+        allowed=", ".join(options) or "a file of a config folder",
+        nearest=near,
+        fix=f"{group}: {near}" if near else "correct the defaults list, or add the file",
+    )
+
+
+def _plain(text: str) -> str:
+    """One line, without addresses, tabs and the list of folders."""
+    text = re.sub(r"See https?://\S+[^\n]*|https?://\S+", "", text)
+    text = text.split("\nConfig search path:")[0].split("\nSearch path:")[0]
+    text = re.sub(r"\s+(full_key|object_type|reference_type)(:|=).*", "", text, flags=re.S)
+    return " ".join(text.split())
+
+
+def has(config: DictConfig, key: str) -> bool:
+    """Whether the config has the key, whatever its value."""
+    node: Any = config
+    for part in split_key(key):
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            if node._is_interpolation() or part not in list(node.keys()):
+                return node._is_interpolation()
+            node = node._get_node(part)
+        elif isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+            node = node._get_node(int(part))
+        else:
+            return False
+    return True
+
+
+def unknown_key(override: Override, config: DictConfig, loader: ConfigLoaderImpl) -> Fault:
+    """A key that neither the config nor the spec has."""
+    key, value = override.key_or_group, override.value()
+    groups = [g for g in loader.list_groups("") if g != "hydra"]
+    top, *rest = key.split(".")
+    if "/" in key or override.package is not None or (not rest and isinstance(value, str)):
+        near_group = nearest_name(key.split("/")[0], groups)
+        if near_group:
+            options = loader.get_group_options(near_group)
+            option = nearest_name(str(value), options) or "OPTION"
+            plus = "+" if near_group == "experiment" else ""
+            fix = f"{plus}{near_group}={option}"
+            known = ", ".join(sorted({*groups, *sections.top_level()}))
+            problem = "there is no such group or key"
+            return Fault(
+                key=key, value=words.typed(value), problem=problem, allowed=known, nearest=near_group, fix=fix
+            )
+    if rest and top not in config and top not in sections.top_level():
+        near = nearest_name(top, sections.top_level())
+        corrected = ".".join([near, *rest]) if near else ""
+        return Fault(
+            key=key,
+            value=words.typed(value),
+            problem=f"there is no section {top}",
+            allowed=", ".join(sections.top_level()),
+            nearest=corrected,
+            fix=words.shell(f"{corrected}={words.typed(value)}") if corrected else f"leave {key} out",
+        )
+    parent = key.rpartition(".")[0]
+    node = _select(config, parent) if parent else config
+    siblings = [str(k) for k in node] if isinstance(node, DictConfig) else []
+    return words.unknown_key(key, value, siblings, sections.every_key())
+
+
+def _select(config: DictConfig, key: str) -> Any:
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException:
+        return None
+
+
+def unfit(override: Override, config: DictConfig, error: Exception) -> Fault:
+    """An override that names something real and can't be applied to it."""
+    key, line = override.key_or_group, str(override.input_line)
+    value = words.typed(override.value()) if override.value() is not None else ""
+    if override.package is not None:
+        return Fault(
+            key=key, value=value, problem="there is no such group", fix=f"leave @{override.package} out"
+        )
+    if override.is_delete():
+        known = [str(k) for k in config]
+        near = nearest_name(key, known)
+        told = _plain(str(error))
+        problem = "can't be taken away: it is not there" if "does not exist" in told else told
+        return Fault(
+            key=f"~{key}", value=value, problem=problem, nearest=near, fix=f"~{near}" if near else ""
+        )
+    if override.is_add() and "already at" in str(error):
+        problem = "can't be added: the config has it already"
+        return Fault(key=f"+{key}", value=value, problem=problem, fix=words.shell(line.lstrip("+")))
+    told = _plain(str(error.__cause__ or error))
+    return Fault(key=key, value=value, problem=f"can't be set: {told}", fix="see the config with --cfg job")
+
+
+def resolved(config: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
+    """The config as plain data without interpolations, and what could not be resolved or is missing."""
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, ValueError, RecursionError):
+        faults = list(_unresolved(config, ""))
+        with_holes = _without(config, {fault.key for fault in faults}, "")
+        return dict(with_holes), faults
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}, []
+
+
+def _unresolved(node: Container, prefix: str) -> Iterator[Fault]:
+    keys: Any = list(node.keys()) if isinstance(node, DictConfig) else range(len(node))  # type: ignore[arg-type]
+    for key in keys:
+        full = f"{prefix}{key}"
+        child = node._get_node(key)
+        written = child._value() if child is not None else None  # type: ignore[union-attr]
+        if OmegaConf.is_missing(node, key):
+            yield Fault(
+                key=full,
+                value="???",
+                problem="must be given: the file leaves it open with ???",
+                allowed=words.allowed(hint) if (hint := sections.type_of(full)) else "",
+                fix=f"{full}=VALUE",
+            )
+        elif isinstance(child, Container) and not OmegaConf.is_interpolation(node, key):
+            if not child._is_none():
+                yield from _unresolved(child, f"{full}.")
+        else:
+            try:
+                OmegaConf.to_container(OmegaConf.create({"x": node[key]}), resolve=True)
+            except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+                yield _bad_interpolation(full, str(written), error)
+
+
+def _bad_interpolation(key: str, written: str, error: Exception) -> Fault:
+    names = re.findall(r"\$\{\s*([\w.]+)\s*\}", written)
+    near = ""
+    if isinstance(error, InterpolationToMissingValueError):
+        problem = "points to a key that is missing"
+    elif isinstance(error, InterpolationKeyError):
+        problem = "points to a key that is not there"
+        leaf = names[0].rpartition(".")[2] if names else ""
+        known = sections.every_key()
+        near = known.get(leaf) or nearest_name(names[0] if names else "", known.values())
+    elif isinstance(error, RecursionError):
+        problem = "points to itself"
+    else:
+        told = _plain(str(error))
+        told = re.sub(r"^\w*Error raised while resolving interpolation: ", "", told)
+        problem = f"can't be resolved: {told}"
+    return Fault(
+        key=key,
+        value=written,
+        problem=problem,
+        allowed="${KEY} with a dotted key of this config, or ${oc.env:VARIABLE,DEFAULT}",
+        nearest="${" + near + "}" if near else "",
+        fix=words.shell(f"{key}=" + ("${" + near + "}" if near else "VALUE")),
+    )
+
+
+def _without(node: Container, broken: set[str], prefix: str) -> Any:
+    """Plain data less the keys that could not be resolved."""
+    if isinstance(node, ListConfig):
+        kept = [i for i in range(len(node)) if f"{prefix}{i}" not in broken]
+        return [_value(node, i, broken, prefix) for i in kept]
+    assert isinstance(node, DictConfig)
+    return {str(k): _value(node, k, broken, prefix) for k in node if f"{prefix}{k!s}" not in broken}
+
+
+def _value(node: Container, key: Any, broken: set[str], prefix: str) -> Any:
+    value = node[key]
+    if not isinstance(value, Container):
+        return value
+    return _without(value, broken, f"{prefix}{key}.")
+
+
+def lacks_package(content: dict[str, Any]) -> Fault:
+    """An experiment file whose keys ended up below `experiment`."""
+    return Fault(
+        key="experiment",
+        value=words.typed(list(content), 60),
+        problem="its keys lie below `experiment` and change nothing: the file lacks its first line",
+        allowed="a file of conf/experiment that starts with # @package _global_",
+        fix="put `# @package _global_` at the top of the file",
+    )

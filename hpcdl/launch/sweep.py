@@ -1,0 +1,161 @@
+"""`-m`: the points of a sweep, in Hydra's syntax and order, each composed and validated."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from hpcdl import experiment
+from hpcdl.errors import ConfigError, Fault
+from hpcdl.experiment import words
+from hpcdl.launch.compose import Composer
+from hpcdl.spec import ExperimentSpec, LaunchOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One run that was asked for."""
+
+    label: str
+    """The overrides that tell it from the other points; empty for a single run."""
+    spec: ExperimentSpec
+    run_id: str
+    """Digest of the experiment."""
+
+
+def points(composer: Composer, texts: Sequence[str], *, multirun: bool) -> tuple[list[Point], LaunchOptions]:
+    """Everything that a command line asks for, composed and validated.
+
+    Args:
+        composer: Hydra with its folders.
+        texts: the overrides as typed.
+        multirun: whether `-m` was given.
+
+    Raises:
+        ConfigError: something is wrong in at least one point; carries every fault of all of them.
+    """
+    overrides, faults = composer.parse(texts)
+    if multirun:
+        overrides = _from_files(composer, overrides) + overrides
+    expanded = expand(overrides) if multirun else [tuple(overrides)]
+    faults += [fault for override in overrides if (fault := _not_a_sweep(override, multirun))]
+    if any(override.is_sweep_override() for point in expanded for override in point):
+        expanded = [tuple(o for o in point if not o.is_sweep_override()) for point in expanded[:1]]
+    labels = _labels(overrides, expanded) if multirun else [""]
+    checked = [_check(composer, point, incomplete=bool(faults)) for point in expanded]
+    all_faults = (*faults, *experiment.merge_faults(zip(labels, (c.faults for c in checked), strict=True)))
+    all_faults += _swept_options([c.options for c in checked if c.options])
+    if all_faults:
+        raise ConfigError(all_faults)
+    made = [
+        Point(label=label, spec=item.spec, run_id=experiment.digest(item.spec))
+        for label, item in zip(labels, checked, strict=True)
+        if item.spec is not None
+    ]
+    assert checked[0].options is not None
+    return made, checked[0].options
+
+
+def expand(overrides: Sequence[Override]) -> list[tuple[Override, ...]]:
+    """The points that these overrides span, in the order of Hydra's own sweeper.
+
+    A key that is given twice counts once, in its first place with its last value, as Hydra has it.
+    """
+    axes: dict[str, list[Override]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        axes[key] = _elements(override) if override.is_discrete_sweep() else [override]
+    return list(itertools.product(*axes.values()))
+
+
+def _elements(override: Override) -> list[Override]:
+    """The override once for each of its values, without parsing each anew."""
+    key = override.get_key_element()
+    return [
+        dataclasses.replace(
+            override,
+            value_type=ValueType.ELEMENT,
+            _value=value,
+            input_line=f"{key}={Override._get_value_element_as_str(value)}",
+        )
+        for value in override.sweep_iterator()
+    ]
+
+
+def _from_files(composer: Composer, overrides: Sequence[Override]) -> list[Override]:
+    """Sweeps that a file holds, where Hydra looks for them: `hydra.sweeper.params`."""
+    choices = [o for o in overrides if composer.is_choice(o) and not o.is_sweep_override()]
+    hydra = composer.files(choices, RunMode.MULTIRUN).hydra
+    params = OmegaConf.select(hydra, "hydra.sweeper.params") if hydra is not None else None
+    found, faults = composer.parse([f"{key}={value}" for key, value in (params or {}).items()])
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _not_a_sweep(override: Override, multirun: bool) -> Fault | None:
+    if not override.is_sweep_override():
+        return None
+    key, value = override.get_key_element(), override.get_value_string()
+    if not multirun:
+        return Fault(
+            key=key,
+            value=value,
+            problem="has several values: a sweep, which needs -m",
+            allowed=f"-m for a run each, {key}=[{value}] for a list, or the value in quotes for text",
+            fix=words.shell(f"{key}=[{value}]") + ", or put -m before the overrides",
+        )
+    if not override.is_discrete_sweep():
+        return Fault(
+            key=key,
+            value=value,
+            problem="an interval has no points that could be counted",
+            allowed="key=a,b,c, choice(a,b,c), range(start,stop,step), glob(pattern)",
+            fix=words.shell(f"{key}=range(1,5)"),
+        )
+    if override.is_hydra_override():
+        return Fault(
+            key=key, value=value, problem="Hydra's own settings can't be swept", fix=f"leave {key} out"
+        )
+    if not _elements(override):
+        return Fault(
+            key=key, value=value, problem="matches nothing: the sweep has no points", fix=f"{key}=a,b"
+        )
+    return None
+
+
+def _labels(overrides: Sequence[Override], expanded: Sequence[tuple[Override, ...]]) -> list[str]:
+    swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+    return [" ".join(str(o.input_line) for o in point if o.get_key_element() in swept) for point in expanded]
+
+
+def _check(composer: Composer, point: Sequence[Override], *, incomplete: bool) -> experiment.Checked:
+    composed = composer.compose(point)
+    if not composed.faults and not incomplete:
+        return experiment.check(composed.plain)
+    # Rules between sections would judge a config that nobody asked for.
+    found = experiment.check(composed.plain, types_only=True, skip=composed.incomplete)
+    known = {fault.key for fault in composed.faults}
+    new = tuple(fault for fault in found.faults if fault.key not in known)
+    return experiment.Checked(faults=composed.faults + new)
+
+
+def _swept_options(options: Sequence[LaunchOptions]) -> tuple[Fault, ...]:
+    """What the launcher does is the same for all points."""
+    names = [field.name for field in dataclasses.fields(LaunchOptions)]
+    return tuple(
+        Fault(
+            key=name,
+            value=words.typed(sorted({str(getattr(option, name)) for option in options})),
+            problem="can't differ between the points of a sweep: it is what the launcher does",
+            fix=f"give {name} one value",
+        )
+        for name in names
+        if len({getattr(option, name) for option in options}) > 1
+    )
