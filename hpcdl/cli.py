@@ -18,17 +18,20 @@ CONFIRM_FROM = 10
 """Cancelling so many runs asks first."""
 EXAMPLES = """\
 examples:
-  hpcdl launch +experiment=lora_llama                   on this machine, in the foreground
-  hpcdl launch +experiment=lora_llama cluster=slurm     into Slurm's queue
-  hpcdl launch -m +experiment=pretrain_tiny seed=0,1,2  a sweep
-  hpcdl status                                          the last runs
-  hpcdl status latest                                   all about one
-  hpcdl logs -f 123_4                                   what array task 4 of job 123 prints
-  hpcdl cancel latest                                   save a checkpoint and stop
+  hpcdl launch +experiment=lora_llama               on this machine
+  hpcdl launch +experiment=lora_llama cluster=slurm into Slurm's queue
+  hpcdl launch -m +experiment=lora_llama seed=0,1,2 a sweep: one array job
+  hpcdl status                                      the last runs
+  hpcdl status latest                               all about one
+  hpcdl logs -f 123_4                               what array task 4 prints
+  hpcdl cancel latest                               save a checkpoint, stop
 
-RUN is a run id or its beginning, a job id (123, 123_4), a run's directory, an experiment's name, a sweep's
-id, or `latest`. Runs lie in --runs-dir, by default $HPCDL_RUNS, by default ./runs.
-exit codes: 0 done, 1 a run failed, 2 called or configured wrongly, 3 Slurm not reached, 130 interrupted
+RUN is a run id or its beginning, a job id (123, 123_4), a run's directory,
+an experiment's name, a sweep's id, or `latest`. Runs lie in --runs-dir, by
+default $HPCDL_RUNS, by default ./runs.
+
+exit codes: 0 done, 1 a run failed, 2 called or configured wrongly,
+            3 Slurm could not be reached, 130 interrupted
 """
 
 
@@ -135,9 +138,7 @@ def _add_follow(verbs: Verbs) -> None:
 
 
 def _add_cancel(verbs: Verbs) -> None:
-    parser = _add(
-        verbs, "cancel", _cancel, "save a checkpoint and end runs; an experiment's name means all its runs"
-    )
+    parser = _add(verbs, "cancel", _cancel, "save a checkpoint and end runs (a name: all its runs)")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--now", action="store_true", help="don't wait for a checkpoint")
     parser.add_argument(

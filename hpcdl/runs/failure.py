@@ -93,17 +93,19 @@ def log_try(path: Path) -> tuple[int, int]:
     return (int(attempt), int(requeue)) if attempt.isdigit() and requeue.isdigit() else (-1, -1)
 
 
-def slurm_output(run: RunDir, state: RunState) -> Path | None:
-    """Slurm's own output file of the run's job: what the job said before the agent could speak."""
-    if state.submission is None or state.job_id is None:
+def own_output(run: RunDir, state: RunState) -> Path | None:
+    """What the job itself wrote, before the agent could speak: Slurm's output file, or the local shell's."""
+    if state.submission is None:
         return None
     folder = run.runs_dir / SUBMISSIONS / state.submission
+    if state.kind == "local":
+        return folder / "local.out" if (folder / "local.out").exists() else None
+    if state.job_id is None:
+        return None
+    files = sorted(folder.glob("*.out"))
     task = state.job_id.partition("_")[2]
-    ends = (state.job_id, f"_{task}") if task else (state.job_id,)
-    for path in sorted(folder.glob("*.out")):
-        if path.stem.endswith(ends):
-            return path
-    return None
+    exact = [path for path in files if path.stem.endswith(f"-{state.job_id}")]
+    return next(iter(exact or [path for path in files if task and path.stem.endswith(f"_{task}")]), None)
 
 
 def last_words(path: Path | None, window: int = 8192) -> str:

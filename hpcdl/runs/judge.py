@@ -48,9 +48,9 @@ def agent_gone(run: RunDir, state: RunState, *, rebooted: bool) -> Verdict:
     return _ended(run, state, "FAILED", f"the agent, process {state.agent_pid}, left no last word: {how}")
 
 
-def never_submitted(why: str) -> Verdict:
-    """A run that no scheduler ever heard of."""
-    reason = f"never submitted: {why}; launch it again"
+def never_started(why: str) -> Verdict:
+    """A run that never reached its scheduler, or its turn on this machine."""
+    reason = f"never started: {why}; launch it again"
     return _final("FAILED", reason, None, "failed", traceback="")
 
 
@@ -136,7 +136,7 @@ def _by_end(run: RunDir, state: RunState, job: Job) -> Verdict:
         return _final(word, words[job.state], job.exit_code, "failed", ended=job.end, traceback="")
     reason = _exit_words(job)
     if never_ran:
-        said = failure.last_words(failure.slurm_output(run, state))
+        said = failure.last_words(failure.own_output(run, state))
         reason += f" before the agent had started{': ' + said if said else ''}"
     return _ended(run, state, "FAILED", reason, exit_code=job.exit_code, ended=job.end)
 

@@ -150,9 +150,9 @@ def _show_nothing(
     if existing:
         names = ", ".join(path.name for path in existing)
         raise UsageError(f"no log of that node or try; there are: {names}")
-    output = failure.slurm_output(run, state)
+    output = failure.own_output(run, state)
     if output is not None and output.stat().st_size:
-        say(f"the agent wrote no log; this is Slurm's own output, {output}")
+        say(f"the agent wrote no log; this is the job's own output, {output}")
         for line in _lines(output):
             write(line)
     elif state.state == "CANCELLED":

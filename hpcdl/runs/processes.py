@@ -40,11 +40,11 @@ def create_time(pid: int) -> float:
 
 
 def agent_life(state: RunState) -> Life:
-    """Whether the agent of a local run lives."""
+    """Whether the agent of a local run lives. What a pending run's state says of one is an earlier try's."""
+    if state.agent_pid is None or state.state == "PENDING":
+        return "unborn"
     if state.host is not None and state.host != os.uname().nodename:
         return "elsewhere"
-    if state.agent_pid is None:
-        return "unborn"
     return "alive" if alive(state.agent_pid, state.agent_started) else "gone"
 
 

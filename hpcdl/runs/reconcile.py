@@ -14,12 +14,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hpcdl.errors import UsageError
-from hpcdl.runs import judge, processes
+from hpcdl.runs import failure, judge, processes
 from hpcdl.runs.files import write_json
 from hpcdl.runs.judge import Verdict
 from hpcdl.runs.scheduler import Job, Slurm, with_comment
 from hpcdl.runs.state import ACTIVE, RunState
-from hpcdl.runs.store import SUBMISSIONS, RunDir, read_submission
+from hpcdl.runs.store import RUNNER, SUBMISSIONS, RunDir, read_submission
 
 SBATCH_GRACE_S = 30.0
 """A launcher that dies may leave its sbatch behind, which can still succeed for this long."""
@@ -112,18 +112,33 @@ def _check_local(view: View) -> View:
     if life == "elsewhere":
         return dataclasses.replace(view, unchecked=f"runs on {state.host}; ask there whether it still does")
     if life == "unborn":
-        record = read_submission(view.run.runs_dir, state.submission) if state.submission else {}
-        host = record.get("host")
-        if host not in (None, os.uname().nodename):
-            return dataclasses.replace(view, unchecked=f"was launched on {host}; ask there")
-        if _launcher_lives(record) or _age_s(record.get("created") or state.created) < UNBORN_GRACE_S:
+        return _check_unborn(view)
+    return _apply_fresh(view, judge.agent_gone(view.run, state, rebooted=processes.booted_since(state)))
+
+
+def _check_unborn(view: View) -> View:
+    """A local run that is still to begin: it has its turn while its submission's shell lives."""
+    state = view.state
+    record = read_submission(view.run.runs_dir, state.submission) if state.submission else {}
+    runner = read_submission(view.run.runs_dir, state.submission, RUNNER) if state.submission else {}
+    host = runner.get("host") or record.get("host")
+    if host not in (None, os.uname().nodename):
+        return dataclasses.replace(view, unchecked=f"was launched on {host}; ask there")
+    if runner:
+        if processes.alive(int(runner["pid"]), runner.get("started")):
             return view
-        return _apply(view, judge.never_submitted("its launcher ended before the run had begun"))
-    # The agent may have written its last word between our reading and its end.
+        why = "the shell that starts the runs ended before its turn"
+        said = failure.last_words(failure.own_output(view.run, state))
+        return _apply_fresh(view, judge.never_started(f"{why}{': ' + said if said else ''}"))
+    if _launcher_lives(record) or _age_s(record.get("created") or state.created) < UNBORN_GRACE_S:
+        return view
+    return _apply_fresh(view, judge.never_started("its launcher ended before the run had begun"))
+
+
+def _apply_fresh(view: View, verdict: Verdict) -> View:
+    """Like `_apply`, unless the agent has spoken between our reading and its process's end."""
     fresh = view.run.read_state()
-    if fresh != state:
-        return dataclasses.replace(view, state=fresh)
-    return _apply(view, judge.agent_gone(view.run, state, rebooted=processes.booted_since(state)))
+    return _apply(view, verdict) if fresh == view.state else dataclasses.replace(view, state=fresh)
 
 
 def _check_slurm(view: View, job: Job | None, away: str) -> View:
@@ -131,7 +146,7 @@ def _check_slurm(view: View, job: Job | None, away: str) -> View:
     if job is not None:
         return _apply(view, judge.by_slurm(view.run, view.state, job))
     if away:
-        reason = f"Slurm does not answer ({away}); {view.state.state} when last known"
+        reason = f"{view.state.state} when last known; Slurm does not answer: {away}"
         unknown = dataclasses.replace(view.state, state="UNKNOWN", reason=reason)
         return dataclasses.replace(view, state=unknown, unchecked=away)
     return _apply(view, judge.forgotten(view.run, view.state))
@@ -167,9 +182,9 @@ def _check_submitted(view: View, found: dict[str, str], away: str) -> View:
     ):
         return dataclasses.replace(view, state=dataclasses.replace(state, reason="is being submitted"))
     if away:
-        unknown = dataclasses.replace(state, state="UNKNOWN", reason=f"Slurm does not answer ({away})")
+        unknown = dataclasses.replace(state, state="UNKNOWN", reason=f"Slurm does not answer: {away}")
         return dataclasses.replace(view, state=unknown, unchecked=away)
-    return _apply(view, judge.never_submitted("its launcher ended before sbatch had answered"))
+    return _apply(view, judge.never_started("its launcher ended before sbatch had answered"))
 
 
 def _launcher_lives(record: dict[str, Any]) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hpcdl.runs import failure, words
 from hpcdl.runs.files import last_line
@@ -17,6 +16,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EVENTS_SHOWN = 8
+COLUMNS = ("run", "name", "state", "step", "loss", "tok/s", "job", "nodes", "age")
+RIGHT = frozenset({"step", "loss", "tok/s", "nodes", "age"})
+NAME_LEAST = 8
+"""Characters of a name that are shown at least, however narrow the terminal."""
 
 
 def as_json(view: View) -> dict[str, Any]:
@@ -60,34 +63,34 @@ def print_table(console: Console, views: Sequence[View], total: Sequence[View]) 
     from rich.text import Text
 
     gap = 1 if console.width < 100 else 2
+    rows = [_row(view) for view in views]
+    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS))]
+    name = COLUMNS.index("name")
+    # The name gives way: a cut id, job or state would be of no use.
+    others = sum(widths) - widths[name] + gap * (len(COLUMNS) - 1)
+    widths[name] = min(widths[name], max(NAME_LEAST, console.width - others))
     grid = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold", show_edge=False)
-    for name in ("run", "name", "state"):
-        grid.add_column(name, no_wrap=True, overflow="ellipsis", min_width=12 if name == "run" else 4)
-    for name in ("step", "loss", "tok/s"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column("job", no_wrap=True, overflow="ellipsis")
-    for name in ("nodes", "age"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for view in views:
-        state = view.state
-        step, loss, speed = _progress(view)
-        grid.add_row(
-            state.run_id,
-            state.name,
-            Text(state.state, style=words.STYLES[state.state]),
-            step,
-            loss,
-            speed,
-            state.job_id or ("local" if state.kind == "local" else "-"),
-            str(state.nodes),
-            words.age(words.since(state.created)),
+    for column, width in zip(COLUMNS, widths, strict=True):
+        justify: Literal["right", "left"] = "right" if column in RIGHT else "left"
+        grid.add_column(
+            column, justify=justify, no_wrap=True, overflow="ellipsis", min_width=width, max_width=width
         )
+    for view, row in zip(views, rows, strict=True):
+        style = words.STYLES[view.state.state]
+        grid.add_row(*(Text(cell, style=style if i == 2 else "") for i, cell in enumerate(row)))
     console.print(grid)
     hidden = len(total) - len(views)
     more = f"; {hidden} older: --all or -n shows them" if hidden > 0 else ""
     console.print(Text(f"{summary(total)}{more}", style="dim"))
     for reason in _why_unknown(views):
         console.print(Text(reason, style="yellow"), soft_wrap=True)
+
+
+def _row(view: View) -> tuple[str, ...]:
+    state = view.state
+    job = state.job_id or ("local" if state.kind == "local" else "-")
+    age = words.age(words.since(state.created))
+    return (state.run_id, state.name, state.state, *_progress(view), job, str(state.nodes), age)
 
 
 def _why_unknown(views: Sequence[View]) -> list[str]:
@@ -113,13 +116,14 @@ def print_detail(console: Console, view: View) -> None:
     title = Text.assemble((state.name, "bold"), "  ", state.run_id, "  ")
     title.append(state.state, style=words.STYLES[state.state])
     console.print(title)
-    for label, text in _fields(view):
-        console.print(Text.assemble((f"{label:<11}", "dim"), text), soft_wrap=True, highlight=False)
+    _print_fields(console, _fields(view))
+    # In one piece, however long: it is there to be copied.
+    console.print(Text.assemble(("directory  ", "dim"), str(view.run.path)), soft_wrap=True)
     events = view.run.events()
     if events:
         console.print(Rule("events", align="left", style="dim"))
         for line in _event_lines(events[-EVENTS_SHOWN:]):
-            console.print(Text(line, no_wrap=True, overflow="ellipsis"))
+            console.print(Text(line), no_wrap=True, overflow="ellipsis")
     traceback = traceback_of(view.run, state)
     if traceback:
         console.print(Rule("traceback", align="left", style="red"))
@@ -127,6 +131,16 @@ def print_detail(console: Console, view: View) -> None:
     console.print(Rule("next", align="left", style="dim"))
     for command, meaning in next_commands(view):
         console.print(Text.assemble(f"{command}  ", (f"# {meaning}", "dim")), soft_wrap=True)
+
+
+def _print_fields(console: Console, fields: Sequence[tuple[str, str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for label, text in fields:
+        grid.add_row(Text(f"{label:<9}", style="dim"), Text(text, overflow="fold"))
+    console.print(grid)
 
 
 def _fields(view: View) -> list[tuple[str, str]]:
@@ -142,7 +156,6 @@ def _fields(view: View) -> list[tuple[str, str]]:
         ("held-out", _evaluations(run)),
         ("times", _times(state)),
         ("tries", _tries(state)),
-        ("directory", str(run.path)),
     ]
     return [(label, text) for label, text in fields if text]
 
@@ -235,14 +248,10 @@ def next_commands(view: View) -> list[tuple[str, str]]:
             (f"hpcdl logs {name}", "the log"),
         ]
     commands = [(f"hpcdl logs {name}", "the log of every rank")] if failure.log_files(run) else []
-    output = failure.slurm_output(run, state)
+    output = failure.own_output(run, state)
     if not commands and output is not None:
-        commands = [(f"hpcdl logs {name}", "Slurm's own output")]
+        commands = [(f"hpcdl logs {name}", "the job's own output")]
     again = (
         "resumes it from its last checkpoint" if any(run.checkpoints.glob("step-*")) else "starts it again"
     )
-    return [
-        *commands,
-        (f"less {shlex.quote(str(run.job_file))}", "what was submitted"),
-        ("hpcdl launch …", f"the same command as before {again}"),
-    ]
+    return [*commands, ("hpcdl launch …", f"the same command as before {again}")]

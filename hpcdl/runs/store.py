@@ -22,6 +22,8 @@ from hpcdl.runs.files import append_line, last_line, locked, read_lines, write_j
 from hpcdl.runs.state import RunState, State
 
 SUBMISSIONS = ".submissions"
+RUNNER = "runner.json"
+"""In a local submission's folder: `{pid, started, host}` of the shell that starts its runs in turn."""
 
 
 def now() -> str:
@@ -225,10 +227,10 @@ _STAND_INS: dict[str, Any] = {"kind": "local", "nodes": 1, "world_size": 1, "max
 """For keys that an older version may not have written."""
 
 
-def read_submission(runs_dir: Path, token: str) -> dict[str, Any]:
-    """The record of one sbatch: `{token, job_id, kind, name, created, …}`; empty if it is gone."""
+def read_submission(runs_dir: Path, token: str, file: str = "submission.json") -> dict[str, Any]:
+    """The record of one submission: `{token, job_id, kind, name, created, …}`; empty if it isn't there."""
     try:
-        record = json.loads((runs_dir / SUBMISSIONS / token / "submission.json").read_text(encoding="utf-8"))
+        record = json.loads((runs_dir / SUBMISSIONS / token / file).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
     return dict(record) if isinstance(record, dict) else {}
