@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+FREEZES_BASE = True
+"""The base takes no updates: the worker may hold it in bf16."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config(PeftSpec):
     """LoRA's keys, as in the paper."""

@@ -42,12 +42,23 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
 
 
 def apply(config: Config, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Wraps `model` in DistributedDataParallel over the mesh's `dp_replicate` dimension."""
+    """Wraps `model` in DistributedDataParallel over the mesh's `dp_replicate` dimension.
+
+    Nothing is broadcast: every rank has loaded the same weights (the worker checks it), and a causal
+    language model's buffers are constants. DDP would send the frozen base of LoRA over the network too.
+    """
+    import warnings
+
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(
-        model,
-        process_group=mesh["dp_replicate"].get_group(),
-        bucket_cap_mb=config.bucket_cap_mb,
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # torch 2.13 renames broadcast_buffers; 2.11 and 2.12 don't know the new name yet.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            model,
+            process_group=mesh["dp_replicate"].get_group(),
+            bucket_cap_mb=config.bucket_cap_mb,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+            init_sync=False,
+        )

@@ -1,0 +1,40 @@
+"""What a failing rank leaves behind, so that `hpcdl status` can tell the root cause: the earliest file."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass
+
+from hpcdl.errors import HpcdlError
+from hpcdl.runs.files import write_json
+from hpcdl.runs.store import RunDir, now
+from hpcdl.worker.process import Process
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far this rank has come; the loop keeps it up to date."""
+
+    step: int = 0
+
+
+def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
+    """Writes `errors/try<t>-restart<n>-rank<r>.json` and prints the traceback.
+
+    A user's fault (HpcdlError) is printed without one: its message says it all.
+    """
+    text = "".join(traceback.format_exception(error))
+    # Another rank's death shows here as a broken connection: the time decides who was first.
+    record = {
+        "time": now(),
+        "node": who.node,
+        "rank": who.rank,
+        "step": step,
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": text,
+    }
+    run.errors.mkdir(exist_ok=True)
+    write_json(run.errors / f"try{who.attempt}-restart{who.restart}-rank{who.rank}.json", record)
+    print(f"error: {error}" if isinstance(error, HpcdlError) else text, file=sys.stderr, flush=True)

@@ -1,0 +1,114 @@
+"""The worker's entry: `python -m hpcdl.worker.main RUN_DIR`, started by torchrun once a process.
+
+Only the standard library and hpcdl's light modules are imported before the signal handlers stand: what
+takes seconds (torch, transformers, peft) comes after, and only what the experiment uses.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from hpcdl.runs.files import write_json
+from hpcdl.runs.store import RunDir, now
+from hpcdl.worker import errors, monitor, process
+from hpcdl.worker.process import Process
+from hpcdl.worker.signals import Stop
+from hpcdl.worker.spec import read_spec
+
+
+def main(run: RunDir) -> None:
+    """Trains the run's experiment; leaves the process group only after everyone has come to the end."""
+    who = process.from_environment()
+    progress = errors.Progress()
+    process.die_with_parent()
+    stop = Stop(run, watch_file=who.is_first)
+    try:
+        with monitor.watch(read_spec(run.spec_file).monitor, run, who):
+            train(run, who, stop, progress)
+        process.leave()
+    except BaseException as error:
+        errors.report(run, who, progress.step, error)
+        os._exit(1)  # at once: a tidy exit would wait for ranks that wait for this one
+
+
+def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> None:
+    """The order of things, from spec.yaml to the outcome."""
+    spec = read_spec(run.spec_file)
+    process.set_threads(spec, who)
+    device = process.choose_device(spec, who)
+    process.join(who, device)
+
+    from hpcdl.worker import checkpoint, loop, mesh, metrics, model, network, optim, result, rng, trackers
+    from hpcdl.worker.data.prepare import open_dataset
+
+    grid = mesh.build(spec.parallel, who.world_size, device.type)
+    data_rank, data_ranks = mesh.data_place(grid)
+    place = model.weights_place(spec.model)
+    tokenizer = model.tokenizer_for(spec.model, place)
+    data = open_dataset(spec, tokenizer)
+    net = network.build(spec, model.load(spec, place), grid, device)
+    optimizer = optim.build(spec.optim, net.trainable())
+    saver = checkpoint.Checkpointer(
+        run, who, net, optimizer, keep_last=spec.trainer.keep_last, seed=spec.seed, data_digest=data.digest
+    )
+    rng.seed_all(spec.seed, who.rank)
+    found = checkpoint.choose(run, who, net)
+    totals = checkpoint.Totals()
+    if found is not None:
+        saver.load(found)
+        totals = found.totals
+    progress.step = totals.step
+
+    tracker = trackers.start(spec, run, who.attempt, active=who.is_first)
+    lines = metrics.Metrics(run, tracker, active=who.is_first)
+    if who.is_first:
+        announce(run, who, totals.step)
+        saver.clean()
+        lines.rewind(totals.step)
+        if totals.step == 0:
+            result.sample_before(spec, run, net, tokenizer)
+    mfu_of = network.seconds_at_peak(spec, net, who.world_size)
+    reason = loop.run(
+        loop.Parts(
+            spec=spec, run=run, who=who, net=net, optimizer=optimizer, data=data, data_rank=data_rank,
+            data_ranks=data_ranks, checkpointer=saver, metrics=lines, stop=stop, progress=progress, mfu_of=mfu_of,
+        ),
+        totals,
+    )  # fmt: skip
+    if who.is_first:
+        summary = {}
+        if reason is None:
+            summary = result.save(
+                result.Finished(
+                    spec=spec, run=run, who=who, net=net, tokenizer=tokenizer, metrics=lines, totals=totals,
+                    place=place, mfu_of=mfu_of,
+                )
+            )  # fmt: skip
+        tracker.finish(summary)
+        write_outcome(run, who, totals.step, reason)
+
+
+def announce(run: RunDir, who: Process, step: int) -> None:
+    """Events that only the workers know of: a restart in place by torchrun, a resume."""
+    if who.restart:
+        run.event("restarted", restart=who.restart)
+    if step:
+        run.event("resumed", step=step)
+
+
+def write_outcome(run: RunDir, who: Process, step: int, reason: str | None) -> None:
+    """Tells the agent how the loop ended: rank 0's last act."""
+    outcome = {
+        "try": who.attempt,
+        "status": "finished" if reason is None else "stopped",
+        "reason": reason or "",
+        "step": step,
+        "time": now(),
+    }
+    write_json(run.outcome_file, outcome)
+
+
+if __name__ == "__main__":
+    main(RunDir(Path(sys.argv[1]).absolute()))

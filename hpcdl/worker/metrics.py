@@ -1,0 +1,123 @@
+"""metrics.jsonl: what each step and evaluation measured; rank 0 writes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpcdl.runs.files import append_line, write_atomic
+from hpcdl.runs.store import RunDir, now
+
+if TYPE_CHECKING:
+    import torch
+
+    from hpcdl.worker.trackers import Tracker
+
+PEAK_BF16_FLOPS = {
+    "V100": 125e12,
+    "T4": 65e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+}
+"""Dense bf16 (V100 and T4: fp16) FLOP/s as NVIDIA's data sheets have them, without sparsity."""
+
+
+class Metrics:
+    """Writes lines to metrics.jsonl and to the tracker; does nothing on other ranks than 0."""
+
+    def __init__(self, run: RunDir, tracker: Tracker, *, active: bool) -> None:
+        self._run = run
+        self._tracker = tracker
+        self._active = active
+        self.evaluations: dict[int, dict[str, Any]] = {}
+        """Evaluation lines by step, those of earlier tries included."""
+
+    def rewind(self, step: int) -> None:
+        """Drops what a lost try wrote after the checkpoint of `step`; evaluations of that step come again."""
+        if not self._active:
+            return
+        lines = self._run.metrics()
+        kept = [m for m in lines if m["step"] < step or (m["step"] == step and "eval_loss" not in m)]
+        self.evaluations = {m["step"]: m for m in kept if "eval_loss" in m}
+        if len(kept) != len(lines) or lines:
+            text = "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept)
+            write_atomic(self._run.metrics_file, text)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line; `time` (UTC) is added."""
+        if not self._active:
+            return
+        line = {**record, "time": now()}
+        if "eval_loss" in record:
+            self.evaluations[record["step"]] = line
+        append_line(self._run.metrics_file, line)
+        self._tracker.log(record)
+
+
+def evaluation(step: int, loss: float) -> dict[str, Any]:
+    """An evaluation's line. Perplexity: exp of the mean loss a target token."""
+    return {"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory of this process: allocated on the GPU, or resident in RAM (VmHWM, mapped files included).
+
+    Not getrusage's ru_maxrss where /proc is there: it starts from torchrun's memory at the fork.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    scale = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
+    """The device's dense bf16 FLOP/s; None where it isn't known (CPUs, fp32, other GPUs): no guess."""
+    if device.type != "cuda" or not bf16:
+        return None
+    import torch
+
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Looks a GPU's name up, longest entry first: `NVIDIA H100 80GB HBM3` is an H100, no `H100 PCIe`."""
+    words = name.replace("-", " ").split()
+    for known in sorted(PEAK_BF16_FLOPS, key=len, reverse=True):
+        if all(part in words for part in known.split()):
+            return PEAK_BF16_FLOPS[known]
+    return None
+
+
+def flops_per_token(parameters: int, trainable: int, layers: int, width: int, seq_len: int) -> float:
+    """FLOPs of one training step a token: model FLOPs, recomputation left out.
+
+    Forward 2 a parameter; backward 2 for the activations' gradient and 2 for each parameter that is
+    trained; attention's scores and values 4·seq·width a layer forward, twice that backward, no discount for
+    the causal mask. Source: Chowdhery et al., "PaLM", 2022, appendix B.
+    """
+    return 4.0 * parameters + 2.0 * trainable + 12.0 * layers * width * seq_len

@@ -1,0 +1,44 @@
+"""Optimizer and learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hpcdl.spec import OptimSpec
+
+
+def build(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or SGD over `parameters`; weight decay on matrices only, norms and biases are left out.
+
+    Fused: one kernel a step, on CPU and CUDA alike.
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if spec.name == "sgd":
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+
+
+def learning_rate(spec: OptimSpec, step: int, max_steps: int) -> float:
+    """The rate of step 1 … max_steps: linear warm-up from 0, then the schedule, at its lowest in the last step.
+
+    A pure function of the step: nothing to save, nothing to resume.
+    """
+    if step <= spec.warmup_steps:
+        return spec.lr * step / spec.warmup_steps
+    progress = (step - spec.warmup_steps) / max(1, max_steps - spec.warmup_steps)
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[spec.schedule]
+    if spec.schedule == "constant":
+        return spec.lr
+    return spec.lr * (spec.min_lr_ratio + (1.0 - spec.min_lr_ratio) * shape)

@@ -1,0 +1,60 @@
+"""loss.png: training loss over steps, with the held-out loss at each evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TRAIN, SMOOTH, HELDOUT, GREY = "#9db8d9", "#1f5fa8", "#d1495b", "#5b6470"
+SMOOTHING = 0.9
+"""Weight of the past in the running mean; it is drawn from 20 points on."""
+
+
+def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draws metrics.jsonl's lines into a PNG; no display, no pyplot state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    heldout = [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, losses = [s for s, _ in train], [v for _, v in train]
+    long = len(train) >= 20
+    axes.plot(steps, losses, color=TRAIN if long else SMOOTH, linewidth=1.4, label="training batch")
+    if long:
+        axes.plot(steps, smooth(losses), color=SMOOTH, linewidth=2.0, label="training, running mean")
+    xs, ys = [s for s, _ in heldout], [v for _, v in heldout]
+    axes.plot(
+        xs, ys, color=HELDOUT, linewidth=1.2, linestyle="--", marker="o", markersize=6, label="held out"
+    )
+    for index in {0, len(heldout) - 1} if heldout else set():
+        step, value = heldout[index]
+        axes.annotate(
+            f"{value:.3f}", (step, value), textcoords="offset points", color=HELDOUT, fontsize=9, fontweight="bold",
+            xytext=(8 if index == 0 else -8, 9), ha="left" if index == 0 else "right",
+        )  # fmt: skip
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222", pad=10)
+    axes.set_xlabel("step", color=GREY)
+    axes.set_ylabel("loss a token (nats)", color=GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.02, y=0.12)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.tick_params(colors=GREY, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#c9ced6")
+    axes.legend(frameon=False, fontsize=9, labelcolor="#333333")
+    figure.savefig(path)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential running mean without the start's bias (as Adam corrects its moments)."""
+    mean, smoothed = 0.0, []
+    for count, value in enumerate(values, start=1):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+        smoothed.append(mean / (1 - SMOOTHING**count))
+    return smoothed

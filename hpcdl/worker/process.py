@@ -1,0 +1,139 @@
+"""One process among many: its ranks, device, threads, and the process group it joins."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hpcdl.errors import HpcdlError
+from hpcdl.spec import ExperimentSpec
+
+if TYPE_CHECKING:
+    import torch
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """Where this process stands among all workers, as torchrun told it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node: str
+    """Host name."""
+    attempt: str
+    """`<attempt>.<requeue>`, from $HPCDL_TRY."""
+    restart: int
+    """Times torchrun has started all workers anew in this try."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes what is written once a run."""
+        return self.rank == 0
+
+
+def from_environment() -> Process:
+    """This process's place; without torchrun a world of one."""
+    env = os.environ
+    return Process(
+        rank=int(env.get("RANK", "0")),
+        world_size=int(env.get("WORLD_SIZE", "1")),
+        local_rank=int(env.get("LOCAL_RANK", "0")),
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+        node=env.get("SLURMD_NODENAME") or os.uname().nodename.split(".")[0],
+        attempt=env.get("HPCDL_TRY", "0.0"),
+        restart=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this process when torchrun dies, so that no orphan keeps a GPU or a core.
+
+    Linux only (prctl(2), PR_SET_PDEATHSIG). Does nothing outside torchrun.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # torchrun died before the call above, so the kernel won't tell
+
+
+def cores_given() -> int:
+    """CPUs that this node's workers may use together: the affinity mask, or Slurm's word where that is less."""
+    cores = len(os.sched_getaffinity(0))
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(slurm)) if slurm.isdigit() else cores
+
+
+def set_threads(spec: ExperimentSpec, who: Process) -> int:
+    """Sets and returns this process's number of CPU threads (torchrun's OMP_NUM_THREADS=1 is overruled)."""
+    import torch
+
+    threads = spec.trainer.threads_per_process or max(1, cores_given() // who.local_world_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def choose_device(spec: ExperimentSpec, who: Process) -> torch.device:
+    """The GPU of this local rank where the experiment asks for GPUs, else the CPU.
+
+    `gpus_per_node` asks for GPUs. A raw `gres` only asks Slurm: with it, GPUs are used if there are any.
+
+    Raises:
+        HpcdlError: GPUs were asked for and aren't there, or fewer than processes.
+    """
+    import torch
+
+    asked = spec.cluster.gpus_per_node
+    by_gres = (spec.cluster.gres or "").startswith("gpu") and torch.cuda.is_available()
+    if not asked and not by_gres:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise HpcdlError(
+            f"cluster.gpus_per_node={asked}, but torch {torch.__version__} sees no GPU on {who.node}"
+            f" (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}):"
+            " install a CUDA build of torch there, or train on the CPU with cluster.gpus_per_node=0"
+        )
+    seen = torch.cuda.device_count()
+    if seen == 1:  # Slurm's --gpus-per-task shows each process its own GPU only
+        index = 0
+    elif who.local_world_size > seen:
+        raise HpcdlError(
+            f"{who.local_world_size} processes on {who.node}, which shows {seen} GPUs: one GPU a process;"
+            f" cluster.processes_per_node={seen}"
+        )
+    else:
+        index = who.local_rank
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def join(who: Process, device: torch.device) -> None:
+    """Joins the process group: gloo for CPU tensors, nccl for CUDA's.
+
+    Without torchrun's rendezvous the group is this process alone.
+    """
+    import torch.distributed as dist
+
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, device_id=device_id)
+        return
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+
+
+def leave() -> None:
+    """Leaves the process group together: gloo aborts now and then where a rank goes before the others."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()

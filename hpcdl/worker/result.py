@@ -1,0 +1,174 @@
+"""What a finished run leaves: result.json, card.md, loss.png, and the adapter or the model. Rank 0 only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcdl import __version__
+from hpcdl.runs.files import last_line, write_atomic, write_json
+from hpcdl.runs.store import RunDir
+from hpcdl.spec import ExperimentSpec
+from hpcdl.worker.checkpoint import Totals
+from hpcdl.worker.metrics import Metrics
+from hpcdl.worker.network import Network, count_parameters
+from hpcdl.worker.plot import draw_loss
+from hpcdl.worker.process import Process
+from hpcdl.worker.sample import has_adapter, write
+from hpcdl.worker.tokenizer import Tokenizer
+
+SAMPLE_BEFORE = "sample-before.txt"
+"""The sample of a model whose every parameter is trained: taken before the first step, or never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """All that a result is made from."""
+
+    spec: ExperimentSpec
+    run: RunDir
+    who: Process
+    net: Network
+    tokenizer: Tokenizer
+    metrics: Metrics
+    totals: Totals
+    place: str | None
+    """Where the base weights came from; None: random."""
+    mfu_of: float | None
+    """As in hpcdl.worker.loop.Parts."""
+
+
+def sample_before(spec: ExperimentSpec, run: RunDir, net: Network, tokenizer: Tokenizer) -> None:
+    """Keeps what the untrained model writes, where no adapter could be turned off later to ask it."""
+    if not has_adapter(net.model) and spec.task.sample_prompt:
+        write_atomic(run.path / SAMPLE_BEFORE, write(net, tokenizer, spec.task))
+
+
+def save(finished: Finished) -> dict[str, Any]:
+    """Writes everything and returns what stands in result.json."""
+    weights = _save_weights(finished)
+    before, after = _samples(finished)
+    result = {**_figures(finished), "adapter": str(weights) if weights.name == "adapter" else None}
+    result["model"] = None if result["adapter"] else str(weights)
+    result["sample"] = {"prompt": finished.spec.task.sample_prompt, "before": before, "after": after}
+    draw_loss(
+        finished.run.metrics(),
+        finished.run.path / "loss.png",
+        title=f"{finished.spec.name}: {finished.spec.model.name} on {finished.spec.data.kind}",
+    )
+    write_atomic(finished.run.path / "card.md", card(finished.spec, result))
+    write_json(finished.run.result_file, result)
+    return result
+
+
+def _figures(finished: Finished) -> dict[str, Any]:
+    totals, spec = finished.totals, finished.spec
+    before = finished.metrics.evaluations[0]
+    after = finished.metrics.evaluations[spec.trainer.max_steps]
+    last = last_line(finished.run.metrics_file, having="loss") or {}
+    parameters, trainable = count_parameters(finished.net.model)
+    speed = totals.tokens / totals.train_s if totals.train_s else 0.0
+    return {
+        "eval_loss_before": before["eval_loss"],
+        "eval_perplexity_before": before["eval_perplexity"],
+        "eval_loss_after": after["eval_loss"],
+        "eval_perplexity_after": after["eval_perplexity"],
+        "final_loss": last.get("loss"),
+        "steps": totals.step,
+        "tokens": totals.tokens,
+        "tokens_per_s": round(speed, 2),
+        "train_s": round(totals.train_s, 3),
+        "peak_memory_bytes": totals.peak_memory_bytes,
+        "mfu": None if finished.mfu_of is None else round(speed * finished.mfu_of, 4),
+        "world_size": finished.who.world_size,
+        "nodes": spec.cluster.nodes,
+        "trainable_parameters": trainable,
+        "parameters": parameters,
+    }
+
+
+def _samples(finished: Finished) -> tuple[str, str]:
+    net, task = finished.net, finished.spec.task
+    after = write(net, finished.tokenizer, task)
+    if has_adapter(net.model):
+        return write(net, finished.tokenizer, task, adapter=False), after
+    kept = finished.run.path / SAMPLE_BEFORE
+    return (kept.read_text(encoding="utf-8") if kept.exists() else ""), after
+
+
+def _save_weights(finished: Finished) -> Path:
+    """The adapter, as `peft.PeftModel.from_pretrained(base, adapter)` reads it; else the whole model."""
+    model, run = finished.net.model, finished.run
+    if not has_adapter(model):
+        folder = run.path / "model"
+        model.save_pretrained(folder)
+        finished.tokenizer.save(folder)
+        return folder
+    base = finished.place
+    if base is None:  # random weights lie nowhere yet, and an adapter is worth nothing without its base
+        base = str(run.path / "base")
+        _save_base(model, Path(base))
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    config.revision = finished.spec.model.revision
+    folder = run.path / "adapter"
+    # The embedding is not trained; "auto" would ask the hub about it.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    finished.tokenizer.save(folder)
+    return folder
+
+
+def _save_base(model: Any, folder: Path) -> None:
+    """Takes the adapter's layers off a copy of the state dict and saves what is underneath."""
+    base = model.get_base_model()
+    plain = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in base.state_dict().items()
+        if ".lora_" not in name
+    }
+    fresh = type(base)(base.config)
+    fresh.to(base.dtype).load_state_dict(plain)
+    fresh.save_pretrained(folder)
+
+
+def card(spec: ExperimentSpec, result: dict[str, Any]) -> str:
+    """The result as a page of Markdown."""
+    change = result["eval_perplexity_after"] / result["eval_perplexity_before"] - 1
+    share = result["trainable_parameters"] / result["parameters"]
+    mfu = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
+    where = f"{result['world_size']} processes on {result['nodes']} node{'s' * (result['nodes'] != 1)}"
+    lines = [
+        f"# {spec.name}",
+        "",
+        f"{spec.model.name} on {spec.data.kind}, {spec.task.name}, {spec.peft.name}, {spec.parallel.name}: {where}.",
+        "",
+        "| held-out | before | after | change |",
+        "|---|---|---|---|",
+        f"| loss | {result['eval_loss_before']:.4f} | {result['eval_loss_after']:.4f}"
+        f" | {result['eval_loss_after'] - result['eval_loss_before']:+.4f} |",
+        f"| perplexity | {result['eval_perplexity_before']:.3f} | {result['eval_perplexity_after']:.3f}"
+        f" | {change:+.1%} |",
+        "",
+        "![loss](loss.png)",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| steps | {result['steps']} of {spec.trainer.global_batch_size} × {spec.data.seq_len} tokens |",
+        f"| training | {result['train_s']:.1f} s, {result['tokens']:,} tokens,"
+        f" {result['tokens_per_s']:,.0f} tokens/s{mfu} |",
+        f"| peak memory | {result['peak_memory_bytes'] / 2**30:.2f} GiB a process |",
+        f"| parameters | {result['trainable_parameters']:,} of {result['parameters']:,} trained ({share:.2%}) |",
+        f"| precision | {spec.trainer.precision} |",
+        f"| optimizer | {spec.optim.name}, lr {spec.optim.lr:g}, {spec.optim.schedule},"
+        f" {spec.optim.warmup_steps} warm-up steps |",
+        f"| seed | {spec.seed} |",
+        f"| weights | `{result['adapter'] or result['model']}` |",
+        f"| hpcdl | {__version__} |",
+        "",
+    ]
+    if spec.task.sample_prompt:
+        sample = result["sample"]
+        for title in ("before", "after"):
+            lines += [f"## Sample {title}", "", "```text", f"{sample['prompt']}▸{sample[title]}", "```", ""]
+    return "\n".join(lines)
