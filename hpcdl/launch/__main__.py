@@ -1,0 +1,42 @@
+"""`python -m hpcdl.launch` = `hpcdl launch`: compose, validate, plan, submit, say what happened."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hpcdl.errors import HpcdlError
+from hpcdl.launch import arguments, modes, points, report, running, sweep
+from hpcdl.launch.compose import CONFIG_NAME, Composer
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launches what the command line asks for; returns the exit code. A user's fault is shown, no traceback."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except HpcdlError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _main(argv: Sequence[str]) -> int:
+    flags = arguments.parse(argv)
+    if modes.wanted(flags):
+        return modes.show(flags)
+    composer = Composer(config_dir=flags.config_dir, config_name=flags.config_name or CONFIG_NAME)
+    wanted, options = sweep.points(composer, flags.overrides, multirun=flags.multirun)
+    after = points.after_job(options, {point.spec.cluster.kind for point in wanted})
+    planned = points.plan(wanted, options)
+    batches = points.batches([item for item in planned if item.launches], options, after)
+    if options.dry_run:
+        report.dry_run(*points.as_if_forced(planned, batches, options, after))
+        return 0
+    return running.launch(planned, batches, options, swept=len(wanted) > 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""What a launch will do: which runs are new, which are taken up again, which are there already.
+
+Only reads. `hpcdl.launch.submit` does it, and finds out then whether somebody else was quicker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hpcdl.errors import ConfigError, Fault, UsageError
+from hpcdl.launch.base import JobRequest
+from hpcdl.launch.slurm import chunks, throttles
+from hpcdl.launch.sweep import Point
+from hpcdl.runs.reconcile import View, read, reconcile
+from hpcdl.runs.state import ACTIVE
+from hpcdl.runs.store import RunDir
+from hpcdl.spec import ClusterSpec, ExperimentSpec, LaunchOptions
+
+Action = Literal["new", "resume", "active", "done"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One run, and what is to be done about it."""
+
+    spec: ExperimentSpec
+    run: RunDir
+    labels: tuple[str, ...]
+    """The points of the sweep that are this run."""
+    action: Action
+    view: View | None = None
+    """The run as it stands; None for a new one."""
+
+    @property
+    def attempt(self) -> int:
+        """Which launch of this run it is, from 0."""
+        return self.view.state.attempt + (self.action == "resume") if self.view else 0
+
+    @property
+    def launches(self) -> bool:
+        """Whether there is something to submit."""
+        return self.action in ("new", "resume")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One submission that is to be made."""
+
+    request: JobRequest
+    runs: tuple[Planned, ...]
+    """In the order of the array's tasks."""
+
+
+def plan(points: Sequence[Point], options: LaunchOptions) -> list[Planned]:
+    """What is to be done about each run, each once, however many points of a sweep ask for it.
+
+    Raises:
+        UsageError: a run directory can't be read.
+    """
+    folder = Path(options.runs_dir).expanduser().absolute()
+    wanted: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        wanted.setdefault((point.spec.name, point.run_id), []).append(point)
+    tries = _tries(folder, {name for name, _ in wanted})
+    found = {
+        key: RunDir(folder / key[0] / _run_id(key[1], max(tries[key]))) for key in wanted if key in tries
+    }
+    views = _views(found.values(), check=not options.dry_run)
+    planned = []
+    for key, same in wanted.items():
+        view = views.get(found[key].path) if key in found else None
+        action = _action(view, force=options.force)
+        number = max(tries.get(key, {0})) + 1 if action == "new" else 1
+        run = RunDir(folder / key[0] / _run_id(key[1], number)) if action == "new" else found[key]
+        labels = tuple(point.label for point in same)
+        planned.append(
+            Planned(
+                spec=same[0].spec,
+                run=run,
+                labels=labels,
+                action=action,
+                view=None if action == "new" else view,
+            )
+        )
+    return planned
+
+
+def _run_id(digest: str, number: int) -> str:
+    """The run's folder: the experiment's digest, and which of its runs, from the second on."""
+    return digest if number == 1 else f"{digest}-{number}"
+
+
+def _tries(folder: Path, names: Iterable[str]) -> dict[tuple[str, str], set[int]]:
+    """Numbers of the runs that each experiment (name, digest) has, in one look at each folder."""
+    tries: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        try:
+            entries = os.listdir(folder / name)  # noqa: PTH208 (one folder of a thousand runs)
+        except OSError:
+            continue
+        for entry in entries:
+            found = re.fullmatch(r"([0-9a-f]{12})(?:-(\d+))?", entry)
+            if found and (folder / name / entry / "state.json").exists():
+                tries.setdefault((name, found.group(1)), set()).add(int(found.group(2) or 1))
+    return tries
+
+
+def _views(runs: Iterable[RunDir], *, check: bool) -> dict[Path, View]:
+    reading = read(runs)
+    if reading.faults:
+        raise UsageError("\n".join(reading.faults))
+    views = reading.views
+    if check and any(view.state.state in ACTIVE for view in views):
+        views = reconcile(views)
+    return {view.run.path: view for view in views}
+
+
+def _action(view: View | None, *, force: bool) -> Action:
+    if view is None or force:
+        return "new"
+    if view.state.state in ACTIVE:
+        return "active"
+    return "done" if view.state.state == "COMPLETED" else "resume"
+
+
+def batches(planned: Sequence[Planned], options: LaunchOptions, after: str | None) -> list[Batch]:
+    """The submissions: one array for each resource shape, split where it is longer than the cluster allows."""
+    shapes: list[tuple[ClusterSpec, list[Planned]]] = []
+    for item in planned:
+        for shape, members in shapes:
+            if shape == item.spec.cluster:
+                members.append(item)
+                break
+        else:
+            shapes.append((item.spec.cluster, [item]))
+    made = []
+    for shape, members in shapes:
+        arrays = chunks(members, shape.max_array_size)
+        shares = throttles(shape.array_parallelism, len(arrays))
+        for share, runs in zip(shares, arrays, strict=True):
+            cluster = dataclasses.replace(shape, array_parallelism=share)
+            made.append(Batch(request=request(runs, cluster, options, after), runs=runs))
+    return made
+
+
+def request(
+    runs: Sequence[Planned], cluster: ClusterSpec, options: LaunchOptions, after: str | None
+) -> JobRequest:
+    """The submission of these runs.
+
+    Its token follows from what it carries, so that a dry run prints the very text that would be submitted.
+    """
+    content = "\n".join(f"{item.run.path} {item.attempt}" for item in runs)
+    names = {item.spec.name for item in runs}
+    return JobRequest(
+        token=hashlib.sha256(content.encode()).hexdigest()[:12],
+        name=names.pop() if len(names) == 1 else "hpcdl-sweep",
+        cluster=cluster,
+        runs_dir=Path(options.runs_dir).expanduser().absolute(),
+        run_dirs=tuple(item.run.path for item in runs),
+        python=cluster.python or sys.executable,
+        after_job=after,
+    )
+
+
+def as_if_forced(
+    planned: Sequence[Planned], made: Sequence[Batch], options: LaunchOptions, after: str | None
+) -> tuple[list[Batch], list[str]]:
+    """What a dry run shows: the submissions, or where all runs are there already, what force=true would send."""
+    there = [item for item in planned if not item.launches]
+    notes = [
+        f"{item.run.path.name} is {item.view.state.state}: launching would find it and submit nothing for it"
+        for item in there
+        if item.view is not None
+    ]
+    if made:
+        return list(made), notes
+    notes.append("what follows is what force=true would submit")
+    return batches(there, options, after), notes
+
+
+def after_job(options: LaunchOptions, kinds: set[str]) -> str | None:
+    """The job that must have succeeded first; None where there is none, or it has succeeded already.
+
+    Raises:
+        ConfigError: `after` names nothing, or something that can't be waited for.
+    """
+    if options.after is None:
+        return None
+    from hpcdl.runs import query
+
+    if "local" in kinds:
+        raise _bad_after(options.after, "cluster=local starts at once and can't wait for another run", "")
+    folder = query.runs_dir(options.runs_dir)
+    try:
+        found = query.find(options.after, folder)
+    except UsageError as error:
+        if re.fullmatch(r"\d+(_\d+)?", options.after):
+            return options.after  # a job of somebody else's, or not made by hpcdl
+        raise _bad_after(options.after, str(error).splitlines()[0], "hpcdl status lists the runs") from error
+    views = list(_views(found, check=not options.dry_run).values())
+    if len(views) > 1 and re.fullmatch(r"\d+", options.after):
+        return options.after
+    view = max(views, key=lambda view: view.state.created)
+    state = view.state
+    if state.state == "COMPLETED":
+        return None
+    if state.state not in ACTIVE:
+        problem = f"{state.run_id} is {state.state} and will not succeed: {state.reason}"
+        raise _bad_after(options.after, problem, "launch that run again first")
+    if state.job_id is None:
+        raise _bad_after(options.after, f"{state.run_id} has no job in Slurm's queue ({state.kind})", "")
+    return state.job_id
+
+
+def _bad_after(value: str, problem: str, fix: str) -> ConfigError:
+    allowed = "a run id or a job id of Slurm's queue, or null"
+    return ConfigError(
+        [Fault(key="after", value=value, problem=problem, allowed=allowed, fix=fix or "after=null")]
+    )

@@ -1,0 +1,131 @@
+"""What a launch says: on a terminal a few lines and the next commands to type, for scripts a line a run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcdl.errors import HpcdlError
+from hpcdl.launch import backends
+from hpcdl.launch.points import Batch, Planned
+from hpcdl.launch.torchrun import preview
+from hpcdl.spec import ClusterSpec, LaunchOptions
+from hpcdl.spec.experiment import default_runs_dir
+
+SHOWN = 20
+"""Rows of a sweep's table."""
+WORDS = {"new": "submitted", "resume": "resumed", "active": "already there", "done": "done before"}
+
+
+def dry_run(batches: Sequence[Batch], notes: Sequence[str]) -> None:
+    """The very text that would be submitted, and the torchrun command that it leads to."""
+    for note in notes:
+        print(f"# {note}", file=sys.stderr)
+    for number, batch in enumerate(batches, start=1):
+        if len(batches) > 1:
+            print(f"# ---- submission {number} of {len(batches)}: {len(batch.runs)} run(s)")
+        text = backends.get(batch.request.cluster.kind).render(batch.request)
+        print(text, end="" if text.endswith("\n") else "\n")
+        print(f"\n# torchrun: {preview(batch.request.cluster, batch.request.python)}")
+
+
+def parsable(planned: Sequence[Planned]) -> None:
+    """run_id, job_id, run_dir, tab-separated, a line a run; and nothing else on standard output."""
+    for item in planned:
+        print(f"{item.run.path.name}\t{_job(item)}\t{item.run.path}", flush=True)
+
+
+def _job(item: Planned) -> str:
+    """The scheduler's id; `-` where there is none, or the run waits for its turn on this machine."""
+    try:
+        return item.run.read_state().job_id or "-"
+    except FileNotFoundError:
+        return "-"
+
+
+def launched(planned: Sequence[Planned], options: LaunchOptions, sweep: str | None) -> None:
+    """What happened to each run, and what one may want to type next."""
+    if len(planned) == 1 and sweep is None:
+        _one(planned[0], options)
+    else:
+        _many(planned, options, sweep or "")
+
+
+def _one(item: Planned, options: LaunchOptions) -> None:
+    state = item.run.read_state()
+    first = {
+        "new": "submitted",
+        "resume": f"taken up again after it was {item.view.state.state}" if item.view else "",
+        "active": f"already {state.state}: nothing was submitted",
+        "done": "has COMPLETED before: nothing was submitted",
+    }[item.action]
+    if state.kind == "local" and item.action == "new":
+        first = "started"
+    print(f"run        {state.run_id}  {state.name}  ({first})")
+    print(f"job        {_job(item)}  {_resources(item.spec.cluster)}")
+    print(f"directory  {item.run.path}")
+    if item.action == "done":
+        print_result(item)
+        print("force=true makes a new run of the same experiment")
+    elif state.kind == "slurm" or item.action == "active":
+        _next(state.run_id, options)
+
+
+def _resources(cluster: ClusterSpec) -> str:
+    where = f"partition {cluster.partition}, " if cluster.partition else ""
+    gpus = f", {cluster.gpus_per_node} GPUs a node" if cluster.gpus_per_node else ""
+    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
+    return f"{where}{nodes} × {cluster.processes_per_node} processes{gpus}"
+
+
+def _next(name: str, options: LaunchOptions) -> None:
+    other = _folder(options) != Path(default_runs_dir()).absolute()
+    where = f" --runs-dir {shlex.quote(str(options.runs_dir))}" if other else ""
+    print("next")
+    for verb, what in (
+        ("status", "how it stands"),
+        ("logs -f", "what its ranks print"),
+        ("follow", "progress, until it is over"),
+        ("cancel", "save a checkpoint and stop"),
+    ):
+        print(f"  hpcdl {verb} {name}{where}".ljust(45) + f"  {what}")
+
+
+def _folder(options: LaunchOptions) -> Path:
+    return Path(options.runs_dir).expanduser().absolute()
+
+
+def _many(planned: Sequence[Planned], options: LaunchOptions, sweep: str) -> None:
+    counts = {words: sum(WORDS[item.action] == words for item in planned) for words in WORDS.values()}
+    said = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
+    points = sum(len(item.labels) for item in planned)
+    same = f" ({points} points; equal ones are one run)" if points != len(planned) else ""
+    print(f"sweep      {sweep}: {len(planned)} runs{same}: {said}")
+    print(f"directory  {_folder(options) / planned[0].spec.name}")
+    for item in planned[:SHOWN]:
+        print(
+            f"  {item.run.path.name:<15} {_job(item):<12} {WORDS[item.action]:<13} {'; '.join(item.labels)}"
+        )
+    if len(planned) > SHOWN:
+        print(f"  … and {len(planned) - SHOWN} more: hpcdl status {sweep}")
+    if any(item.spec.cluster.kind == "slurm" for item in planned):
+        _next(sweep, options)
+
+
+def print_result(item: Planned) -> None:
+    """What the run has achieved."""
+    from rich.console import Console
+
+    from hpcdl.runs.reconcile import View
+    from hpcdl.runs.result import load
+    from hpcdl.runs.result import print_result as show
+
+    view = View(run=item.run, state=item.run.read_state())
+    try:
+        record = load(view)
+    except HpcdlError as error:
+        print(f"result     {error}")
+        return
+    show(Console(), view, record)

@@ -1,0 +1,114 @@
+"""Submits what was planned, and stays with what was asked to be followed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hpcdl.errors import SchedulerError, UsageError
+from hpcdl.launch import report, submit
+from hpcdl.launch.points import Batch, Planned
+from hpcdl.runs.store import RunDir
+from hpcdl.spec import LaunchOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NEEDED = ("torch", "transformers")
+"""Packages without which nothing trains."""
+INTERRUPTED = 130
+
+
+def launch(
+    planned: Sequence[Planned], batches: Sequence[Batch], options: LaunchOptions, *, swept: bool
+) -> int:
+    """Submits, reports, follows where that was asked for; returns the exit code.
+
+    Raises:
+        SchedulerError: the scheduler has refused at least one submission; the others were made.
+        UsageError: this machine can't train.
+    """
+    here = [batch for batch in batches if batch.request.cluster.kind == "local"]
+    away = [batch for batch in batches if batch not in here]
+    _check_packages(here)
+    sweep = submit.sweep_id(planned) if swept else None
+    if sweep is not None:
+        submit.record_sweep(planned[0].run.runs_dir, sweep, planned)
+    made = [submit.submit(batch, sweep) for batch in (*away, *here[:1])]
+    seen = _as_it_went((*away, *here[:1]), made, planned)
+    if options.parsable:
+        report.parsable(seen)
+    else:
+        report.launched(seen, options, sweep)
+    refused = [one.refused for one in made if one.refused]
+    if refused:
+        raise SchedulerError("\n".join(dict.fromkeys(refused)))
+    code = _stay_here(here, made[len(away) :], sweep, options)
+    if options.wait and code != INTERRUPTED:
+        code = max(code, _wait_for([item.run for item in seen if _is_away(item)], options))
+    return code
+
+
+def _check_packages(here: Sequence[Batch]) -> None:
+    """Said before anything is made: a run that can only fail helps nobody."""
+    if not any(batch.request.cluster.python is None for batch in here):
+        return
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"this Python can't train: {' and '.join(missing)} missing\n"
+            "fix: pip install 'hpcdl[train]', or cluster.python=/path/of/a/python that has it, "
+            "or cluster=slurm"
+        )
+
+
+def _as_it_went(
+    batches: Sequence[Batch], made: Sequence[submit.Submitted], planned: Sequence[Planned]
+) -> list[Planned]:
+    """The plan, with the runs that somebody else was quicker with."""
+    asked = {item.run for batch in batches for item in batch.runs}
+    got = {item.run for one in made for item in one.runs}
+    lost = asked - got
+    return [dataclasses.replace(item, action="active") if item.run in lost else item for item in planned]
+
+
+def _stay_here(
+    here: Sequence[Batch], made: Sequence[submit.Submitted], sweep: str | None, options: LaunchOptions
+) -> int:
+    """Runs of this machine, one after the other; a failed one doesn't keep the next from its turn."""
+    if not here:
+        return 0
+    from hpcdl.runs.follow import exit_code, follow
+
+    worst = 0
+    for number, batch in enumerate(here):
+        one = made[number] if number < len(made) else submit.submit(batch, sweep)
+        for item in one.runs:
+            worst = max(worst, exit_code(follow(item.run, on_interrupt="stop", console=_console(options))))
+            if worst == INTERRUPTED:
+                return worst
+    return worst
+
+
+def _is_away(item: Planned) -> bool:
+    return item.action != "done" and (item.spec.cluster.kind == "slurm" or item.action == "active")
+
+
+def _wait_for(runs: Sequence[RunDir], options: LaunchOptions) -> int:
+    """Follows jobs to their end; the worst exit code."""
+    if not runs:
+        return 0
+    from hpcdl.runs.follow import exit_code, follow_all
+
+    return max(exit_code(state) for state in follow_all(runs, console=_console(options)))
+
+
+def _console(options: LaunchOptions) -> Console | None:
+    """Where progress goes: with `parsable`, standard output is for the lines of runs alone."""
+    if not options.parsable:
+        return None
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)

@@ -1,0 +1,277 @@
+"""Claims runs, writes their directories, submits them; killed at any line, the next launch goes on sanely.
+
+In this order, for each submission, under its lock:
+
+1. claim: a new run's directory is written whole in a corner and renamed to its place, which fails where
+   somebody has been quicker; a run that is taken up again changes from its old state to PENDING, if its old
+   state still stands. Either way one launcher wins.
+2. `runs.txt`, `job.sh`, `submission.json` without a job id but with this launcher's process.
+3. submit.
+4. `submission.json` with the job id.
+
+Killed between 1 and 3: PENDING runs without a job whose launcher is dead; the next look calls them FAILED, and
+launching again submits them. Killed between 3 and 4: the job is found in the queue by its comment, which
+holds the token, or has spoken for itself in state.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcdl.errors import SchedulerError
+from hpcdl.launch import backends
+from hpcdl.launch.base import JobRequest
+from hpcdl.launch.child import started_at
+from hpcdl.launch.points import Batch, Planned
+from hpcdl.runs.files import locked, write_atomic, write_json
+from hpcdl.runs.query import SWEEPS
+from hpcdl.runs.state import RunState
+from hpcdl.runs.store import RunDir, now, read_submission
+from hpcdl.spec.plain import dump_yaml, to_plain
+
+FEW = 8
+"""Up to so many runs each file is synced by itself; above, the disk is synced once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """What became of one submission."""
+
+    runs: tuple[Planned, ...]
+    """The runs that it carries: those which this launcher was the first to claim."""
+    job_id: str | None
+    refused: str = ""
+    """The scheduler's words, where it refused or wasn't there."""
+
+
+def submit(batch: Batch, sweep: str | None) -> Submitted:
+    """Claims and submits; the runs' states say what happened."""
+    for number in itertools.count(1):
+        token = batch.request.token if number == 1 else f"{batch.request.token}-{number}"
+        request = dataclasses.replace(batch.request, token=token)
+        request.folder.mkdir(parents=True, exist_ok=True)
+        with locked(request.folder / ".lock"):
+            if not any(_is_open(item) for item in batch.runs):
+                return Submitted(runs=(), job_id=None)  # somebody was quicker with all of them
+            if read_submission(request.runs_dir, token).get("job_id") is not None:
+                continue  # an earlier job's, whose run directories were deleted: it must not run these
+            return _submit(request, batch.runs, sweep)
+    raise AssertionError("unreachable")
+
+
+def _is_open(item: Planned) -> bool:
+    """Whether the run still stands as it did when the launch was planned."""
+    if item.view is None:
+        return not item.run.state_file.exists()
+    return item.run.read_state() == item.view.state
+
+
+def _submit(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> Submitted:
+    # Whoever looks meanwhile finds out from here whether the launcher still lives.
+    _record(request, job_id=None)
+    mine = _claim(request, runs, sweep)
+    if not mine:
+        return Submitted(runs=(), job_id=None)
+    request = dataclasses.replace(request, run_dirs=tuple(item.run.path for item in mine))
+    text = _write(request, mine)
+    try:
+        job_id = backends.get(request.cluster.kind).submit(request, text)
+    except SchedulerError as error:
+        _give_up(request, mine, str(error))
+        return Submitted(runs=mine, job_id=None, refused=str(error))
+    _record(request, job_id=job_id)
+    _link_latest(request.runs_dir, mine[-1].run)
+    return Submitted(runs=mine, job_id=job_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What every run of a submission is claimed with."""
+
+    request: JobRequest
+    sweep: str | None
+    corner: Path
+    """Where a new run's directory is written before it gets its place."""
+    durable: bool
+    """Whether each file is synced by itself."""
+    texts: SpecTexts
+
+
+def _claim(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> tuple[Planned, ...]:
+    """The runs that nobody else has claimed meanwhile; their index in the array is their place here."""
+    corner = request.folder / "new"
+    shutil.rmtree(corner, ignore_errors=True)  # of a launcher that was killed here
+    corner.mkdir()
+    durable = len(runs) <= FEW
+    claim = Claim(request=request, sweep=sweep, corner=corner, durable=durable, texts=SpecTexts())
+    mine: list[Planned] = []
+    for item in runs:
+        if (_claim_new if item.action == "new" else _claim_again)(item, claim, len(mine)):
+            mine.append(item)
+    corner.rmdir()
+    if not durable:
+        os.sync()
+    return tuple(mine)
+
+
+class SpecTexts:
+    """Experiments as YAML. The points of a sweep share most of their sections, so each is written once."""
+
+    def __init__(self) -> None:
+        self._sections: dict[int, tuple[object, str]] = {}
+
+    def text(self, item: Planned) -> str:
+        """The content of spec.yaml: the same as the whole spec's in one go."""
+        return "".join(
+            self._section(f.name, getattr(item.spec, f.name)) for f in dataclasses.fields(item.spec)
+        )
+
+    def _section(self, name: str, value: object) -> str:
+        if not dataclasses.is_dataclass(value):
+            return dump_yaml({name: value})
+        known = self._sections.get(id(value))
+        if known is None:
+            known = self._sections[id(value)] = (value, dump_yaml({name: to_plain(value)}))
+        return known[1]
+
+
+def _claim_new(item: Planned, claim: Claim, index: int) -> bool:
+    draft = RunDir(claim.corner / item.run.path.name)
+    draft.path.mkdir()
+    write_atomic(draft.spec_file, claim.texts.text(item), durable=claim.durable)
+    if claim.sweep is not None:
+        write_json(draft.path / "sweep.json", {"sweep": claim.sweep}, durable=False)
+    draft.write_state(first_state(item, claim.request, index), durable=claim.durable)
+    draft.event("submitted", attempt=0, submission=claim.request.token)
+    item.run.path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        draft.path.rename(item.run.path)
+    except OSError:
+        if not item.run.state_file.exists():
+            raise
+        shutil.rmtree(draft.path)
+        return False
+    return True
+
+
+def first_state(item: Planned, request: JobRequest, index: int) -> RunState:
+    """The state of a run that nobody has seen yet."""
+    spec = item.spec
+    return RunState(
+        run_id=item.run.path.name,
+        name=spec.name,
+        state="PENDING",
+        kind=spec.cluster.kind,
+        submission=request.token,
+        array_index=index,
+        nodes=spec.cluster.nodes,
+        world_size=spec.cluster.world_size,
+        max_steps=spec.trainer.max_steps,
+        created=now(),
+    )
+
+
+def _claim_again(item: Planned, claim: Claim, index: int) -> bool:
+    assert item.view is not None
+    request = claim.request
+    claimed = item.run.update(
+        expect=item.view.state,
+        event=("submitted", {"attempt": item.attempt, "submission": request.token}),
+        state="PENDING",
+        reason="",
+        kind=item.spec.cluster.kind,
+        job_id=None,
+        submission=request.token,
+        array_index=index,
+        attempt=item.attempt,
+        node_list=(),
+        host=None,
+        agent_pid=None,
+        agent_started=None,
+        exit_code=None,
+        ended=None,
+    )
+    if claimed.submission != request.token or claimed.array_index != index:
+        return False
+    # What the cluster is asked for may have changed: it is no part of the run's identity.
+    write_atomic(item.run.spec_file, claim.texts.text(item), durable=claim.durable)
+    item.run.stop_file.unlink(missing_ok=True)
+    if claim.sweep is not None:
+        write_json(item.run.path / "sweep.json", {"sweep": claim.sweep}, durable=False)
+    return True
+
+
+def _write(request: JobRequest, mine: Sequence[Planned]) -> str:
+    """The submission's files; each run gets the script as a second name of the same file."""
+    text = backends.get(request.cluster.kind).render(request)
+    write_atomic(request.folder / "runs.txt", "".join(f"{item.run.path}\n" for item in mine))
+    script = request.folder / "job.sh"
+    write_atomic(script, text)
+    for item in mine:
+        try:
+            item.run.job_file.unlink(missing_ok=True)
+            os.link(script, item.run.job_file)
+        except OSError:  # a file system without hard links
+            write_atomic(item.run.job_file, text, durable=False)
+    return text
+
+
+def _record(request: JobRequest, *, job_id: str | None, **more: str) -> None:
+    """submission.json: who launches, and what the scheduler said."""
+    record = {
+        "token": request.token,
+        "job_id": job_id,
+        "kind": request.cluster.kind,
+        "name": request.name,
+        "created": now(),
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "pid_started": started_at(os.getpid()),
+        **more,
+    }
+    write_json(request.folder / "submission.json", record)
+
+
+def _give_up(request: JobRequest, mine: Sequence[Planned], words: str) -> None:
+    """The scheduler has refused: the runs say so, and the next launch submits them anew."""
+    for item in mine:
+        state = item.run.read_state()
+        if state.submission == request.token and state.state == "PENDING":
+            event = ("failed", {"reason": words, "traceback": ""})
+            item.run.update(expect=state, event=event, state="FAILED", reason=words, ended=now())
+    _record(request, job_id=None, refused=words)
+
+
+def _link_latest(runs_dir: Path, run: RunDir) -> None:
+    """`<runs_dir>/latest` → the run launched last; replaced in one step."""
+    link = runs_dir / f".latest.{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(run.path.relative_to(runs_dir))
+    link.replace(runs_dir / "latest")
+
+
+def sweep_id(planned: Sequence[Planned]) -> str:
+    """A sweep's name: the same points have the same."""
+    content = "\n".join(str(item.run.path) for item in planned)
+    return "sweep-" + hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def record_sweep(runs_dir: Path, sweep: str, planned: Sequence[Planned]) -> None:
+    """`<runs_dir>/.sweeps/<sweep>.json`: which point is which run."""
+    points = [
+        {"overrides": label, "run_id": item.run.path.name, "run_dir": str(item.run.path)}
+        for item in planned
+        for label in item.labels
+    ]
+    folder = runs_dir / SWEEPS
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"sweep": sweep, "name": planned[0].spec.name, "created": now(), "points": points}
+    write_atomic(folder / f"{sweep}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
