@@ -84,9 +84,9 @@ class SlurmBackend:
                 "fix: launch from a login node of the cluster, or run here with cluster=local"
             )
         request.folder.mkdir(parents=True, exist_ok=True)
-        executor = _executor_class()(request.folder)
-        executor.text = text
         try:
+            executor = _executor_class()(request.folder)
+            executor.text = text
             job = executor._submit_command("")
         except Exception as error:  # submitit has several kinds of errors for what sbatch says
             raise SchedulerError(_refusal(error)) from error

@@ -87,6 +87,9 @@ def _submit(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> 
     except SchedulerError as error:
         _give_up(request, mine, str(error))
         return Submitted(runs=mine, job_id=None, refused=str(error))
+    except Exception as error:  # a bug of ours: runs must not seem to wait for a job that isn't there
+        _give_up(request, mine, f"{type(error).__name__}: {error}")
+        raise
     _record(request, job_id=job_id)
     _link_latest(request.runs_dir, mine[-1].run)
     return Submitted(runs=mine, job_id=job_id)
