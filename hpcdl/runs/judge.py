@@ -181,6 +181,9 @@ def _ended(
 def _final(
     word: str, reason: str, exit_code: int | None, kind: str, *, ended: str | None = None, **details: Any
 ) -> Verdict:
+    if word != "COMPLETED":
+        # Slurm counts some ends with code 0 (a node's failure, the time limit): no 0 for what has failed.
+        exit_code = exit_code or (None if word == "CANCELLED" else 1)
     said = {} if kind == "finished" else {"reason": reason}
     changes = {"state": word, "reason": reason, "exit_code": exit_code, "ended": ended or now()}
     return Verdict(changes=changes, event=(kind, {**said, **details, "found_by": "poll"}))

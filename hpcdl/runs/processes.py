@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from datetime import datetime
 from typing import Literal
 
@@ -11,6 +12,8 @@ from hpcdl.runs.state import RunState
 
 CLOCK_TOLERANCE_S = 2.0
 """Two readings of one process's start differ by this much at most."""
+KILL_LIMIT_S = 10.0
+"""How long the kernel may take to end a process that was killed."""
 
 Life = Literal["alive", "gone", "elsewhere", "unborn"]
 """`elsewhere`: on another machine, can't be judged from here; `unborn`: no process was recorded."""
@@ -85,7 +88,10 @@ def kill_tree(state: RunState) -> None:
             process.kill()
         except psutil.Error:
             continue
-    psutil.wait_procs(family, timeout=10)
+    deadline = time.monotonic() + KILL_LIMIT_S
+    # Not psutil's wait: it would reap children of ours that someone else waits for.
+    while any(alive(process.pid, None) for process in family) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def resident_bytes(state: RunState) -> int | None:

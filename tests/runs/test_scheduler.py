@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpcdl.errors import SchedulerError
+from hpcdl.runs.scheduler import Slurm, run_command
+from tests.runs.making import FakeJob, FakeSlurm
+
+
+def test_running_and_pending_tasks_of_an_array_in_one_call(fake: FakeSlurm) -> None:
+    fake.jobs["4"] = [
+        FakeJob("PENDING", "3-30%2", "JobArrayTaskLimit"),
+        FakeJob("RUNNING", "2", start="2026-11-22T22:33:01", nodes="c[1-2]"),
+    ]
+    answer = fake.slurm().ask(["4_2", "4_3", "4_30"])
+    assert fake.names() == ["squeue"]
+    assert answer.jobs["4_2"].state == "RUNNING"
+    assert answer.jobs["4_2"].node_list == ("c1", "c2")
+    assert answer.jobs["4_2"].start == "2026-11-22T22:33:01.000+00:00"
+    assert answer.jobs["4_3"].reason == answer.jobs["4_30"].reason == "JobArrayTaskLimit"
+
+
+def test_the_last_running_task_is_matched_by_its_task_number(fake: FakeSlurm) -> None:
+    # Slurm gives an array's last task the array's own job id.
+    fake.jobs["4"] = [FakeJob("CANCELLED", "0"), FakeJob("RUNNING", "1")]
+    answer = fake.slurm().ask(["4_0", "4_1"])
+    assert {i: job.state for i, job in answer.jobs.items()} == {"4_0": "CANCELLED", "4_1": "RUNNING"}
+
+
+def test_a_job_without_array(fake: FakeSlurm) -> None:
+    fake.jobs["7"] = [FakeJob("RUNNING")]
+    answer = fake.slurm().ask(["7", "7_0"])
+    assert answer.jobs["7"].state == answer.jobs["7_0"].state == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "expected"),
+    [("COMPLETED", "0:0", 0), ("FAILED", "3:0", 3), ("OUT_OF_MEMORY", "0:125", 253), ("FAILED", "0:9", 137)],
+)
+def test_the_exit_code_comes_from_scontrol(fake: FakeSlurm, state: str, code: str, expected: int) -> None:
+    fake.jobs["4"] = [FakeJob(state, "0", code=code)]
+    job = fake.slurm().ask(["4_0"]).jobs["4_0"]
+    assert fake.names() == ["squeue", "scontrol"]
+    assert (job.state, job.exit_code, job.source) == (state, expected, "scontrol")
+
+
+def test_a_forgotten_job_is_found_in_the_accounting(fake: FakeSlurm) -> None:
+    fake.accounting = True
+    fake.jobs["4"] = [FakeJob("CANCELLED by 1000", "0-8", forgotten=True)]
+    answer = fake.slurm().ask(["4_7"])
+    assert fake.names() == ["squeue", "scontrol", "sacct"]
+    job = answer.jobs["4_7"]
+    assert (job.state, job.reason, answer.away) == ("CANCELLED", "by 1000", "")
+
+
+def test_a_forgotten_job_without_accounting_is_unknown_and_slurm_not_away(fake: FakeSlurm) -> None:
+    fake.jobs["4"] = [FakeJob("COMPLETED", "0", forgotten=True)]
+    answer = fake.slurm().ask(["4_0"])
+    assert answer.jobs == {}
+    assert answer.away == ""
+
+
+def test_an_open_row_of_the_accounting_is_no_answer(fake: FakeSlurm) -> None:
+    fake.accounting = True
+    fake.jobs["4"] = [FakeJob("RUNNING", "0", forgotten=True)]
+    assert fake.slurm().ask(["4_0"]).jobs == {}
+
+
+def test_the_controller_is_away(fake: FakeSlurm) -> None:
+    fake.away = True
+    fake.jobs["4"] = [FakeJob("RUNNING", "0")]
+    answer = fake.slurm().ask(["4_0"])
+    assert answer.jobs == {}
+    assert "Unable to contact slurm controller" in answer.away
+
+
+def test_the_accounting_answers_for_an_absent_controller(fake: FakeSlurm) -> None:
+    fake.away, fake.accounting = True, True
+    fake.jobs["4"] = [FakeJob("TIMEOUT", "0", code="0:0")]
+    answer = fake.slurm().ask(["4_0"])
+    assert answer.jobs["4_0"].state == "TIMEOUT"
+
+
+def test_a_thousand_runs_take_one_call(fake: FakeSlurm) -> None:
+    fake.jobs["4"] = [FakeJob("PENDING", "0-999")]
+    assert len(fake.slurm().ask([f"4_{i}" for i in range(1000)]).jobs) == 1000
+    assert fake.names() == ["squeue"]
+
+
+def test_find_by_comment(fake: FakeSlurm) -> None:
+    fake.jobs["8"] = [FakeJob("PENDING", "0-3", comment="hpcdl:tokA")]
+    fake.jobs["9"] = [FakeJob("RUNNING", comment="(null)")]
+    assert fake.slurm().find({"tokA", "tokB"}) == ({"tokA": "8"}, "")
+
+
+def test_scancel_that_fails_says_so(fake: FakeSlurm) -> None:
+    fake.away = True
+    with pytest.raises(SchedulerError, match="Unable to contact"):
+        fake.slurm().cancel(["4_0"])
+
+
+def _script(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_real_commands_get_a_clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _script(
+        tmp_path / "bin",
+        "squeue",
+        'echo "4|0|RUNNING|2026-01-01T00:00:00|c1|None|$TZ$SLURM_BITSTR_LEN$SQUEUE_STATES"',
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    monkeypatch.setenv("SQUEUE_STATES", "PENDING")
+    assert Slurm().ask(["4_0"]).jobs["4_0"].comment == "UTC0"
+
+
+def test_no_squeue_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "squeue is not on this machine" in Slurm().ask(["4_0"]).away
+
+
+def test_a_command_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _script(tmp_path / "bin", "squeue", "exec sleep 60")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    done = run_command(["squeue"], "", 0.2)
+    assert (done.returncode, done.stderr) == (124, "squeue gave no answer within 0.2 s")
