@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from hpcdl.errors import Fault
@@ -32,6 +33,7 @@ class Method(Protocol):
         ...
 
 
+@cache
 def names() -> tuple[str, ...]:
     """Names of all methods: the files of this folder."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))

@@ -83,6 +83,8 @@ def shape_of(config: dict[str, Any]) -> ModelShape | None:
 
 
 def _data(data: DataSpec) -> tuple[DataSpec, list[Fault]]:
+    if not data.paths and data.dataset is None:
+        return data, []
     faults: list[Fault] = []
     for index, given in enumerate(data.paths):
         if not glob.glob(absolute(given), recursive=True):  # noqa: PTH207 (Path.glob takes no absolute ones)

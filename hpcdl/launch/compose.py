@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +69,8 @@ class Files:
     """Without Hydra's own part, as `hydra.compose` gives it."""
     hydra: DictConfig | None = None
     """Hydra's own part, for `${hydra:…}`."""
+    plain: dict[str, Any] | None = None
+    """Resolved; None where a value may hang on another one, so that each override must be resolved anew."""
     faults: tuple[Fault, ...] = ()
     incomplete: frozenset[str] = frozenset()
 
@@ -144,18 +148,28 @@ class Composer:
         hydra = OmegaConf.masked_copy(config, "hydra")
         with open_dict(config):
             del config["hydra"]
-        return Files(config=config, hydra=hydra, faults=tuple(faults), incomplete=frozenset(incomplete))
+        return Files(
+            config=config,
+            hydra=hydra,
+            plain=None if faults else _independent(config),
+            faults=tuple(faults),
+            incomplete=frozenset(incomplete),
+        )
 
     def compose(self, overrides: Sequence[Override]) -> Composed:
         """The config that these overrides make; none of them may be a sweep."""
         choices = [override for override in overrides if self.is_choice(override)]
+        values = [override for override in overrides if not self.is_choice(override)]
         files = self.files(choices)
+        plain = None if files.plain is None else _replaced(files.plain, values)
+        return Composed(plain=plain) if plain is not None else self._compose(files, values)
+
+    def _compose(self, files: Files, values: Sequence[Override]) -> Composed:
+        """The general way: OmegaConf sets each value and resolves the whole."""
         faults, incomplete = list(files.faults), set(files.incomplete)
         config = copy.deepcopy(files.config)
-        for override in overrides:
-            # A choice that is wrong leaves nothing behind that a value could be judged by.
-            if self.is_choice(override) or len(files.config) == 0:
-                continue
+        # Where the files can't be composed there is nothing that a value could be judged by.
+        for override in values if len(files.config) else ():
             fault = self._set(config, override)
             if fault is not None and override.key_or_group.split(".")[0] not in files.incomplete:
                 faults.append(fault)
@@ -207,6 +221,45 @@ class Composer:
         """An experiment without its first line lies under `experiment:`, and changes nothing."""
         if isinstance(plain.get("experiment"), dict):
             yield hydra_faults.lacks_package(plain.pop("experiment"))
+
+
+def _independent(config: DictConfig) -> dict[str, Any] | None:
+    """The config as plain data, if no value in it is made from another one."""
+    text = json.dumps(OmegaConf.to_container(config, resolve=False), default=str)
+    without_environment = re.sub(r"\$\{oc\.env:[^${}]*\}", "", text)
+    if "${" in without_environment or "???" in text or "experiment" in config:
+        return None
+    plain, faults = hydra_faults.resolved(config)
+    return None if faults else plain
+
+
+def _replaced(plain: dict[str, Any], values: Sequence[Override]) -> dict[str, Any] | None:
+    """The quick way, for what sweeps mostly do: one simple value in place of another.
+
+    Shares with `plain` what it doesn't change. None where an override is anything else: OmegaConf knows.
+    """
+    made = dict(plain)
+    for override in values:
+        value = override.value()
+        simple = value is None or isinstance(value, bool | int | float) or _is_word(value)
+        if override.type != OverrideType.CHANGE or override.package is not None or not simple:
+            return None
+        *parents, last = override.key_or_group.split(".")
+        node = made
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                return None
+            node[parent] = node = dict(node[parent])
+        if last not in node or isinstance(node[last], dict | list):
+            return None
+        if isinstance(value, int | float) and _is_text(sections.type_of(override.key_or_group)):
+            value = _as_text(override).value()
+        node[last] = value
+    return made
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and "${" not in value and value != "???"
 
 
 def _is_text(hint: Any) -> bool:

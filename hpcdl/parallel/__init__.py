@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from hpcdl.errors import Fault
@@ -36,6 +37,7 @@ class Strategy(Protocol):
         ...
 
 
+@cache
 def names() -> tuple[str, ...]:
     """Names of all strategies: the files of this folder."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
