@@ -31,6 +31,8 @@ class Cause:
     traceback: str = ""
     signal: int = 0
     """The signal that killed the rank; 0 where it ended by itself."""
+    by_torchrun: bool = False
+    """Whether torchrun found the rank dead; then its time is late, and of use only if the rank said nothing."""
 
     @property
     def reason(self) -> str:
@@ -40,25 +42,24 @@ class Cause:
         return f"{self.type}: {first} ({where})" if first else f"{self.type} ({where})"
 
 
-def find(run: RunDir, attempt: str, restarts: int, words: Iterable[str], node: str) -> Cause:
+def find(run: RunDir, attempt: str, words: Iterable[str], node: str) -> Cause:
     """The root cause: the earliest, except that a death by signal goes before what it did to the others.
 
     Args:
         run: the run.
-        attempt: HPCDL_TRY.
-        restarts: restarts in place; what happened before the last one was got over.
+        attempt: HPCDL_TRY. What happened before its last restart in place was got over.
         words: the last lines that this node's torchrun said.
         node: this node's name.
     """
-    causes = list(_recorded(run, attempt, restarts))
+    causes = list(_recorded(run, attempt, _last_restart(run)))
     own = from_torchrun(list(words), node)
-    if own.rank is not None or not causes:
-        causes.append(own)
-    return min(causes, key=_when)
+    spoken = {cause.rank for cause in causes if not cause.by_torchrun}
+    heard = [c for c in (*causes, own) if not c.by_torchrun or (c.rank is not None and c.rank not in spoken)]
+    return min(heard or [own], key=_when)
 
 
-def record(run: RunDir, attempt: str, restarts: int, node: int, cause: Cause) -> None:
-    """Leaves this node's cause for the first node's agent: `errors/try<…>-restart<n>-node<k>.json`."""
+def record(run: RunDir, attempt: str, node: int, cause: Cause) -> None:
+    """Leaves this node's cause for the first node's agent: `errors/try<…>-node<k>.json`."""
     plain = {
         "time": cause.time,
         "node": cause.node,
@@ -67,14 +68,15 @@ def record(run: RunDir, attempt: str, restarts: int, node: int, cause: Cause) ->
         "message": cause.message,
         "traceback": cause.traceback,
         "signal": cause.signal,
+        "by_torchrun": cause.by_torchrun,
     }
     run.errors.mkdir(exist_ok=True)
-    write_json(run.errors / f"try{attempt}-restart{restarts}-node{node}.json", plain)
+    write_json(run.errors / f"try{attempt}-node{node}.json", plain)
 
 
 def of_nodes(run: RunDir, attempt: str) -> int:
     """How many other nodes' agents have left a cause."""
-    return sum(1 for _ in run.errors.glob(f"try{attempt}-restart*-node*.json"))
+    return sum(1 for _ in run.errors.glob(f"try{attempt}-node*.json"))
 
 
 def from_torchrun(words: list[str], node: str) -> Cause:
@@ -88,25 +90,33 @@ def from_torchrun(words: list[str], node: str) -> Cause:
         return Cause(
             time=now(),
             type="torchrun",
+            by_torchrun=True,
             message=said[-1].strip() if said else "ended without a word",
             node=node,
         )
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = "killed; by the kernel if memory ran out" if name == "SIGKILL" else "killed by this signal"
-        return Cause(time=time, type=name, message=hint, node=node, rank=rank, signal=-code)
+        return Cause(time=time, type=name, message=hint, node=node, rank=rank, signal=-code, by_torchrun=True)
     message = f"the worker ended with code {code} and said nothing"
-    return Cause(time=time, type="ExitCode", message=message, node=node, rank=rank)
+    return Cause(time=time, type="ExitCode", message=message, node=node, rank=rank, by_torchrun=True)
 
 
-def _recorded(run: RunDir, attempt: str, restarts: int) -> Iterator[Cause]:
-    for number in range(restarts, -1, -1):
-        found = [
-            c for f in run.errors.glob(f"try{attempt}-restart{number}-*.json") if (c := _read(f.read_text()))
-        ]
-        if found or number == restarts:
-            yield from found
-            return
+def _recorded(run: RunDir, attempt: str, since: str) -> Iterator[Cause]:
+    """What ranks and agents have left. By time: the nodes don't count restarts alike."""
+    for file in run.errors.glob(f"try{attempt}-*.json"):
+        cause = _read(file.read_text(encoding="utf-8"))
+        if cause is not None and cause.time >= since:
+            yield cause
+
+
+def _last_restart(run: RunDir) -> str:
+    """When the workers were last started anew in place in this try; empty if they were not."""
+    since = ""
+    for event in run.events():
+        if event.get("event") in ("started", "restarted"):
+            since = str(event.get("time", "")) if event["event"] == "restarted" else ""
+    return since
 
 
 def _read(text: str) -> Cause | None:
@@ -125,12 +135,13 @@ def _read(text: str) -> Cause | None:
         rank=rank if isinstance(rank, int) else None,
         traceback=str(plain.get("traceback", "")),
         signal=int(plain.get("signal", 0)),
+        by_torchrun=bool(plain.get("by_torchrun", False)),
     )
 
 
 def _when(cause: Cause) -> str:
-    """The time to sort by: torchrun notices a killed worker after the others have lost their connection."""
-    if not cause.signal:
+    """The time to sort by: torchrun finds a dead worker after the others have lost their connection to it."""
+    if not cause.by_torchrun:
         return cause.time
     earlier = datetime.fromisoformat(cause.time) - timedelta(seconds=1)
     return earlier.isoformat(timespec="milliseconds")

@@ -28,6 +28,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _RANK_LINE = re.compile(rb"\[rank \d+\] ")
+_FRAME = re.compile(rb"frame #\d+: ")
 _CLOSING = re.compile(rb"Sending process (\d+) closing signal")
 CLOSING_GRACE_S = 8.0
 """How long torchrun's workers may live on once it has told them to end, because one of them has failed. They
@@ -64,7 +65,9 @@ class Log:
     def write(self, lines: Sequence[bytes]) -> None:
         """Appends whole lines; those without a rank are torchrun's own words."""
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").encode() + b" "
-        marked = (line if _RANK_LINE.match(line) else b"[torchrun] " + line for line in lines)
+        # The store's stack frames: printed by the other nodes' torchrun at each normal end.
+        kept = [line for line in lines if not _FRAME.match(line)]
+        marked = (line if _RANK_LINE.match(line) else b"[torchrun] " + line for line in kept)
         self._append(b"".join(stamp + line + b"\n" for line in marked))
 
     def say(self, text: str) -> None:
@@ -84,7 +87,6 @@ class Torchrun:
         argv: its command line.
         environment: its whole environment.
         log: where its output goes.
-        on_restart: called when it starts its workers anew, with the number of restarts so far.
     """
 
     def __init__(
@@ -92,7 +94,6 @@ class Torchrun:
         argv: Sequence[str],
         environment: Mapping[str, str],
         log: Log,
-        on_restart: Callable[[int], None],
     ) -> None:
         adopt_orphans()
         parent = os.getpid()
@@ -112,11 +113,10 @@ class Torchrun:
             process_group=0,  # a Ctrl-C in the agent's terminal must not reach it
         )
         self._log = log
-        self._on_restart = on_restart
         self._rest = b""
         self._closing: dict[int, float] = {}
-        self.restarts = 0
-        """Times that it has started its workers anew."""
+        self.disturbed = False
+        """Whether it has said that a worker failed or is told to end: a restart in place may follow."""
         self.words: deque[str] = deque(maxlen=_KEPT_LINES)
         """The last lines that torchrun itself said."""
 
@@ -174,10 +174,8 @@ class Torchrun:
             if _RANK_LINE.match(line):
                 continue
             self.words.append(line.decode(errors="replace"))
-            if b"will restart worker group" in line:
-                self.restarts += 1
-                self._on_restart(self.restarts)
             found = _CLOSING.search(line)
+            self.disturbed |= found is not None or b"failed (exitcode" in line
             if found:
                 self._closing[int(found.group(1))] = time.monotonic() + CLOSING_GRACE_S
 

@@ -85,6 +85,9 @@ def decide(seen: Seen, ask: Callable[[], JobFate], cause: Callable[[], str]) -> 
         if seen.outcome.status == "finished":
             return Ending(state="COMPLETED", exit_code=0)
         return _stopped(seen, seen.outcome, ask)
+    if seen.outcome is not None and seen.outcome.status == "stopped" and seen.signals:
+        # Rank 0's last act, after everybody's checkpoint: a further signal has only killed who was leaving.
+        return _stopped(seen, seen.outcome, ask)
     if seen.signals and seen.kind == "slurm":
         ended = _ended_by_slurm(ask(), "while it was told to stop, before a checkpoint was saved")
         if ended is not None:

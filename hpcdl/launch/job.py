@@ -33,7 +33,7 @@ from hpcdl.launch import causes, control, ending, network, preflight, torchrun
 from hpcdl.launch.child import Log, Torchrun, started_at
 from hpcdl.launch.place import Place, find
 from hpcdl.runs.files import write_atomic
-from hpcdl.runs.state import RunState
+from hpcdl.runs.state import ACTIVE, RunState
 from hpcdl.runs.store import RunDir, now
 from hpcdl.spec.cluster import ClusterSpec
 from hpcdl.spec.plain import from_plain, load_yaml
@@ -45,6 +45,7 @@ _STATE_LIMIT_S = 20.0
 """How long another agent waits with its non-zero end, upon which srun kills the first node's agent, until
 that one has written why."""
 _POLL_S = 0.1
+_LOOK_S = 1.0
 
 
 class Agent:
@@ -62,7 +63,8 @@ class Agent:
         self.place = place
         self.attempt = f"{state.attempt}.{place.requeue}"
         self._worker = (*worker, str(run.path))
-        self._restarts_before = state.restarts
+        self._restarts_known = state.restarts
+        self._next_look = 0.0
         self._signals: list[int] = []
         self._acted = 0
         self._killed = False
@@ -122,7 +124,7 @@ class Agent:
         self._log = Log(self.run.logs / f"{self.place.name}-try{self.attempt}.log")
         self._log.say(f"try {self.attempt} on {self.place.name}, job {self.place.job_id or 'local'}")
         try:
-            self._child = Torchrun(argv, environment, self._log, self._restarted)
+            self._child = Torchrun(argv, environment, self._log)
             return self._child.watch(self._tick)
         finally:
             shutil.rmtree(log_dir, ignore_errors=True)
@@ -142,9 +144,15 @@ class Agent:
             local_address=address,
         )
 
-    def _restarted(self, restarts: int) -> None:
-        if self.place.first:
-            self.run.update(restarts=self._restarts_before + restarts)
+    def _look_for_restarts(self) -> None:
+        """After a disturbance: rank 0 says by an event that the workers have been started anew in place."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_S
+        restarts = sum(event.get("event") == "restarted" for event in self.run.events())
+        if restarts != self._restarts_known:
+            self._restarts_known = restarts
+            self.run.update(restarts=restarts)
 
     def _tick(self) -> None:
         """Acts on signals: never inside the handler, which may interrupt anything."""
@@ -152,10 +160,12 @@ class Agent:
         while self._acted < len(self._signals):
             self._acted += 1
             self._act(self._signals[self._acted - 1])
+        if self.place.first and self._child.disturbed:
+            self._look_for_restarts()
         if self._signals and self.place.first and len(self.place.nodes) > 1:
             # Told to end because another node's agent could not start: nobody will come to the rendezvous.
             broken = causes.of_nodes(self.run, self.attempt)
-            if broken and not any(self.run.errors.glob(f"try{self.attempt}-restart*-rank*.json")):
+            if broken and not any(self.run.errors.glob(f"try{self.attempt}-*-rank*.json")):
                 self._child.kill()
 
     def _act(self, number: int) -> None:
@@ -167,12 +177,13 @@ class Agent:
             self._killed = True
             self._child.kill()
             return
+        if self.place.kind == "local" and self._acted == 1:
+            # Under Slurm the workers got it themselves: signals go to every process of the step. Once only:
+            # a second one would kill a Python that has saved its checkpoint and is on its way out.
+            self._child.signal_workers(signal.SIGUSR2)
         if self.place.first and not self.run.stop_file.exists():
             # For workers that are still importing, with the signal ignored: they look here at each step.
             write_atomic(self.run.stop_file, f"signal {name.removeprefix('SIG')}\n")
-        if self.place.kind == "local":
-            # Under Slurm the workers got it themselves: signals go to every process of the step.
-            self._child.signal_workers(signal.SIGUSR2)
 
     def _seen(self, code: int) -> ending.Seen:
         limit = from_plain(ClusterSpec, load_yaml(self.run.spec_file)["cluster"]).max_requeues
@@ -193,6 +204,9 @@ class Agent:
             cause.append(self._cause())
             return cause[0].reason
 
+        if self._child is not None and self._child.disturbed:
+            self._next_look = 0.0
+            self._look_for_restarts()
         end = ending.decide(self._seen(code), self._ask, root_cause)
         with contextlib.suppress(FileNotFoundError):
             if self.run.stop_file.read_text().startswith("signal"):
@@ -234,9 +248,8 @@ class Agent:
         deadline = time.monotonic() + _PEERS_LIMIT_S
         while causes.of_nodes(self.run, self.attempt) < others and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        restarts = self._child.restarts if self._child else 0
         words = self._child.words if self._child else ()
-        return causes.find(self.run, self.attempt, restarts, words, self.place.name)
+        return causes.find(self.run, self.attempt, words, self.place.name)
 
     def _ended_elsewhere(self, code: int) -> int:
         """Another node's agent: leaves its view of a failure, and ends after the first node's has spoken."""
@@ -244,13 +257,13 @@ class Agent:
             return 0
         assert self._child is not None
         own = causes.from_torchrun(list(self._child.words), self.place.name)
-        causes.record(self.run, self.attempt, self._child.restarts, self.place.node, own)
+        causes.record(self.run, self.attempt, self.place.node, own)
         self._wait_for_the_first()
         return 1
 
     def _wait_for_the_first(self) -> None:
         deadline = time.monotonic() + _STATE_LIMIT_S
-        while self.run.read_state().state == "RUNNING" and time.monotonic() < deadline:
+        while self.run.read_state().state in ACTIVE and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
     def _broken(self, error: Exception) -> int:
@@ -262,7 +275,7 @@ class Agent:
                 self.run.event("failed", reason=cause.reason, traceback="")
                 self.run.update(state="FAILED", reason=cause.reason, exit_code=1, ended=now())
             else:
-                causes.record(self.run, self.attempt, 0, self.place.node, cause)
+                causes.record(self.run, self.attempt, self.place.node, cause)
         return 1
 
     def _say(self, text: str) -> None:

@@ -1,0 +1,97 @@
+#!/bin/bash
+#SBATCH --job-name=lora
+#SBATCH --comment=hpcdl:20260131-120000-ab12
+#SBATCH --array=0-11%5
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=1
+#SBATCH --time=10
+#SBATCH --partition=debug
+#SBATCH --signal=USR2@120
+#SBATCH --output=/shared/runs/.submissions/20260131-120000-ab12/slurm-%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+
+# Each node's agent starts: /shared/env/bin/python -m torch.distributed.run --nnodes=1 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id=JOB_ID --rdzv-endpoint=127.0.0.1:0 --rdzv-conf=is_host=1,join_timeout=600,read_timeout=600 --local-addr=127.0.0.1 --max-restarts=0 --signals-to-handle=SIGQUIT --tee=3 --log-dir=TMP -m hpcdl.worker.main RUN_DIR
+HPCDL_PYTHON=/shared/env/bin/python
+HPCDL_RUNS_FILE=/shared/runs/.submissions/20260131-120000-ab12/runs.txt
+HPCDL_SRUN_ARGS=()
+
+# ---- hpcdl: the body of every job ----
+set -euo pipefail
+
+fail() {
+    printf 'hpcdl: %s: %s\n' "$(uname -n)" "$*" >&2
+    exit 1
+}
+
+# A launch from inside another run must not take over what was that run's.
+unset HPCDL_LOCAL HPCDL_HEAD HPCDL_PORT HPCDL_NODES HPCDL_TRY
+
+# The job's nodes, the first one first. Inside some containers scontrol is missing.
+node_names() {
+    if command -v scontrol >/dev/null; then
+        scontrol show hostnames "$SLURM_JOB_NODELIST"
+    else
+        "$HPCDL_PYTHON" -c 'import sys; from hpcdl.runs.hosts import expand_hosts; print(*expand_hosts(sys.argv[1]))' \
+            "$SLURM_JOB_NODELIST"
+    fi
+}
+
+# A name's first address that other machines can use: many nodes resolve their own name to 127.0.1.1.
+address_of() {
+    { getent ahostsv4 "$1" || getent ahosts "$1" || true; } |
+        awk '$1 !~ /^(127\.|0\.|::1$|fe80:)/ { print $1; exit }'
+}
+
+# The head node's address, by its name, else by what Slurm itself uses to reach it.
+head_address() {
+    local address other
+    address=$(address_of "$1")
+    if [[ -z $address ]]; then
+        other=$({ scontrol show node --oneliner "$1" || true; } | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+        [[ -n $other ]] && address=$(address_of "$other")
+    fi
+    # No guess: with localhost each node would be a world of its own, and the job would hang.
+    [[ -n $address ]] || fail "no address of the head node $1 that other nodes could reach (getent ahosts $1)"
+    printf '%s\n' "$address"
+}
+
+# Whether something on this machine, which is the head node, has this TCP port.
+port_taken() {
+    local hex
+    printf -v hex '%04X' "$1"
+    grep -qsE "^ *[0-9]+: [0-9A-F]+:$hex " /proc/net/tcp /proc/net/tcp6
+}
+
+# A port that differs from job to job, below those that Linux gives to outgoing connections.
+free_port() {
+    local start=$((SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} * 3)) i port
+    for ((i = 0; i < 1000; i++)); do
+        port=$((20000 + (start + i) % 12000))
+        port_taken "$port" || { printf '%s\n' "$port"; return; }
+    done
+    fail 'no free port from 20000 to 31999'
+}
+
+names=$(node_names)
+[[ -n $names ]] || fail "no node in SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
+mapfile -t nodes <<<"${names// /$'\n'}"
+export HPCDL_NODES="${nodes[*]}"
+if ((${#nodes[@]} > 1)); then
+    HPCDL_HEAD=$(head_address "${nodes[0]}")
+    HPCDL_PORT=$(free_port)
+    export HPCDL_HEAD HPCDL_PORT
+fi
+
+# By hand: compose once, here, on the job's first start. A requeued job finds the same run again.
+if [[ -z $HPCDL_RUNS_FILE ]]; then
+    HPCDL_RUNS_FILE=$("$HPCDL_PYTHON" -m hpcdl.launch.by_hand "$@")
+fi
+
+# All of the environment (a job submitted with --export=NONE would have no PATH here), CPUs said again (srun
+# doesn't take them over from sbatch), no time limit for the slower nodes once the first task has ended, and one
+# agent's failure ends the others. exec: the job ends with srun's own exit code, and signals reach srun.
+exec srun --export=ALL --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 --wait=0 \
+    ${HPCDL_SRUN_ARGS[@]+"${HPCDL_SRUN_ARGS[@]}"} "$HPCDL_PYTHON" -m hpcdl.launch.job "$HPCDL_RUNS_FILE"

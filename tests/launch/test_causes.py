@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hpcdl.launch import causes
+from hpcdl.launch.causes import Cause
+from hpcdl.runs.store import RunDir
+
+# As torchrun 2.13 prints it.
+REPORT = """\
+============================================================
+hpcdl.worker.main FAILED
+------------------------------------------------------------
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : {time}
+  host      : c2.cluster
+  rank      : 2 (local_rank: 0)
+  exitcode  : {code} (pid: 2340)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 2340
+============================================================"""
+
+
+def report(code: int = -9, time: str = "2026-01-31_12:00:00") -> list[str]:
+    return REPORT.format(code=code, time=time).splitlines()
+
+
+def make(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.errors.mkdir(parents=True)
+    return run
+
+
+def put(run: RunDir, name: str, **fields: Any) -> None:
+    values = {"time": "2026-01-31T12:00:00.000+00:00", "node": "c1", "rank": 0, "type": "E", "message": "m"}
+    (run.errors / f"{name}.json").write_text(json.dumps({**values, **fields}))
+
+
+def test_the_earliest_is_the_root_cause(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    put(
+        run,
+        "try0.0-restart0-rank0",
+        time="2026-01-31T12:00:02.000+00:00",
+        message="connection closed by peer",
+    )
+    put(
+        run,
+        "try0.0-restart0-rank3",
+        time="2026-01-31T12:00:01.000+00:00",
+        rank=3,
+        node="c2",
+        message="nan\nmore",
+    )
+    found = causes.find(run, "0.0", ["E failed"], "c1")
+    assert found.reason == "E: nan (rank 3, node c2)"
+
+
+def test_other_tries_do_not_count(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    put(run, "try0.0-restart0-rank0", message="old")
+    put(run, "try0.1-restart0-rank0", time="2026-01-31T13:00:00.000+00:00", message="new")
+    assert causes.find(run, "0.1", [], "c1").message == "new"
+
+
+def test_what_was_got_over_by_a_restart_does_not_count(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    put(run, "try0.0-restart0-rank0", message="first")
+    events = [("started", "11:59:00"), ("restarted", "12:00:30")]
+    with run.events_file.open("w") as file:
+        for event, time in events:
+            file.write(json.dumps({"time": f"2026-01-31T{time}.000+00:00", "event": event}) + "\n")
+    put(run, "try0.0-restart1-rank1", time="2026-01-31T12:01:00.000+00:00", message="second")
+    assert causes.find(run, "0.0", [], "c1").message == "second"
+
+
+def test_a_death_by_signal_goes_before_what_it_did_to_the_others(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    local = causes.from_torchrun(report(), "c2")
+    # The other rank lost its connection at once; torchrun looks every 0.1 s and says whole seconds.
+    put(run, "try0.0-restart0-rank1", time=local.time, rank=1, message="connection closed by peer")
+    found = causes.find(run, "0.0", report(), "c2")
+    assert found.reason == "SIGKILL: killed; by the kernel if memory ran out (rank 2, node c2)"
+
+
+def test_an_older_error_goes_before_a_death_by_signal(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    put(run, "try0.0-restart0-rank1", time="2020-01-01T00:00:00.000+00:00", rank=1, message="the real one")
+    assert causes.find(run, "0.0", report(), "c2").message == "the real one"
+
+
+def test_what_the_rank_said_itself_goes_before_its_exit_code(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    late = "2030-01-01T00:00:00.000+00:00"
+    put(run, "try0.0-restart0-rank2", time=late, rank=2, type="ValueError", message="nan")
+    assert causes.find(run, "0.0", report(code=1), "c2").type == "ValueError"
+
+
+def test_another_nodes_view_counts(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    causes.record(run, "0.0", 1, causes.from_torchrun(report(), "c2"))
+    assert causes.of_nodes(run, "0.0") == 1
+    assert causes.of_nodes(run, "0.1") == 0
+    assert causes.find(run, "0.0", ["the store is gone"], "c1").type == "SIGKILL"
+
+
+def test_torchruns_last_words_where_nobody_is_to_blame(tmp_path: Path) -> None:
+    words = ["RuntimeError: port in use", "", "======"]
+    found = causes.find(make(tmp_path), "0.0", words, "c1")
+    assert found.reason == "torchrun: RuntimeError: port in use (node c1)"
+    assert causes.find(make(tmp_path / "b"), "0.0", [], "c1").message == "ended without a word"
+
+
+def test_a_torn_error_file_is_left_out(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (run.errors / "try0.0-restart0-rank0.json").write_text('{"time": "2026')
+    put(run, "try0.0-restart0-rank1", rank=1, message="whole")
+    assert causes.find(run, "0.0", [], "c1").message == "whole"
+
+
+def test_a_cause_without_words() -> None:
+    assert (
+        Cause(time="", type="KeyboardInterrupt", message="", node="c1").reason
+        == "KeyboardInterrupt (node c1)"
+    )

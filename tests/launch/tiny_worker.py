@@ -1,0 +1,107 @@
+"""A worker without torch: what a rank does is named in the environment variable MODE."""
+
+import ctypes
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+got = []
+for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda n, _: got.append(signal.Signals(n).name.removeprefix("SIG")))
+parent = os.getppid()
+ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+if os.getppid() != parent:
+    sys.exit(1)
+
+run = Path(sys.argv[1])
+rank = int(os.environ["RANK"])
+attempt = os.environ["HPCDL_TRY"]
+restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+mode = os.environ["MODE"]
+
+
+def event(kind, **details):
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": now, "event": kind, **details}) + "\n")
+
+
+def outcome(status, reason=""):
+    if rank == 0:
+        record = {"try": attempt, "status": status, "reason": reason, "step": 7, "time": ""}
+        (run / "outcome.json").write_text(json.dumps(record))
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 7, "loss": 1.0}\n')
+
+
+def wait_for_the_word():
+    while True:
+        if got:
+            return f"signal {got[0]}"
+        if (run / "STOP").exists():
+            return (run / "STOP").read_text().strip()
+        time.sleep(0.02)
+
+
+def main():
+    print("hello", rank, flush=True)
+    print("to stderr", file=sys.stderr, flush=True)
+    (run / f"pid-{rank}").write_text(str(os.getpid()))
+    if rank == 0 and restart != "0":
+        event("restarted", restart=int(restart))
+    if mode == "finish":
+        outcome("finished")
+    elif mode == "deaf":  # a worker whose handlers are not there yet
+        while not (run / "STOP").exists():
+            time.sleep(0.02)
+        outcome("stopped", (run / "STOP").read_text().strip())
+    elif mode == "wait":
+        outcome("stopped", wait_for_the_word())
+    elif mode == "fail" and rank == 1:
+        raise ValueError("the loss is nan\nsecond line")
+    elif mode == "die" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif mode == "exit3" and rank == 1:
+        sys.exit(3)
+    elif mode == "twice" and rank == 1:
+        raise ValueError(f"restart {restart}")
+    elif mode == "once" and restart == "0" and rank == 1:
+        raise ValueError("only once")
+    elif mode == "twice" and rank == 1:
+        raise ValueError(f"restart {restart}")
+    elif mode == "once" and restart != "0":
+        outcome("finished")
+    elif mode == "leak":
+        # A helper in a session of its own that outlives everybody: a data loader that was not closed.
+        helper = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+        )
+        (run / f"pid-helper-{rank}").write_text(str(helper.pid))
+        outcome("finished")
+    elif mode == "silent":
+        pass
+    else:
+        while mode in ("fail", "die", "exit3", "once", "twice", "hang"):
+            time.sleep(0.02)
+
+
+try:
+    main()
+except Exception as error:
+    record = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "node": os.uname().nodename,
+        "rank": rank,
+        "step": 7,
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": traceback.format_exc(),
+    }
+    (run / "errors" / f"try{attempt}-restart{restart}-rank{rank}.json").write_text(json.dumps(record))
+    raise
