@@ -211,9 +211,7 @@ def block(view: View, progress: Progress, memory_bytes: int | None) -> Group:
     count = f"step {progress.step}/{state.max_steps}"
     bar.add_row(ProgressBar(total=max(1, state.max_steps), completed=progress.step), count)
     lines.append(bar)
-    lines.append(
-        Text("   ".join(_measures(progress, memory_bytes, state.max_steps)) or "starting the workers …")
-    )
+    lines.append(Text("   ".join(_measures(progress, memory_bytes, state.max_steps))))
     if progress.first_perplexity is not None and progress.last_perplexity is not None:
         text = f"held-out perplexity {progress.first_perplexity:.3f}"
         if progress.last_eval_step > 0:
@@ -223,9 +221,7 @@ def block(view: View, progress: Progress, memory_bytes: int | None) -> Group:
 
 
 def _measures(progress: Progress, memory_bytes: int | None, max_steps: int) -> list[str]:
-    measures = []
-    if progress.loss is not None:
-        measures.append(f"loss {progress.loss:.4f}")
+    measures = [f"loss {progress.loss:.4f}" if progress.loss is not None else "the workers are starting …"]
     if progress.tokens_per_s:
         measures.append(f"{progress.tokens_per_s:,.0f} tokens/s")
     if memory_bytes:

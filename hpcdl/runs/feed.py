@@ -55,23 +55,33 @@ class Progress:
 class Feed:
     """Reads a run's metrics and events as they are appended.
 
+    What earlier launches of the run did is no news, nor what they measured.
+
     Args:
         run: the run.
-        from_start: whether events of before this moment count as news.
+        attempt: which launch of the run this is.
     """
 
-    def __init__(self, run: RunDir, *, from_start: bool = True) -> None:
+    def __init__(self, run: RunDir, attempt: int = 0) -> None:
         self.progress = Progress()
-        self._metrics = Tail(run.metrics_file)
-        self._events = Tail(run.events_file)
         self.stepped = False
         """Whether the last `read` met a new step."""
-        if not from_start:
-            self.read()
+        self._metrics = Tail(run.metrics_file)
+        self._events = Tail(run.events_file)
+        self._told: set[tuple[int, float]] = set()
+        """Evaluations that were told; the lines come again when the file is replaced on resuming."""
+        past = self._events.records()
+        launches = [i for i, event in enumerate(past) if event.get("event") == "submitted"]
+        self._first = past[launches[-1] :] if launches else past
+        if attempt:
+            for record in self._metrics.records():
+                self._take(record)
 
     def read(self) -> list[str]:
         """What is new and worth a line."""
-        news = [text for text in map(_event_line, self._events.records()) if text]
+        events = [*self._first, *self._events.records()]
+        self._first = []
+        news = [text for text in map(_event_line, events) if text]
         self.stepped = False
         for record in self._metrics.records():
             news += self._take(record)
@@ -87,7 +97,9 @@ class Feed:
             progress.last_perplexity, progress.last_eval_step = float(perplexity), step
             if progress.first_perplexity is None or step == 0:
                 progress.first_perplexity = float(perplexity)
-            return [f"held-out perplexity {perplexity:.3f} at step {step}"]
+            told = (step, float(perplexity)) in self._told
+            self._told.add((step, float(perplexity)))
+            return [] if told else [f"held-out perplexity {perplexity:.3f} at step {step}"]
         if "loss" in record:
             self.stepped = True
             progress.step = step

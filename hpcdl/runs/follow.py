@@ -48,7 +48,6 @@ def follow(
     on_interrupt: OnInterrupt | None = None,
     console: Console | None = None,
     slurm: Slurm | None = None,
-    from_start: bool = True,
 ) -> RunState:
     """Shows a run's progress until it is over; ends with its result, or with what went wrong.
 
@@ -58,7 +57,6 @@ def follow(
             second one kills it), `leave` lets the run go on. By default `stop` for a local run only.
         console: where to; by default this process's output.
         slurm: whom to ask.
-        from_start: whether to tell what happened before this call, too.
 
     Returns:
         The final state.
@@ -70,7 +68,7 @@ def follow(
     watcher = Watcher([run], slurm or Slurm())
     view = watcher.views[0]
     stop = (on_interrupt or ("stop" if view.state.kind == "local" else "leave")) == "stop"
-    feed = Feed(run, from_start=from_start)
+    feed = Feed(run, view.state.attempt)
     with Interrupts(catch_hangup=stop) as interrupts, display:
         stopper = Stopper(run, display)
         while True:

@@ -89,9 +89,10 @@ def _facts(record: dict[str, Any]) -> list[str]:
         how.append(f"MFU {100 * mfu:.1f} %")
     if memory:
         how.append(f"peak memory {words.size(memory)} a process")
-    size = record.get("world_size")
-    if size:
-        how.append(f"{size} process{'es' if size != 1 else ''} on {record.get('nodes', '?')} node(s)")
+    size, nodes = record.get("world_size"), record.get("nodes")
+    if size and nodes:
+        where = f"{nodes} node{'s' if nodes != 1 else ''}"
+        how.append(f"{size} process{'es' if size != 1 else ''} on {where}")
     trained, total = record.get("trainable_parameters"), record.get("parameters")
     lines = [", ".join(done), ", ".join(how)]
     if trained and total:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EVENTS_SHOWN = 8
+RULE_WIDTH = 80
 COLUMNS = ("run", "name", "state", "step", "loss", "tok/s", "job", "nodes", "age")
 RIGHT = frozenset({"step", "loss", "tok/s", "nodes", "age"})
 NAME_LEAST = 8
@@ -109,7 +110,6 @@ def _progress(view: View) -> tuple[str, str, str]:
 
 def print_detail(console: Console, view: View) -> None:
     """All that is known of one run, and what to type next."""
-    from rich.rule import Rule
     from rich.text import Text
 
     state = view.state
@@ -121,22 +121,32 @@ def print_detail(console: Console, view: View) -> None:
     console.print(Text.assemble(("directory  ", "dim"), str(view.run.path)), soft_wrap=True)
     events = view.run.events()
     if events:
-        console.print(Rule("events", align="left", style="dim"))
+        _heading(console, "events")
         for line in _event_lines(events[-EVENTS_SHOWN:]):
             console.print(Text(line), no_wrap=True, overflow="ellipsis")
     traceback = traceback_of(view.run, state)
     if traceback:
-        console.print(Rule("traceback", align="left", style="red"))
+        _heading(console, "traceback", style="red")
         console.print(Text(traceback.rstrip()), soft_wrap=True)
-    console.print(Rule("next", align="left", style="dim"))
+    _heading(console, "next")
     for command, meaning in next_commands(view):
         console.print(Text.assemble(f"{command}  ", (f"# {meaning}", "dim")), soft_wrap=True)
+
+
+def _heading(console: Console, text: str, style: str = "dim") -> None:
+    from rich.rule import Rule
+
+    console.print(Rule(text, align="left", style=style), width=min(console.width, RULE_WIDTH))
 
 
 def _print_fields(console: Console, fields: Sequence[tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if not console.is_terminal:  # whoever reads a file or a pipe wants whole lines, without padding
+        for label, text in fields:
+            console.print(f"{label:<9}  {text}", markup=False, soft_wrap=True)
+        return
     grid = Table.grid(padding=(0, 2, 0, 0))
     for label, text in fields:
         grid.add_row(Text(f"{label:<9}", style="dim"), Text(text, overflow="fold"))
