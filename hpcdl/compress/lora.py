@@ -59,15 +59,19 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
 
 def apply(config: Config, model: nn.Module) -> nn.Module:
     """The model as peft's PeftModel: base frozen, adapters trainable."""
+    import warnings
+
     from peft import LoraConfig, get_peft_model
 
     targets = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
     lora = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides by the rank: a float is fine
         lora_dropout=config.dropout,
         target_modules=targets,
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 by an old name
+        return get_peft_model(model, lora)

@@ -42,9 +42,8 @@ def once(target: Path, build: Callable[[Path], None]) -> Path:
                 shutil.rmtree(old, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
         try:
-            temporary.chmod(0o755)  # a cache may be shared by a group; mkdtemp's folder is private
             build(temporary)
-            _sync(temporary)
+            make_readable(temporary)
             temporary.rename(target)
         except OSError:
             if not target.exists():  # not a lost race: the disk is full, …
@@ -54,8 +53,13 @@ def once(target: Path, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def _sync(folder: Path) -> None:
+def make_readable(folder: Path) -> None:
+    """Readable for a group that shares the cache (mkdtemp's folder and safetensors' files are not); on disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o666 & ~umask)
             with path.open("rb") as file:
                 os.fsync(file.fileno())

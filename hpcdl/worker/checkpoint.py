@@ -15,8 +15,13 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
@@ -109,8 +114,6 @@ class Checkpointer:
 
         Rank 0 renames; the others may go on meanwhile, since all their parts are written.
         """
-        import torch.distributed.checkpoint as dcp
-
         path = self._run.checkpoints / name_of(totals.step)
         temporary = path.with_name(f"{TEMPORARY}{totals.step}-{self._who.attempt}-{self._who.restart}")
         temporary.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,7 @@ class Checkpointer:
         rng.save(random_states)
         _fsync(random_states)
         # Its last collective tells rank 0 that every rank has written (and fsynced) its part.
-        dcp.save(self._state(), storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+        save(self._state(), storage_writer=FileSystemWriter(temporary, sync_files=True))
         if self._who.is_first:
             files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
             record = {
@@ -145,16 +148,13 @@ class Checkpointer:
         Raises:
             HpcdlError: the data is no longer what it was: resuming would not continue the same run.
         """
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import set_state_dict
-
         if found.data_digest != self._data_digest:
             raise HpcdlError(
                 f"the data has changed since {found.path.name} was saved (other files, tokenizer or Python):"
                 " put it back as it was, or launch a new run with force=true"
             )
         state = self._state()
-        dcp.load(state, storage_reader=dcp.FileSystemReader(found.path))
+        load(state, storage_reader=FileSystemReader(found.path))
         set_state_dict(
             self._net.wrapped,
             self._optimizer,
@@ -167,9 +167,7 @@ class Checkpointer:
         else:
             rng.seed_all(found.seed, self._who.rank, found.step)
 
-    def _state(self) -> dict[str, dict[str, object]]:
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
+    def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._net.wrapped, self._optimizer, options=_options())
         return {"model": model, "optimizer": optimizer}
 
@@ -181,9 +179,7 @@ class Checkpointer:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _options() -> object:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
+def _options() -> StateDictOptions:
     # The frozen base of LoRA is loaded from where it came from; only what is trained is saved.
     return StateDictOptions(ignore_frozen_params=True, strict=False)
 

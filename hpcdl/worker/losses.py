@@ -106,9 +106,13 @@ class WithLoss(nn.Module):
             position_ids: `(batch, seq)`; begin anew with each document.
             labels: `(batch, seq)`, already shifted.
         """
-        base = inner(self.model)
-        head = base.get_output_embeddings()
-        plain = type(head) is nn.Linear and head.bias is None and base.config.model_type in PLAIN_HEADS
+        base: Any = inner(self.model)
+        head: Any = base.get_output_embeddings()
+        plain = (
+            type(head) is nn.Linear
+            and getattr(head, "bias", None) is None
+            and base.config.model_type in PLAIN_HEADS
+        )
         if plain:
             hidden = base.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
             return linear_cross_entropy(hidden, head.weight, labels)

@@ -79,7 +79,9 @@ def load(spec: ExperimentSpec, place: str | None) -> Any:
         assert spec.model.shape is not None, "checked before submission"
         return from_shape(spec.model.shape, spec.model.attention, spec.seed).to(dtype)
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log wants lines
     try:
         return AutoModelForCausalLM.from_pretrained(
             place, revision=spec.model.revision, dtype=dtype, attn_implementation=spec.model.attention
@@ -113,7 +115,7 @@ def from_shape(shape: ModelShape, attention: str, seed: int) -> Any:
         bos_token_id=ByteTokenizer.bos_id,
         eos_token_id=ByteTokenizer.eos_id,
         pad_token_id=ByteTokenizer.pad_id,
-        attn_implementation=attention,
+        attn_implementation=attention,  # type: ignore[call-arg]
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

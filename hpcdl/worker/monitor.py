@@ -79,7 +79,7 @@ class _Gpus:
     def __init__(self) -> None:
         self._handles: list[Any] = []
         try:
-            import pynvml
+            import pynvml  # type: ignore[import-not-found]
         except ImportError:
             return
         self._nvml = pynvml

@@ -84,7 +84,7 @@ def checkpoint_activations(model: Any, how: str) -> None:
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if how == "selective":
         for block in list(blocks(base))[1::2]:
-            block.gradient_checkpointing = False
+            setattr(block, "gradient_checkpointing", False)  # noqa: B010
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

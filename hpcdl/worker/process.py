@@ -128,7 +128,8 @@ def join(who: Process, device: torch.device) -> None:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, device_id=device_id)
         return
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+    alone = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=device_id)
 
 
 def leave() -> None:

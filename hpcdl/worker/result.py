@@ -10,6 +10,7 @@ from hpcdl import __version__
 from hpcdl.runs.files import last_line, write_atomic, write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
+from hpcdl.worker.cache import make_readable
 from hpcdl.worker.checkpoint import Totals
 from hpcdl.worker.metrics import Metrics
 from hpcdl.worker.network import Network, count_parameters
@@ -104,6 +105,7 @@ def _save_weights(finished: Finished) -> Path:
         folder = run.path / "model"
         model.save_pretrained(folder)
         finished.tokenizer.save(folder)
+        make_readable(folder)
         return folder
     base = finished.place
     if base is None:  # random weights lie nowhere yet, and an adapter is worth nothing without its base
@@ -116,6 +118,7 @@ def _save_weights(finished: Finished) -> Path:
     # The embedding is not trained; "auto" would ask the hub about it.
     model.save_pretrained(folder, save_embedding_layers=False)
     finished.tokenizer.save(folder)
+    make_readable(folder)
     return folder
 
 
@@ -130,6 +133,7 @@ def _save_base(model: Any, folder: Path) -> None:
     fresh = type(base)(base.config)
     fresh.to(base.dtype).load_state_dict(plain)
     fresh.save_pretrained(folder)
+    make_readable(folder)
 
 
 def card(spec: ExperimentSpec, result: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ def seed_all(seed: int, rank: int, step: int = 0) -> None:
 def save(path: Path) -> None:
     """Writes this rank's states."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     torch.save(state, path)
 

@@ -18,12 +18,25 @@ Message = Mapping[str, str]
 class Tokenizer(Protocol):
     """What tasks and the result need of a tokenizer."""
 
-    eos_id: int
-    pad_id: int
-    prefix: tuple[int, ...]
-    """Tokens before each document (beginning of text), where the tokenizer has them."""
-    digest: str
-    """Changes whenever any text might be tokenised differently."""
+    @property
+    def eos_id(self) -> int:
+        """End of text; also what separates packed documents."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Fills what is left of a sequence; never a target."""
+        ...
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Tokens before each document (beginning of text), where the tokenizer has them."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever any text might be tokenised differently."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens added."""
@@ -57,7 +70,7 @@ class ByteTokenizer:
     bos_id = 256
     eos_id = 257
     pad_id = 258
-    prefix = (256,)
+    prefix: tuple[int, ...] = (256,)
     digest = "byte-1"
     vocab_size = 260
     _turn = "\0"  # stands for token 259: a byte that text doesn't hold
@@ -101,19 +114,19 @@ class HfTokenizer:
 
     @cached_property
     def eos_id(self) -> int:
-        """End of text; also what separates packed documents."""
+        """`eos_token`."""
         if self._hf.eos_token_id is None:
             raise HpcdlError(f"the tokenizer of {self._source} has no end-of-text token (eos_token)")
         return int(self._hf.eos_token_id)
 
     @cached_property
     def pad_id(self) -> int:
-        """Fills what is left of a sequence; never a target."""
+        """`pad_token`, or end-of-text where there is none."""
         return self.eos_id if self._hf.pad_token_id is None else int(self._hf.pad_token_id)
 
     @cached_property
     def prefix(self) -> tuple[int, ...]:
-        """Beginning of text, for tokenizers that add it by themselves."""
+        """`bos_token`, for tokenizers that add it by themselves."""
         first = self._hf("a")["input_ids"][:1]
         return tuple(first) if first == [self._hf.bos_token_id] else ()
 
