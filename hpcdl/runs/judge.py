@@ -55,18 +55,19 @@ def never_started(why: str) -> Verdict:
 
 
 def forgotten(run: RunDir, state: RunState) -> Verdict:
-    """A job that the controller doesn't know, nor the accounting, and whose agent left no final state."""
+    """A job that the controller doesn't know, nor the accounting, and whose agent left no final state.
+
+    An array's task that is cancelled before Slurm has split it off leaves no record anywhere, while its
+    siblings go on (seen on 22.05). A job that has started leaves at least its output file.
+    """
+    gone = f"Slurm knows no job {state.job_id} any more"
     if failure.log_files(run, state.attempt):
-        return _ended(
-            run,
-            state,
-            "FAILED",
-            f"Slurm knows no job {state.job_id} any more, and its agent left no last word",
-        )
-    reason = (
-        f"Slurm knows no job {state.job_id} any more, and it never wrote a log: "
-        "cancelled while pending, or ended before its agent had started"
-    )
+        return _ended(run, state, "FAILED", f"{gone}, and its agent left no last word")
+    output = failure.own_output(run, state)
+    if output is None:
+        return _final("CANCELLED", f"cancelled while pending; {NO_LOG}", None, "cancelled", by="scancel")
+    said = failure.last_words(output)
+    reason = f"{gone}; it ended before its agent had started{': ' + said if said else ''}"
     return _ended(run, state, "FAILED", reason)
 
 

@@ -109,10 +109,23 @@ def test_forgotten_while_running(runs_dir: Path, fake: FakeSlurm) -> None:
     assert "knows no job 4_0 any more" in view.state.reason
 
 
-def test_forgotten_while_pending(runs_dir: Path, fake: FakeSlurm) -> None:
-    run = make_run(runs_dir, job_id="4_0")
-    assert "never wrote a log" in look(run, fake.slurm()).state.reason
-    assert run.read_state().state == "FAILED"
+def test_a_task_cancelled_before_it_was_split_off_its_array_leaves_no_record(
+    runs_dir: Path, fake: FakeSlurm
+) -> None:
+    run = make_run(runs_dir, array_index=1)
+    make_submission(runs_dir, job_id="4")
+    fake.jobs["4"] = [FakeJob("PENDING", "0,2")]
+    view = look(run, fake.slurm())
+    assert (view.state.state, run.read_state().state) == ("CANCELLED", "CANCELLED")
+    assert view.state.reason == "cancelled while pending; it will never write a log"
+
+
+def test_forgotten_after_its_setup_has_failed(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = make_run(runs_dir)
+    (make_submission(runs_dir, job_id="4") / "slurm-4_0.out").write_text("no such module\n")
+    view = look(run, fake.slurm())
+    assert view.state.state == "FAILED"
+    assert "before its agent had started: no such module" in view.state.reason
 
 
 def test_a_setup_line_that_fails_is_told_from_slurms_own_output(runs_dir: Path, fake: FakeSlurm) -> None:
