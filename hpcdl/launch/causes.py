@@ -51,7 +51,7 @@ def find(run: RunDir, attempt: str, words: Iterable[str], node: str) -> Cause:
         words: the last lines that this node's torchrun said.
         node: this node's name.
     """
-    causes = list(_recorded(run, attempt, _last_restart(run)))
+    causes = list(_recorded(run, attempt))
     own = from_torchrun(list(words), node)
     spoken = {cause.rank for cause in causes if not cause.by_torchrun}
     heard = [c for c in (*causes, own) if not c.by_torchrun or (c.rank is not None and c.rank not in spoken)]
@@ -102,21 +102,36 @@ def from_torchrun(words: list[str], node: str) -> Cause:
     return Cause(time=time, type="ExitCode", message=message, node=node, rank=rank, by_torchrun=True)
 
 
-def _recorded(run: RunDir, attempt: str, since: str) -> Iterator[Cause]:
-    """What ranks and agents have left. By time: the nodes don't count restarts alike."""
+def _recorded(run: RunDir, attempt: str) -> Iterator[Cause]:
+    """What ranks and agents have left since the last restart in place.
+
+    By the restart's number in the file's name, or by time: the nodes don't always count restarts alike, and
+    a rank can fail before rank 0 has told of the restart.
+    """
+    found = []
     for file in run.errors.glob(f"try{attempt}-*.json"):
         cause = _read(file.read_text(encoding="utf-8"))
-        if cause is not None and cause.time >= since:
+        if cause is not None:
+            match = re.search(r"-restart(\d+)-", file.name)
+            found.append((int(match.group(1)) if match else 0, cause))
+    told, since = _last_restart(run)
+    last = max([told, *(number for number, _ in found)])
+    if last > told:
+        since = min(cause.time for number, cause in found if number == last)
+    for number, cause in found:
+        if number >= last or cause.time >= since:
             yield cause
 
 
-def _last_restart(run: RunDir) -> str:
-    """When the workers were last started anew in place in this try; empty if they were not."""
-    since = ""
+def _last_restart(run: RunDir) -> tuple[int, str]:
+    """Number and time of this try's last restart in place, as rank 0 told of it; 0 and no time without one."""
+    found = (0, "")
     for event in run.events():
-        if event.get("event") in ("started", "restarted"):
-            since = str(event.get("time", "")) if event["event"] == "restarted" else ""
-    return since
+        if event.get("event") == "started":
+            found = (0, "")
+        elif event.get("event") == "restarted":
+            found = (int(event.get("restart", 0)), str(event.get("time", "")))
+    return found
 
 
 def _read(text: str) -> Cause | None:

@@ -21,7 +21,7 @@ class Outcome:
     status: str
     """`finished` or `stopped`."""
     reason: str
-    """Why it stopped: `cancel`, `signal USR2`, …"""
+    """Why it stopped: `cancel`; `signal USR2`, or `SIGUSR2` where the agent passed it on through the STOP file"""
     step: int
 
 
@@ -99,9 +99,9 @@ def _stopped(seen: Seen, outcome: Outcome, ask: Callable[[], JobFate]) -> Ending
     """All ranks agreed to stop and saved a checkpoint."""
     saved = f"checkpoint saved at step {outcome.step}"
     word = (outcome.reason.split() or ["?"])[0]
-    if word != "signal":
+    if not word.startswith(("signal", "SIG")):
         return Ending(state="CANCELLED", reason=f"{word}; {saved}", exit_code=INTERRUPTED)
-    first = seen.signals[0] if seen.signals else outcome.reason.split()[-1]
+    first = seen.signals[0] if seen.signals else outcome.reason.split()[-1].removeprefix("SIG")
     if first == "INT" or seen.kind != "slurm":
         return Ending(state="CANCELLED", reason=f"stopped by SIG{first}; {saved}", exit_code=INTERRUPTED)
     fate = ask()

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hpcdl.errors import HpcdlError, RunFailedError, UsageError
 from hpcdl.launch import causes, control, ending, network, preflight, torchrun
@@ -86,25 +87,25 @@ class Agent:
 
     def _started(self) -> None:
         """The first node's agent takes the state over."""
-        if self.run.stop_file.exists() and self.run.stop_file.read_text().startswith("signal"):
-            self.run.stop_file.unlink()  # an earlier try's: the signal that it told of is over
-        self.run.event(
-            "started",
-            **{"try": self.attempt},
-            nodes=len(self.place.nodes),
-            node_list=list(self.place.nodes),
-            job_id=self.place.job_id,
-        )
+        self._forget_signal()  # an earlier try's
+        place = self.place
+        started = {
+            "try": self.attempt,
+            "nodes": len(place.nodes),
+            "node_list": list(place.nodes),
+            "job_id": place.job_id,
+        }
         before = self.run.read_state()
         self.run.update(
+            event=("started", started),
             state="RUNNING",
             reason="",
-            job_id=self.place.job_id,
-            node_list=self.place.nodes,
+            job_id=place.job_id,
+            node_list=place.nodes,
             host=os.uname().nodename,
             agent_pid=os.getpid(),
             agent_started=started_at(os.getpid()),
-            requeues=_requeues(self.run),
+            requeues=_requeues(self.run, self.attempt),
             exit_code=None,
             started=before.started or now(),
             ended=None,
@@ -183,7 +184,7 @@ class Agent:
             self._child.signal_workers(signal.SIGUSR2)
         if self.place.first and not self.run.stop_file.exists():
             # For workers that are still importing, with the signal ignored: they look here at each step.
-            write_atomic(self.run.stop_file, f"signal {name.removeprefix('SIG')}\n")
+            write_atomic(self.run.stop_file, f"{name}\n")
 
     def _seen(self, code: int) -> ending.Seen:
         limit = from_plain(ClusterSpec, load_yaml(self.run.spec_file)["cluster"]).max_requeues
@@ -208,26 +209,26 @@ class Agent:
             self._next_look = 0.0
             self._look_for_restarts()
         end = ending.decide(self._seen(code), self._ask, root_cause)
-        with contextlib.suppress(FileNotFoundError):
-            if self.run.stop_file.read_text().startswith("signal"):
-                self.run.stop_file.unlink()
+        self._forget_signal()
         if end.requeue:
             end = self._requeue(end)
         if end.requeued:
-            self.run.event("requeued", reason=end.reason, requeues=_requeues(self.run) + 1)
-            self.run.update(state="PENDING", reason=end.reason, requeues=_requeues(self.run) + 1)
+            requeues = _requeues(self.run, self.attempt) + 1
+            event = ("requeued", {"reason": end.reason, "requeues": requeues})
+            self.run.update(event=event, state="PENDING", reason=end.reason, requeues=requeues)
             return 0
         return self._finish(end, cause[0].traceback if cause else "")
 
     def _finish(self, end: ending.Ending, traceback: str = "") -> int:
         step = self.run.step()
+        event: tuple[str, dict[str, Any]]
         if end.state == "COMPLETED":
-            self.run.event("finished", step=step)
+            event = ("finished", {"step": step})
         elif end.state == "CANCELLED":
-            self.run.event("cancelled", by=end.reason.split(";")[0], step=step)
+            event = ("cancelled", {"by": end.reason.split(";")[0], "step": step})
         else:
-            self.run.event("failed", reason=end.reason, traceback=traceback)
-        self.run.update(state=end.state, reason=end.reason, exit_code=end.exit_code, ended=now())
+            event = ("failed", {"reason": end.reason, "traceback": traceback})
+        self.run.update(event=event, state=end.state, reason=end.reason, exit_code=end.exit_code, ended=now())
         if end.exit_code:
             self._say(f"{end.state}: {end.reason}\n{traceback}".rstrip())
         return end.exit_code or 0
@@ -272,11 +273,17 @@ class Agent:
         self._say(cause.reason)
         with contextlib.suppress(OSError):  # the run directory may be what is broken
             if self.place.first:
-                self.run.event("failed", reason=cause.reason, traceback="")
-                self.run.update(state="FAILED", reason=cause.reason, exit_code=1, ended=now())
+                event = ("failed", {"reason": cause.reason, "traceback": ""})
+                self.run.update(event=event, state="FAILED", reason=cause.reason, exit_code=1, ended=now())
             else:
                 causes.record(self.run, self.attempt, self.place.node, cause)
         return 1
+
+    def _forget_signal(self) -> None:
+        """Removes a STOP file that tells of a signal: it is over with the try. One of a user's stays."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.run.stop_file.read_text(encoding="utf-8").startswith("SIG"):
+                self.run.stop_file.unlink()
 
     def _say(self, text: str) -> None:
         """To this node's log, and to standard error: the Slurm output file."""
@@ -285,15 +292,15 @@ class Agent:
         print(f"hpcdl: {self.place.name}: {text}", file=sys.stderr, flush=True)
 
 
-def _requeues(run: RunDir) -> int:
-    """Times that the scheduler has started the run's jobs anew, from its `started` events.
+def _requeues(run: RunDir, current: str) -> int:
+    """Times that the scheduler has started the run's jobs anew, from its `started` events and this try.
 
     Counted there and not in the agent that asks for the requeue: Slurm also requeues by itself.
     """
+    tries = [str(e.get("try", "")) for e in run.events() if e.get("event") == "started"]
     highest: dict[str, int] = {}
-    for event in run.events():
-        attempt, _, requeue = str(event.get("try", "")).partition(".")
-        if event.get("event") == "started" and requeue.isdigit():
+    for attempt, _, requeue in (text.partition(".") for text in (*tries, current)):
+        if requeue.isdigit():
             highest[attempt] = max(highest.get(attempt, 0), int(requeue))
     return sum(highest.values())
 

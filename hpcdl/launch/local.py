@@ -12,10 +12,7 @@ from hpcdl.launch import torchrun
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.runs.files import write_atomic, write_json
-
-RUNNER = "runner.json"
-"""In the submission's folder: `{pid, started, host}` of the shell that starts the runs one after the other.
-While it lives, runs of the submission that are still PENDING will have their turn."""
+from hpcdl.runs.store import RUNNER
 
 _LOOP = """\
 # One after the other; a failed run doesn't keep the next from its turn, an interrupt (130) does.
@@ -71,6 +68,7 @@ class LocalBackend:
                 )
         except OSError as error:
             raise SchedulerError(f"bash could not be started: {error}") from error
+        # While this shell lives, runs of the submission that are still PENDING will have their turn.
         record = {"pid": process.pid, "started": started_at(process.pid), "host": os.uname().nodename}
         write_json(request.folder / RUNNER, record)
         # Whoever asks whether it lives must not find a zombie for as long as this process goes on.

@@ -85,8 +85,11 @@ if ((${#nodes[@]} > 1)); then
 fi
 
 # By hand: compose once, here, on the job's first start. A requeued job finds the same run again.
+index=()
 if [[ -z $HPCDL_RUNS_FILE ]]; then
     HPCDL_RUNS_FILE=$("$HPCDL_PYTHON" -m hpcdl.launch.by_hand "$@")
+    [[ -n $HPCDL_RUNS_FILE ]] || exit 0 # the run is there and complete
+    index=(0)
 fi
 
 # All of the environment (a job submitted with --export=NONE would have no PATH here), CPUs said again (srun
@@ -94,4 +97,5 @@ fi
 # agent's failure ends the others. exec: the job ends with srun's own exit code, and signals reach srun.
 exec srun --export=ALL --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 --wait=0 \
-    ${HPCDL_SRUN_ARGS[@]+"${HPCDL_SRUN_ARGS[@]}"} "$HPCDL_PYTHON" -m hpcdl.launch.job "$HPCDL_RUNS_FILE"
+    ${HPCDL_SRUN_ARGS[@]+"${HPCDL_SRUN_ARGS[@]}"} "$HPCDL_PYTHON" -m hpcdl.launch.job "$HPCDL_RUNS_FILE" \
+    ${index[@]+"${index[@]}"}

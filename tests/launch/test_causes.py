@@ -72,12 +72,19 @@ def test_other_tries_do_not_count(tmp_path: Path) -> None:
 def test_what_was_got_over_by_a_restart_does_not_count(tmp_path: Path) -> None:
     run = make(tmp_path)
     put(run, "try0.0-restart0-rank0", message="first")
-    events = [("started", "11:59:00"), ("restarted", "12:00:30")]
-    with run.events_file.open("w") as file:
-        for event, time in events:
-            file.write(json.dumps({"time": f"2026-01-31T{time}.000+00:00", "event": event}) + "\n")
+    run.event("started")
     put(run, "try0.0-restart1-rank1", time="2026-01-31T12:01:00.000+00:00", message="second")
     assert causes.find(run, "0.0", [], "c1").message == "second"
+    run.event("restarted", restart=1)  # told after rank 1 had failed
+    assert causes.find(run, "0.0", [], "c1").message == "second"
+
+
+def test_a_death_after_a_restart_is_not_the_first_errors_fault(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    put(run, "try0.0-restart0-rank0", message="got over")
+    run.event("started")
+    run.event("restarted", restart=1)
+    assert causes.find(run, "0.0", report(), "c2").type == "SIGKILL"
 
 
 def test_a_death_by_signal_goes_before_what_it_did_to_the_others(tmp_path: Path) -> None:

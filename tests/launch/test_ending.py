@@ -78,6 +78,12 @@ def test_stopped_under_slurm(
     assert found.exit_code != 0
 
 
+def test_the_signal_came_through_the_stop_file() -> None:
+    found = end(outcome=stopped("SIGUSR2"), signals=("USR2",), fate="running", left=1)
+    assert found.requeue
+    assert end("local", outcome=stopped("SIGTERM")).reason == "stopped by SIGTERM; checkpoint saved at step 9"
+
+
 def test_only_the_workers_got_the_signal() -> None:
     found = end(outcome=stopped("signal USR2"), fate="running", left=1)
     assert found.requeue

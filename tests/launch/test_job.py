@@ -181,7 +181,7 @@ def test_cancelled_through_the_stop_file(agents: Agents) -> None:
 
 def test_an_earlier_signals_stop_file_is_removed(agents: Agents) -> None:
     run = agents.make("finish")
-    run.stop_file.write_text("signal USR2\n")
+    run.stop_file.write_text("SIGUSR2\n")
     assert agents.end(agents.start())[0] == 0
     assert not run.stop_file.exists()
 
