@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcdl.errors import SchedulerError
+from hpcdl.errors import SchedulerError, UsageError
 from hpcdl.launch import backends
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
@@ -93,6 +93,26 @@ def _submit(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> 
     _record(request, job_id=job_id)
     _link_latest(request.runs_dir, mine[-1].run)
     return Submitted(runs=mine, job_id=job_id)
+
+
+def adopt(batch: Batch, job_id: str) -> Path:
+    """Claims one run for a job that was submitted by hand and runs already; returns the job's runs file.
+
+    Raises:
+        UsageError: somebody else was quicker with the run.
+    """
+    request = batch.request
+    request.folder.mkdir(parents=True, exist_ok=True)
+    with locked(request.folder / ".lock"):
+        _record(request, job_id=None)
+        mine = _claim(request, batch.runs, None)
+        if not mine:
+            raise UsageError(f"{batch.runs[0].run.path}: another launch has taken this run meanwhile")
+        _write(request, mine)
+        _record(request, job_id=job_id.partition("_")[0])
+        mine[0].run.update(job_id=job_id)
+        _link_latest(request.runs_dir, mine[0].run)
+    return request.folder / "runs.txt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
