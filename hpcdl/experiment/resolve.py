@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def resolve(parts: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
 
 def absolute(path: str) -> str:
     """`path` as seen from anywhere; `~` is the home directory."""
-    # Not resolve(): a link may be there so that its target can change.
-    return str(Path(path).expanduser().absolute())
+    # Not resolve(): a link may be there so that its target can change. abspath takes `..` away, too.
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 
 def _model(model: ModelSpec) -> tuple[ModelSpec, list[Fault]]:

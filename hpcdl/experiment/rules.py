@@ -119,6 +119,19 @@ def shape_is_a_transformer(model: ModelSpec) -> Iterator[Fault]:
         )
 
 
+def scaling_says_how(model: ModelSpec) -> Iterator[Fault]:
+    """Transformers wants to know the kind of a rotary scaling."""
+    scaling = model.shape.rope_scaling if model.shape else None
+    if scaling is not None and not isinstance(scaling.get("rope_type"), str):
+        yield Fault(
+            key="model.shape.rope_scaling",
+            value=", ".join(scaling),
+            problem="does not say which scaling: rope_type is missing",
+            allowed="rope_type (linear, dynamic, yarn, llama3, …) with its own keys, or null",
+            fix="+model.shape.rope_scaling.rope_type=linear",
+        )
+
+
 def bytes_fit_the_vocabulary(model: ModelSpec) -> Iterator[Fault]:
     """The byte tokenizer gives numbers up to 259."""
     if model.tokenizer == "byte" and model.shape is not None and model.shape.vocab_size < BYTE_VOCABULARY:
@@ -307,6 +320,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("runs_dir",), runs_dir_is_a_folder),
     (("model",), model_has_a_source),
     (("model",), shape_is_a_transformer),
+    (("model",), scaling_says_how),
     (("model",), bytes_fit_the_vocabulary),
     (("model",), random_weights_have_a_tokenizer),
     (("data", "model"), sequence_fits_the_model),

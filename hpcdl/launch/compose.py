@@ -139,7 +139,7 @@ class Composer:
         try:
             config = self.loader.load_configuration(self.config_name, good, mode)
         except Exception as error:  # whatever a file of the user's can bring about
-            faults.append(hydra_faults.broken_file(error, good))
+            faults.append(hydra_faults.broken_file(error, good, self.loader))
             everything = frozenset(sections.top_level())
             return Files(config=OmegaConf.create({}), faults=tuple(faults), incomplete=everything)
         if "experiment" in incomplete:
@@ -196,8 +196,7 @@ class Composer:
         lines = []
         for override in overrides:
             value = not override.is_sweep_override() and not self.is_choice(override)
-            new = value and override.type == OverrideType.CHANGE
-            new = new and not hydra_faults.has(config, override.key_or_group)
+            new = value and override.type == OverrideType.CHANGE and self._is_new(override, config)
             lines.append("++" * new + str(override.input_line))
             if value:
                 self._set(config, override)
@@ -206,7 +205,7 @@ class Composer:
     def _set(self, config: DictConfig, override: Override) -> Fault | None:
         known = sections.type_of(override.key_or_group)
         override = _as_text(override) if known is not None and _is_text(known) else override
-        if override.type == OverrideType.CHANGE and not hydra_faults.has(config, override.key_or_group):
+        if override.type == OverrideType.CHANGE and self._is_new(override, config):
             if known is None:
                 return hydra_faults.unknown_key(override, config, self.loader)
             # A key of the spec that a file leaves to its default needs no plus.
@@ -216,6 +215,12 @@ class Composer:
         except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
             return hydra_faults.unfit(override, config, error)
         return None
+
+    @staticmethod
+    def _is_new(override: Override, config: DictConfig) -> bool:
+        """Whether the override sets a key that the config doesn't have: itself, or within its value."""
+        inside = isinstance(override.value(), dict) and sections.type_of(override.key_or_group) is not None
+        return inside or not hydra_faults.has(config, override.key_or_group)
 
     def _misplaced(self, plain: dict[str, Any]) -> Iterator[Fault]:
         """An experiment without its first line lies under `experiment:`, and changes nothing."""

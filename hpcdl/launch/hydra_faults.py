@@ -73,16 +73,27 @@ def unreadable(text: str, error: Exception) -> Fault:
         return Fault(
             key=key or '""', value=value, problem=problem, allowed="key=value, group=option", fix="key=value"
         )
-    words_of_hydra = str(error).splitlines()
-    told = re.sub(r"^Error parsing override .*", "", words_of_hydra[0]) or " ".join(words_of_hydra[1:2])
-    told = told.split(" expecting ")[0]
+    if value.startswith("="):
+        problem, fix = "has one = too many", words.shell(f"{key}={value.lstrip('=')}")
+        return Fault(key=key, value=value, problem=problem, allowed="key=value", fix=fix)
     return Fault(
         key=key,
-        value=value,
-        problem=f"can't be read ({_what_is_odd(value) or told.strip()})",
+        value=words.typed(value),
+        problem=f"can't be read: {_what_is_odd(value) or _told(str(error))}",
         allowed="a number, true, false, null, text, [a,b] or {key: value}; other text in quotes",
         fix=words.shell(f'{key}="{_quoted(value)}"'),
     )
+
+
+def _told(text: str) -> str:
+    """What Hydra's parser says, less its own names."""
+    lines = [
+        line for line in text.splitlines() if not line.startswith(("Error parsing override", "See http"))
+    ]
+    told = " ".join(lines).split(" expecting ")[0].strip()
+    if not told or told.startswith("LexerNoViableAlt"):
+        return "it is not in the form of an override"
+    return re.sub(r"^\w+(Exception|Error) while evaluating ('[^']*'): ", r"\2: ", told)
 
 
 def _quoted(value: str) -> str:
@@ -97,7 +108,7 @@ def _what_is_odd(value: str) -> str:
         if value.count(quote) % 2:
             return f"a quote {quote} has no partner"
     odd = sorted(set(re.findall(r"[^\w\s.,:\[\]{}()\"'$%*@?|+/\\-]", value)))
-    return f"{' '.join(odd)} has a meaning of its own there" if odd else ""
+    return f"{' '.join(odd)} must stand in quotes" if odd else ""
 
 
 def wrong_choice(override: Override, loader: ConfigLoaderImpl) -> Fault | None:
@@ -130,7 +141,7 @@ def wrong_choice(override: Override, loader: ConfigLoaderImpl) -> Fault | None:
     return None
 
 
-def broken_file(error: Exception, lines: Sequence[str]) -> Fault:
+def broken_file(error: Exception, lines: Sequence[str], loader: ConfigLoaderImpl) -> Fault:
     """A config file that can't be read or composed."""
     cause = error.__cause__ if isinstance(error.__cause__, yaml.YAMLError) else error
     if isinstance(cause, yaml.MarkedYAMLError):
@@ -140,7 +151,7 @@ def broken_file(error: Exception, lines: Sequence[str]) -> Fault:
         return Fault(key=place, value="", problem=problem, fix="correct the file at that place")
     told = _plain(str(error)) or (_plain(str(error.__cause__)) if error.__cause__ else "")
     where = re.search(r"In '?([\w./-]+)'?:", told)
-    key = f"{where.group(1)}.yaml" if where else " ".join(lines) or "config"
+    key = f"{where.group(1)}.yaml" if where else _unreadable_file(loader) or " ".join(lines) or "config"
     if isinstance(error, UnicodeDecodeError):
         told = f"a file is not UTF-8 text ({error.reason} at byte {error.start})"
     missing = _missing_file(error, told)
@@ -161,6 +172,19 @@ def broken_file(error: Exception, lines: Sequence[str]) -> Fault:
         problem=f"can't be composed: {problem or type(error).__name__}",
         fix="see which files are read: --info defaults",
     )
+
+
+def _unreadable_file(loader: ConfigLoaderImpl) -> str:
+    """The first file of the config folders that OmegaConf can't load: its errors don't name it."""
+    for source in loader.get_sources():
+        if source.scheme() != "file":
+            continue
+        for file in sorted(Path(source.path).rglob("*.yaml")):
+            try:
+                OmegaConf.load(file)
+            except Exception:  # whatever it is, this is the file
+                return str(file)
+    return ""
 
 
 def _missing_file(error: Exception, told: str) -> Fault | None:
@@ -315,7 +339,7 @@ def _bad_interpolation(key: str, written: str, error: Exception) -> Fault:
         leaf = names[0].rpartition(".")[2] if names else ""
         known = sections.every_key()
         near = known.get(leaf) or nearest_name(names[0] if names else "", known.values())
-    elif isinstance(error, RecursionError):
+    elif isinstance(error, RecursionError) or "Recursive" in str(error):
         problem = "points to itself"
     else:
         told = _plain(str(error))

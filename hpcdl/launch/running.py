@@ -40,7 +40,7 @@ def launch(
     seen = _as_it_went((*away, *here[:1]), made, planned)
     if options.parsable:
         report.parsable(seen)
-    else:
+    elif seen:
         report.launched(seen, options, sweep)
     refused = [one.refused for one in made if one.refused]
     if refused:
@@ -67,11 +67,15 @@ def _check_packages(here: Sequence[Batch]) -> None:
 def _as_it_went(
     batches: Sequence[Batch], made: Sequence[submit.Submitted], planned: Sequence[Planned]
 ) -> list[Planned]:
-    """The plan, with the runs that somebody else was quicker with."""
+    """The plan, with the runs that somebody else was quicker with, and less those that were refused."""
     asked = {item.run for batch in batches for item in batch.runs}
-    got = {item.run for one in made for item in one.runs}
-    lost = asked - got
-    return [dataclasses.replace(item, action="active") if item.run in lost else item for item in planned]
+    lost = asked - {item.run for one in made for item in one.runs}
+    refused = {item.run for one in made if one.refused for item in one.runs}
+    return [
+        dataclasses.replace(item, action="active") if item.run in lost else item
+        for item in planned
+        if item.run not in refused
+    ]
 
 
 def _stay_here(
