@@ -99,7 +99,7 @@ BROKEN: list[tuple[list[str], list[str]]] = [
     (["optim.lr=???"], ["must be given"]),
     (["optim.lr.x=1"], ["optim.lr.x"]),
     (["model.shape.rope_scaling.factor=2"], ["model.shape"]),
-    (["trainer.global_batch_size=7"], ["multiple of 16"]),
+    (["trainer.global_batch_size=7"], ["multiple of 2"]),
     (["cluster=local", "cluster.nodes=2"], ["this machine"]),
     (["data.seq_len=99999"], ["max_position_embeddings 1024", "data.seq_len=1024"]),
     (["task=sft"], ["no answers"]),
@@ -479,6 +479,16 @@ def test_killed_between_any_two_steps(
     submission = path.parent.parent / ".submissions" / str(state.submission)
     assert (submission / "runs.txt").read_text() == f"{path}\n"
     assert len(slurm.calls("sbatch")) == 1
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("experiment", ["lora_llama", "pretrain_tiny"])
+def test_the_experiments_fit_what_one_would_try(
+    experiment: str, nodes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [f"cluster.nodes={nodes}", f"cluster.processes_per_node={2 if nodes < 4 else 1}"]
+    words = [f"+experiment={experiment}", "cluster=slurm_docker", "trainer.max_steps=1", *sizes]
+    assert main([*words, "dry_run=true"]) == 0, capsys.readouterr().err
 
 
 # --- the process as a whole
