@@ -59,6 +59,7 @@ def launcher(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A tiny run that would go on for hours."""
     command = [
         sys.executable, "-m", "hpcdl.launch", "+experiment=pretrain_tiny", "trainer.max_steps=1000000",
+        "trainer.micro_batch_size=8",
         "trainer.checkpoint_every=0", "trainer.eval_samples=4", "cluster.processes_per_node=2",
         f"runs_dir={tmp_path}/runs",
     ]  # fmt: skip
@@ -82,7 +83,9 @@ def poll(runs: Path, run_dir: Path) -> dict[str, Any]:
         check=True,
     )
     status = dict(json.loads(done.stdout))
-    assert json.loads((run_dir / "state.json").read_text())["state"] == status["state"]
+    # The file may have moved on since the answer, but an end that was told stands in it.
+    stands = json.loads((run_dir / "state.json").read_text())["state"]
+    assert stands == status["state"] or status["state"] in ("PENDING", "RUNNING")
     return status
 
 

@@ -77,8 +77,9 @@ def by_slurm(run: RunDir, state: RunState, job: Job) -> Verdict | None:
         return _by_end(run, state, job)
     if job.waiting:
         return _waiting(state, job)
-    if job.state == "COMPLETING":  # the end, or a requeue, under way: the next poll knows which
-        return None
+    if job.state == "COMPLETING":  # the end, or a requeue, under way: a later poll knows which
+        reason = state.reason or "Slurm is ending the job (COMPLETING)"
+        return Verdict(changes={"reason": reason}, write=False)
     if job.state == "CONFIGURING":
         return Verdict(changes={"reason": "the nodes are being started"}, write=False)
     if job.state == "SUSPENDED":
