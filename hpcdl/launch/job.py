@@ -1,8 +1,8 @@
 """The agent: `python -m hpcdl.launch.job RUNS_FILE [INDEX]`, once on each node of a job.
 
 It reads spec.yaml, starts torchrun, writes its output to `logs/<node>-try<try>.log`, and ends as the run
-does. The first node's agent owns state.json while the job runs. It starts quickly: standard library, yaml,
-and hpcdl's spec and run store.
+does. The first node's agent owns state.json while the job runs. It starts quickly: standard library, yaml
+and the run store.
 
 Killed with -9, or a node lost, at any moment:
     what dies          what is left, and who says so
@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hpcdl.errors import HpcdlError, RunFailedError, UsageError
 from hpcdl.launch import causes, control, ending, network, preflight, torchrun
 from hpcdl.launch.child import Log, Torchrun, started_at
@@ -36,8 +38,6 @@ from hpcdl.launch.place import Place, find
 from hpcdl.runs.files import write_atomic
 from hpcdl.runs.state import ACTIVE, RunState
 from hpcdl.runs.store import RunDir, now
-from hpcdl.spec.cluster import ClusterSpec
-from hpcdl.spec.plain import from_plain, load_yaml
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _PEERS_LIMIT_S = 5.0
@@ -112,8 +112,7 @@ class Agent:
         )
 
     def _torchrun(self) -> int:
-        plain = load_yaml(self.run.spec_file)
-        cluster = from_plain(ClusterSpec, plain["cluster"])
+        cluster = _resources(self.run)
         if len(self.place.nodes) != cluster.nodes:
             raise RunFailedError(f"the run wants {cluster.nodes} nodes, the job has {len(self.place.nodes)}")
         meeting = self._rendezvous()
@@ -187,14 +186,13 @@ class Agent:
             write_atomic(self.run.stop_file, f"{name}\n")
 
     def _seen(self, code: int) -> ending.Seen:
-        limit = from_plain(ClusterSpec, load_yaml(self.run.spec_file)["cluster"]).max_requeues
         return ending.Seen(
             kind=self.place.kind,
             code=code,
             outcome=ending.read_outcome(self.run.outcome_file, self.attempt),
             signals=tuple(signal.Signals(n).name.removeprefix("SIG") for n in self._signals),
             killed=self._killed,
-            requeues_left=limit - self.place.requeue,
+            requeues_left=_resources(self.run).max_requeues - self.place.requeue,
         )
 
     def _ended(self, code: int) -> int:
@@ -290,6 +288,12 @@ class Agent:
         if self._log is not None:
             self._log.say(text)
         print(f"hpcdl: {self.place.name}: {text}", file=sys.stderr, flush=True)
+
+
+def _resources(run: RunDir) -> torchrun.NodeResources:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    plain = yaml.load(run.spec_file.read_text(encoding="utf-8"), Loader=loader)
+    return torchrun.NodeResources.of(plain["cluster"])
 
 
 def _requeues(run: RunDir, current: str) -> int:

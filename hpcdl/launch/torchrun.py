@@ -9,8 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from hpcdl.spec.cluster import ClusterSpec
+from typing import Any, Protocol
 
 MODULE = "torch.distributed.run"
 """What the console script `torchrun` calls; with `python -m` it is the right environment's."""
@@ -24,6 +23,52 @@ PREFIX = "[rank ${rank}] "
 
 _INHERITED = ("MASTER_", "TORCHELASTIC_", "TORCH_ELASTIC_", "PET_", "GROUP_", "ROLE_")
 _INHERITED_NAMES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "HPCDL_TRY"})
+
+
+class Resources(Protocol):
+    """What of a ClusterSpec matters on a node."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the job."""
+        ...
+
+    @property
+    def processes_per_node(self) -> int:
+        """Workers on each."""
+        ...
+
+    @property
+    def cpus_per_process(self) -> int:
+        """CPUs of each worker."""
+        ...
+
+    @property
+    def max_restarts(self) -> int:
+        """Restarts in place."""
+        ...
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        """The user's variables."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResources:
+    """A ClusterSpec as the agent reads it from spec.yaml, without importing the spec: that takes 40 ms."""
+
+    nodes: int
+    processes_per_node: int
+    cpus_per_process: int
+    max_restarts: int
+    max_requeues: int
+    env: Mapping[str, str]
+
+    @classmethod
+    def of(cls, cluster: Mapping[str, Any]) -> NodeResources:
+        """From the `cluster` section, every key of which was written by the launcher."""
+        return cls(*(cluster[name] for name in cls.__dataclass_fields__))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +93,7 @@ def alone(rendezvous_id: str) -> Rendezvous:
 
 
 def command(
-    cluster: ClusterSpec,
+    cluster: Resources,
     python: str,
     rendezvous: Rendezvous,
     log_dir: str,
@@ -88,7 +133,7 @@ def _endpoint(rendezvous: Rendezvous) -> str:
     return f"{host}:{rendezvous.port}"
 
 
-def environment(cluster: ClusterSpec, attempt: str, inherited: Mapping[str, str]) -> dict[str, str]:
+def environment(cluster: Resources, attempt: str, inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment of torchrun and the workers.
 
     Args:
@@ -115,7 +160,7 @@ def environment(cluster: ClusterSpec, attempt: str, inherited: Mapping[str, str]
     return {**kept, **settings, **cluster.env}
 
 
-def preview(cluster: ClusterSpec, python: str) -> str:
+def preview(cluster: Resources, python: str) -> str:
     """The command as a dry run shows it, with words where only the job will know."""
     meeting = Rendezvous(id="JOB_ID", host="HEAD", port=0, is_head=True, local_address="THIS_NODE")
     argv = command(cluster, python, alone("JOB_ID") if cluster.nodes == 1 else meeting, "TMP", WORKER)
