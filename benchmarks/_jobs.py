@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,21 +18,10 @@ LIMIT_S = 300
 QUIET_LIMIT_S = 180
 """How long other jobs of the cluster are waited for."""
 
-MARKS = (
-    "command",
-    "sbatch",
-    "batch",
-    "agent",
-    "torchrun_start",
-    "torchrun",
-    "worker_start",
-    "first_line",
-    "evaluated",
-    "first_step",
-)
+MARKS = ("command", "sbatch", "batch", "agent", "torchrun", "worker", "first_line", "evaluated", "first_step")
 """What a trial notes, in order: the command's start; the call of sbatch; the batch script's first line; the
-first line of hpcdl's node agent; torchrun's interpreter and its first line; the same of the first worker; the
-end of the evaluation before training; the end of the first step."""
+start of hpcdl's node agent, of torchrun, of the first worker (before any import); the worker's first
+line; the end of the evaluation before training; the end of the first step."""
 PROGRAMS = {
     "agent": ("hpcdl/launch/job",),
     "torchrun": ("torch/distributed/run", "bin/torchrun"),
@@ -76,7 +66,7 @@ class Job:
             *(f"cluster.nodes={self.nodes}", f"cluster.processes_per_node={self.processes}"),
             *("cluster.cpus_per_process=1", f"cluster.partition={self.partition}", "cluster.time_min=30"),
             """cluster.setup=['date +%s.%N >"$BENCH_PROBE/batch"']""",
-            *(f"trainer.max_steps={self.steps}", "trainer.micro_batch_size=4", "trainer.checkpoint_every=0"),
+            *(f"trainer.max_steps={self.steps}", "trainer.micro_batch_size=4", "task.sample_tokens=0"),
             *(f"runs_dir={out}", "parsable=true"),
         ]
 
@@ -93,6 +83,7 @@ def run_trial(kind: str, job: Job, folder: Path) -> Trial:
     env = {
         **os.environ,
         "BENCH_PROBE": str(probe),
+        "BENCH_WORKERS": ":".join(PROGRAMS["worker"]),
         "PYTHONPATH": str(HERE / "probe"),
         "PATH": f"{HERE / 'probe' / 'bin'}:{os.environ['PATH']}",
     }
@@ -140,11 +131,10 @@ def noted(probe: Path) -> Trial:
     notes = [json.loads(file.read_text()) for file in probe.glob("*.json")]
     for kind, programs in PROGRAMS.items():
         mine = [note for note in notes if note["program"].endswith(programs)]
-        if not mine:
-            continue
-        line = "first_line" if kind == "worker" else kind
-        marks[f"{kind}_start"] = min(note["interpreter"] for note in mine)
-        marks[line] = min(note["first_line"] for note in mine)
+        if mine:
+            marks[kind] = min(note["interpreter"] for note in mine)
+        if kind == "worker":
+            marks["first_line"] = min(note["first_line"] for note in mine)
     return {mark: marks[mark] for mark in MARKS if mark in marks}
 
 
@@ -155,8 +145,13 @@ def trained(run_dir: Path) -> Trial:
         TrialError: there is no first step.
     """
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["time"] for line in lines if "loss" in line and line["step"] == 1]
+    steps = [moment(line["time"]) for line in lines if "loss" in line and line["step"] == 1]
     if not steps:
         raise TrialError(f"{run_dir}: no first step in metrics.jsonl")
-    evaluated = [line["time"] for line in lines if "eval_loss" in line and line["step"] == 0]
+    evaluated = [moment(line["time"]) for line in lines if "eval_loss" in line and line["step"] == 0]
     return {**({"evaluated": evaluated[0]} if evaluated else {}), "first_step": steps[0]}
+
+
+def moment(time_of_line: float | str) -> float:
+    """Epoch seconds; hpcdl writes ISO 8601."""
+    return datetime.fromisoformat(time_of_line).timestamp() if isinstance(time_of_line, str) else time_of_line

@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5, help="pairs of jobs (default: %(default)s)")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--processes", type=int, default=2, help="on each node (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="training steps (default: %(default)s)")
     parser.add_argument("--partition", default="debug", help="default: %(default)s")
     parser.add_argument("--keep", action="store_true", help="keep the jobs' files, and say where they are")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

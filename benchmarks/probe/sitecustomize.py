@@ -1,7 +1,8 @@
-"""Notes when each Python process of a job starts, and when it runs the first line of its program.
+"""Notes when each Python process of a job starts, and when a worker runs the first line of its program.
 
 On PYTHONPATH of both jobs that slurm_start.py compares, so that neither needs a line of its own for it.
 One file a process below $BENCH_PROBE: {host, pid, ppid, program, interpreter, first_line}, epoch seconds.
+$BENCH_WORKERS: the programs (`:` between them) whose first line is waited for.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from types import CodeType
+from types import FrameType
 
 
 def program(argv: list[str]) -> str | None:
@@ -27,32 +28,42 @@ def program(argv: list[str]) -> str | None:
     return None
 
 
-def watch(folder: str, name: str) -> None:
-    """Waits for the program's first line by an audit hook; hooks stay, so this one turns itself deaf."""
-    endings = (name, f"{name}.py", f"{name}/__main__.py")
-    note = {
+def write(note: dict[str, object]) -> None:
+    path = f"{os.environ['BENCH_PROBE']}/{note['host']}-{note['pid']}.json"
+    with open(path, "w") as file:  # noqa: PTH123
+        json.dump(note, file)
+
+
+def watch(note: dict[str, object], endings: tuple[str, ...]) -> None:
+    """Waits for the program's first line with a profile function, which is gone once it has seen it.
+
+    Not with an audit hook: that can't be taken out again, and slows down every import that comes after.
+    """
+
+    def entered(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_name == "<module>" and code.co_filename.endswith(endings):
+            note["first_line"] = time.time()
+            sys.setprofile(None)
+            write(note)
+
+    sys.setprofile(entered)
+
+
+def start(name: str) -> None:
+    note: dict[str, object] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "ppid": os.getppid(),
         "program": name,
-        "local_rank": os.environ.get("LOCAL_RANK"),
         "interpreter": time.time(),
     }
-    waiting = True
-
-    def hook(event: str, args: tuple[object, ...]) -> None:
-        nonlocal waiting
-        if not waiting or event != "exec" or not isinstance(args[0], CodeType):
-            return
-        if args[0].co_name == "<module>" and args[0].co_filename.endswith(endings):
-            waiting = False
-            note["first_line"] = time.time()
-            with open(f"{folder}/{note['host']}-{note['pid']}.json", "w") as file:  # noqa: PTH123
-                json.dump(note, file)
-
-    sys.addaudithook(hook)
+    if name.endswith(tuple(os.environ["BENCH_WORKERS"].split(":"))):
+        watch(note, (name, f"{name}.py"))
+    else:
+        write(note)
 
 
-_folder, _name = os.environ.get("BENCH_PROBE"), program(sys.orig_argv)
-if _folder and _name:
-    watch(_folder, _name)
+_name = program(sys.orig_argv)
+if "BENCH_PROBE" in os.environ and _name:
+    start(_name)
