@@ -33,7 +33,7 @@ def to_plain(value: Any) -> Any:
 
 
 @cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: Any) -> dict[str, Any]:
     """Resolved type of each field of a dataclass, without its Annotated bounds."""
     return typing.get_type_hints(cls)
 
