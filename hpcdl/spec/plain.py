@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -33,14 +33,14 @@ def to_plain(value: Any) -> Any:
 
 
 @cache
-def field_types(cls: Any) -> dict[str, Any]:
+def field_types(cls: Hashable) -> dict[str, Any]:
     """Resolved type of each field of a dataclass, without its Annotated bounds."""
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cast(type, cls))
 
 
 def from_plain(cls: type[T], plain: Mapping[str, Any], overrides: Mapping[str, type] | None = None) -> T:
     """Builds the dataclass `cls` from a plain dict; `overrides` names a field's concrete class."""
-    hints = {**field_types(cls), **(overrides or {})}
+    hints = {**field_types(cast(Hashable, cls)), **(overrides or {})}
     return cls(**{key: _build(hints[key], value) for key, value in plain.items()})
 
 
