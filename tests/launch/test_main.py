@@ -99,7 +99,7 @@ BROKEN: list[tuple[list[str], list[str]]] = [
     (["optim.lr=???"], ["must be given"]),
     (["optim.lr.x=1"], ["optim.lr.x"]),
     (["model.shape.rope_scaling.factor=2"], ["model.shape"]),
-    (["trainer.global_batch_size=7"], ["multiple of 2"]),
+    (["trainer.global_batch_size=7"], ["multiple of 4"]),
     (["cluster=local", "cluster.nodes=2"], ["this machine"]),
     (["data.seq_len=99999"], ["max_position_embeddings 1024", "data.seq_len=1024"]),
     (["task=sft"], ["no answers"]),
