@@ -15,13 +15,9 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
@@ -30,6 +26,11 @@ from hpcdl.worker import rng
 from hpcdl.worker.control import agree_on_start
 from hpcdl.worker.network import Network
 from hpcdl.worker.process import Process
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+# torch.distributed.checkpoint takes half a second to import: not before the first step.
 
 TRAINER = "trainer.json"
 TEMPORARY = ".tmp-step-"
@@ -114,6 +115,9 @@ class Checkpointer:
 
         Rank 0 renames; the others may go on meanwhile, since all their parts are written.
         """
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
         path = self._run.checkpoints / name_of(totals.step)
         temporary = path.with_name(f"{TEMPORARY}{totals.step}-{self._who.attempt}-{self._who.restart}")
         temporary.mkdir(parents=True, exist_ok=True)
@@ -148,6 +152,10 @@ class Checkpointer:
         Raises:
             HpcdlError: the data is no longer what it was: resuming would not continue the same run.
         """
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
+
         if found.data_digest != self._data_digest:
             raise HpcdlError(
                 f"the data has changed since {found.path.name} was saved (other files, tokenizer or Python):"
@@ -168,6 +176,8 @@ class Checkpointer:
             rng.seed_all(found.seed, self._who.rank, found.step)
 
     def _state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
         model, optimizer = get_state_dict(self._net.wrapped, self._optimizer, options=_options())
         return {"model": model, "optimizer": optimizer}
 
@@ -180,6 +190,8 @@ class Checkpointer:
 
 
 def _options() -> StateDictOptions:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
     # The frozen base of LoRA is loaded from where it came from; only what is trained is saved.
     return StateDictOptions(ignore_frozen_params=True, strict=False)
 

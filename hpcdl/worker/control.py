@@ -30,7 +30,7 @@ def agree_on_start(step: int, parameters: Sequence[nn.Parameter], device: torch.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for number, parameter in enumerate(parameters, start=1):
-        total += number * parameter.detach().double().sum()
+        total += number * parameter.detach().sum(dtype=torch.float64)
     everyone = gather([float(step), total], device)
     # Sums of the same numbers in the same order on the same kind of device: equal up to the last digits.
     sums = everyone[:, 1]

@@ -29,8 +29,10 @@ def main(run: RunDir) -> None:
             train(run, who, stop, progress)
         process.leave()
     except BaseException as error:
-        errors.report(run, who, progress.step, error)
-        os._exit(1)  # at once: a tidy exit would wait for ranks that wait for this one
+        try:
+            errors.report(run, who, progress.step, error)
+        finally:
+            os._exit(1)  # at once: a tidy exit would wait for ranks that wait for this one
 
 
 def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> None:
@@ -65,6 +67,10 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     lines = metrics.Metrics(run, tracker, active=who.is_first)
     if who.is_first:
         announce(run, who, totals.step)
+        if net.autocast and process.bf16_is_slow(device):
+            run.event(
+                "warning", message="this CPU has no bf16 instructions: trainer.precision=fp32 is quicker"
+            )
         saver.clean()
         lines.rewind(totals.step)
         if totals.step == 0:

@@ -74,14 +74,15 @@ def load(spec: ExperimentSpec, place: str | None) -> Any:
     Raises:
         HpcdlError: the weights can't be had; says how to help.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log wants lines
     dtype = dtype_for(spec)
     if place is None:
         assert spec.model.shape is not None, "checked before submission"
         return from_shape(spec.model.shape, spec.model.attention, spec.seed).to(dtype)
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log wants lines
     try:
         return AutoModelForCausalLM.from_pretrained(
             place, revision=spec.model.revision, dtype=dtype, attn_implementation=spec.model.attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,11 @@ def checkpoint_activations(model: Any, how: str) -> None:
         return
     base = inner(model)
     # Not reentrant: works with frozen inputs (LoRA) and with DDP; RNG is kept, so dropout is the same.
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # renamed in transformers 5.2x; the old name serves all of 5
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if how == "selective":
         for block in list(blocks(base))[1::2]:
             setattr(block, "gradient_checkpointing", False)  # noqa: B010

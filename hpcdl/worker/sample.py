@@ -33,7 +33,9 @@ def write(net: Network, tokenizer: Tokenizer, task: TaskSpec, *, adapter: bool =
     model = net.model
     ids = torch.tensor([prompt], device=net.device)
     model.eval()
-    with torch.no_grad(), net.context(), nullcontext() if adapter else model.disable_adapter():
+    # A growing cache would have compiled blocks compile anew for every length.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), net.context(), eager, nullcontext() if adapter else model.disable_adapter():
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,14 @@ def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.cores_given() == 16
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")  # a cluster that doesn't bind tasks
     assert process.cores_given() == 6
+
+
+def test_cpus_without_bf16_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.os, "uname", lambda: SimpleNamespace(machine="x86_64"))
+    for flags, slow in (("flags : fpu avx2 avx512f", True), ("flags : fpu avx512_bf16", False)):
+        (tmp_path / "cpuinfo").write_text(flags)
+        assert process.bf16_is_slow(torch.device("cpu"), tmp_path / "cpuinfo") is slow
+    assert not process.bf16_is_slow(torch.device("cuda"), tmp_path / "cpuinfo")
 
 
 @pytest.fixture
