@@ -129,7 +129,7 @@ def machine() -> dict[str, Any]:
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up as plain text too; the first column is text, the others are figures."""
     table = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [table[0], rule, *table[1:]]
     return "\n".join("| " + " | ".join(_pad(row, widths)) + " |" for row in lines)
