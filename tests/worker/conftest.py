@@ -20,6 +20,16 @@ from hpcdl.spec.plain import dump_yaml, to_plain
 from tests.factory import tiny_spec
 
 
+def coverage_environment() -> dict[str, str]:
+    """Where workers put their part of the coverage, if it is measured at all."""
+    try:
+        import coverage
+    except ImportError:
+        return {}
+    current = coverage.Coverage.current()
+    return {} if current is None else {"TEST_COVERAGE_FILE": os.path.abspath(current.config.data_file)}  # noqa: PTH100
+
+
 @dataclass
 class Finished:
     run: RunDir
@@ -46,6 +56,7 @@ class Workers:
         self._folder = folder
         self._count = itertools.count()
         env = {**os.environ, "HPCDL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        env |= coverage_environment()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.worker.zygote"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,

@@ -26,6 +26,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def measuring() -> Any:
+    """Coverage of this worker, where pytest measures it: a part that pytest-cov combines at the end."""
+    data_file = os.environ.get("TEST_COVERAGE_FILE")
+    if not data_file:
+        return None
+    import coverage
+
+    measured = coverage.Coverage(data_file=data_file, data_suffix=True, source=["hpcdl"], branch=True)
+    measured.start()
+    return measured
+
+
 def child(command: dict[str, Any], rank: int, port: int) -> None:
     log = os.open(command["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(log, 1)
@@ -43,6 +55,7 @@ def child(command: dict[str, Any], rank: int, port: int) -> None:
         **command.get("rank_env", {}).get(str(rank), {}),
     )
     code = 1
+    measured = measuring()
     try:
         from hpcdl.runs.store import RunDir
         from hpcdl.worker.main import main
@@ -52,6 +65,9 @@ def child(command: dict[str, Any], rank: int, port: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        if measured is not None:
+            measured.stop()
+            measured.save()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
