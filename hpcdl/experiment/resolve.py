@@ -31,7 +31,7 @@ def resolve(parts: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
 def absolute(path: str) -> str:
     """`path` as seen from anywhere; `~` is the home directory."""
     # Not resolve(): a link may be there so that its target can change. abspath takes `..` away, too.
-    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
 
 
 def _model(model: ModelSpec) -> tuple[ModelSpec, list[Fault]]:
@@ -91,7 +91,7 @@ def _data(data: DataSpec) -> tuple[DataSpec, list[Fault]]:
         if not glob.glob(absolute(given), recursive=True):  # noqa: PTH207 (Path.glob takes no absolute ones)
             faults.append(_no_file(f"data.paths.{index}", given))
     dataset = data.dataset
-    if dataset is not None and Path(dataset).expanduser().is_dir():
+    if dataset is not None and Path(absolute(dataset)).is_dir():
         dataset = absolute(dataset)
     paths = tuple(absolute(path) for path in data.paths)
     return dataclasses.replace(data, paths=paths, dataset=dataset), faults

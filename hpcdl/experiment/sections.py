@@ -213,8 +213,33 @@ def _fault(name: str, hint: Any, value: Any, kind: str, loc: tuple[int | str, ..
         value, hint = value[part], below  # type: ignore[index]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         cls = next(m for m in words.parts_of(siblings)[0] if dataclasses.is_dataclass(m))
+        others = _methods_with(name, loc) if len(loc) == 1 else []
+        if others:
+            return _of_another(name, str(loc[0]), value, words.hints(cls), others)  # type: ignore[arg-type]
         return words.unknown_key(key, value, words.hints(cls), every_key())  # type: ignore[arg-type]
     return words.bad_value(key, value, kind, hint, default)
+
+
+def _methods_with(section: str, loc: tuple[int | str, ...]) -> list[str]:
+    """Methods of a section that have the key."""
+    folder = FOUND_BY_NAME.get(top_level()[section])
+    if folder is None:
+        return []
+    return [name for name in folder.names() if str(loc[0]) in words.hints(folder.get(name).Config)]
+
+
+def _of_another(section: str, key: str, value: Any, known: Mapping[str, Any], others: list[str]) -> Fault:
+    """A key that exists, but for another method than the chosen one."""
+    return Fault(
+        key=f"{section}.{key}",
+        value=words.typed(value),
+        problem=f"there is no such key for the chosen {section}; {', '.join(others)} has it",
+        allowed=", ".join(known),
+        nearest=f"{section}={others[0]}",
+        fix=words.shell(f"{section}={others[0]}")
+        + " "
+        + words.shell(f"{section}.{key}={words.typed(value)}"),
+    )
 
 
 def _has(value: Any, part: int | str) -> bool:

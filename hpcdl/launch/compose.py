@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class Composer:
         setup_globals()
         search_path = create_config_search_path(str(config_folder()))
         if self.config_dir is not None:
-            folder = Path(self.config_dir).expanduser().absolute()
+            folder = Path(os.path.expanduser(self.config_dir)).absolute()  # noqa: PTH111 (raises for no ~user)
             if not folder.is_dir():
                 raise ConfigError([hydra_faults.no_config_dir(self.config_dir, folder)])
             schema = SearchPathQuery(provider="schema")

@@ -157,6 +157,16 @@ def broken_file(error: Exception, lines: Sequence[str], loader: ConfigLoaderImpl
     missing = _missing_file(error, told)
     if missing is not None:
         return missing
+    twice = re.search(r"Multiple values for ([\w/@]+)", told)
+    if twice:
+        given = next((line.lstrip("+") for line in lines if line.startswith(f"+{twice.group(1)}=")), "")
+        return Fault(
+            key=twice.group(1),
+            value=given.partition("=")[2],
+            problem="is chosen already: a second one can't be added",
+            allowed="one option of the group",
+            fix=given or f"{twice.group(1)}=OPTION",
+        )
     added = re.search(r"Could not override '([^']+)'.*use \+(\S+)", told)
     if added:
         return Fault(
@@ -259,6 +269,10 @@ def unknown_key(override: Override, config: DictConfig, loader: ConfigLoaderImpl
         )
     parent = key.rpartition(".")[0]
     node = _select(config, parent) if parent else config
+    if not isinstance(node, DictConfig) and parent and has(config, parent):
+        problem = f"{parent} is one value, not a group of keys"
+        fix = words.shell(f"{parent}={words.typed(value)}")
+        return Fault(key=key, value=words.typed(value), problem=problem, nearest=parent, fix=fix)
     siblings = [str(k) for k in node] if isinstance(node, DictConfig) else []
     return words.unknown_key(key, value, siblings, sections.every_key())
 
@@ -279,8 +293,7 @@ def unfit(override: Override, config: DictConfig, error: Exception) -> Fault:
             key=key, value=value, problem="there is no such group", fix=f"leave @{override.package} out"
         )
     if override.is_delete():
-        known = [str(k) for k in config]
-        near = nearest_name(key, known)
+        near = nearest_name(key, sections.every_key().values())
         told = _plain(str(error))
         problem = "can't be taken away: it is not there" if "does not exist" in told else told
         return Fault(

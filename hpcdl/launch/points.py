@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpcdl.errors import ConfigError, Fault, UsageError
+from hpcdl.experiment.resolve import absolute
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.slurm import chunks, throttles
 from hpcdl.launch.sweep import Point
@@ -59,13 +60,18 @@ class Batch:
     """In the order of the array's tasks."""
 
 
+def runs_folder(options: LaunchOptions) -> Path:
+    """The folder of all runs, absolute."""
+    return Path(absolute(options.runs_dir))
+
+
 def plan(points: Sequence[Point], options: LaunchOptions) -> list[Planned]:
     """What is to be done about each run, each once, however many points of a sweep ask for it.
 
     Raises:
         UsageError: a run directory can't be read.
     """
-    folder = Path(options.runs_dir).expanduser().absolute()
+    folder = runs_folder(options)
     wanted: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         wanted.setdefault((point.spec.name, point.run_id), []).append(point)
@@ -164,7 +170,7 @@ def request(
         token=hashlib.sha256(content.encode()).hexdigest()[:12],
         name=names.pop() if len(names) == 1 else "hpcdl-sweep",
         cluster=cluster,
-        runs_dir=Path(options.runs_dir).expanduser().absolute(),
+        runs_dir=runs_folder(options),
         run_dirs=tuple(item.run.path for item in runs),
         python=cluster.python or sys.executable,
         after_job=after,
@@ -199,7 +205,7 @@ def after_job(options: LaunchOptions, kinds: set[str]) -> str | None:
 
     if "local" in kinds:
         raise _bad_after(options.after, "cluster=local starts at once and can't wait for another run", "")
-    folder = query.runs_dir(options.runs_dir)
+    folder = runs_folder(options)
     try:
         found = query.find(options.after, folder)
     except UsageError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpcdl.errors import HpcdlError
 from hpcdl.launch import backends
-from hpcdl.launch.points import Batch, Planned
+from hpcdl.launch.points import Batch, Planned, runs_folder
 from hpcdl.launch.torchrun import preview
 from hpcdl.spec import ClusterSpec, LaunchOptions
 from hpcdl.spec.experiment import default_runs_dir
@@ -81,7 +81,7 @@ def _resources(cluster: ClusterSpec) -> str:
 
 
 def _next(name: str, options: LaunchOptions) -> None:
-    other = _folder(options) != Path(default_runs_dir()).absolute()
+    other = runs_folder(options) != Path(default_runs_dir()).absolute()
     where = f" --runs-dir {shlex.quote(str(options.runs_dir))}" if other else ""
     print("next")
     for verb, what in (
@@ -93,17 +93,13 @@ def _next(name: str, options: LaunchOptions) -> None:
         print(f"  hpcdl {verb} {name}{where}".ljust(45) + f"  {what}")
 
 
-def _folder(options: LaunchOptions) -> Path:
-    return Path(options.runs_dir).expanduser().absolute()
-
-
 def _many(planned: Sequence[Planned], options: LaunchOptions, sweep: str) -> None:
     counts = {words: sum(WORDS[item.action] == words for item in planned) for words in WORDS.values()}
     said = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
     points = sum(len(item.labels) for item in planned)
     same = f" ({points} points; equal ones are one run)" if points != len(planned) else ""
     print(f"sweep      {sweep}: {len(planned)} runs{same}: {said}")
-    print(f"directory  {_folder(options) / planned[0].spec.name}")
+    print(f"directory  {runs_folder(options) / planned[0].spec.name}")
     for item in planned[:SHOWN]:
         print(
             f"  {item.run.path.name:<15} {_job(item):<12} {WORDS[item.action]:<13} {'; '.join(item.labels)}"
