@@ -13,8 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 HAND, HPCDL = "hand_written", "hpcdl"
-LIMIT_S = 300
-"""A job that is not done after this has failed."""
+LIMIT_S = 180
+"""A job that is not done after this is cancelled; it counts if it has come to its first step."""
 QUIET_LIMIT_S = 180
 """How long other jobs of the cluster are waited for."""
 
@@ -75,7 +75,7 @@ def run_trial(kind: str, job: Job, folder: Path) -> Trial:
     """Submits one job, waits for its end, reads what was noted.
 
     Raises:
-        TrialError: it could not be submitted, failed, or lasted too long.
+        TrialError: it could not be submitted, or never came to its first step.
     """
     probe, out = folder / "probe", folder / "out"
     probe.mkdir(parents=True)
@@ -99,12 +99,20 @@ def run_trial(kind: str, job: Job, folder: Path) -> Trial:
 
 
 def wait_for_end(job_id: str) -> None:
-    """Polls squeue until the job is gone from it."""
+    """Polls squeue until the job is gone from it; cancels one that does not end.
+
+    What is measured lies before the end: torch now and then hangs when it takes its process group down. The
+    trial then counts, and the hang is told. Without a first step, `trained` raises.
+    """
     deadline = time.monotonic() + LIMIT_S
+    cancelled = False
     while squeue("--jobs", job_id):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and not cancelled:
+            print(f"note: job {job_id} had not ended after {LIMIT_S} s: cancelled", file=sys.stderr)
             subprocess.run(["scancel", job_id], check=False)
-            raise TrialError(f"job {job_id} was not done after {LIMIT_S} s")
+            cancelled = True
+        if time.monotonic() > deadline + LIMIT_S:
+            raise TrialError(f"job {job_id} is still there {LIMIT_S} s after scancel")
         time.sleep(0.5)
 
 
@@ -144,7 +152,8 @@ def trained(run_dir: Path) -> Trial:
     Raises:
         TrialError: there is no first step.
     """
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    file = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     steps = [moment(line["time"]) for line in lines if "loss" in line and line["step"] == 1]
     if not steps:
         raise TrialError(f"{run_dir}: no first step in metrics.jsonl")
