@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcdl.errors import SchedulerError, UsageError
-from hpcdl.launch import backends
+from hpcdl.launch import backends, code
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.launch.points import Batch, Planned
@@ -238,7 +238,10 @@ def _write(request: JobRequest, mine: Sequence[Planned]) -> str:
     write_atomic(request.folder / "runs.txt", "".join(f"{item.run.path}\n" for item in mine))
     script = request.folder / "job.sh"
     write_atomic(script, text)
+    snapshot = code.snapshot()
+    code.keep(snapshot, request.folder)
     for item in mine:
+        code.give(snapshot, request.folder, item.run.path)
         try:
             item.run.job_file.unlink(missing_ok=True)
             os.link(script, item.run.job_file)
