@@ -1,7 +1,8 @@
 """Plain dict → ExperimentSpec: every fault of a config is found, put into plain words and raised at once.
 
 __init__.py   load, load_all, check: the order of the steps
-sections.py   one section against its dataclass: unknown keys, wrong types, bounds (pydantic inside)
+sections.py   one section against its dataclass: unknown keys, wrong types, bounds (pydantic-core inside)
+schema.py     the dataclasses as schemas of pydantic-core
 words.py      what pydantic found, in words of ours: what is allowed, the nearest name, the fix
 resolve.py    what a config leaves to be looked up: absolute paths, the shape in a model's config.json
 rules.py      rules between sections: batch and ranks, degrees and processes

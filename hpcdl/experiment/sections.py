@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ValidationError
 
 from hpcdl import compress, parallel
 from hpcdl.errors import Fault, nearest_name
-from hpcdl.experiment import words
+from hpcdl.experiment import schema, words
 from hpcdl.spec import ExperimentSpec, LaunchOptions, ParallelSpec, PeftSpec
 
 FOUND_BY_NAME: dict[type, Any] = {ParallelSpec: parallel, PeftSpec: compress}
@@ -131,24 +130,6 @@ def _found_by_name(section: str, base: type, value: Mapping[str, Any]) -> tuple[
     )
 
 
-@cache
-def _adapter(hint: Any) -> TypeAdapter[Any]:
-    for cls in _reachable(hint):
-        # pydantic's documented way to configure a standard dataclass; the spec itself stays free of it.
-        cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
-    return TypeAdapter(hint)
-
-
-def _reachable(hint: Any) -> Iterator[type]:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        yield hint
-        for inner in words.hints(hint).values():
-            yield from _reachable(inner)
-    else:
-        for argument in typing.get_args(hint):
-            yield from _reachable(argument)
-
-
 _seen: dict[tuple[str, Any, str], Any] = {}
 """Sections that were right: the points of a sweep share all but a few of them."""
 
@@ -171,8 +152,8 @@ def _validated(name: str, hint: Any, value: Any) -> tuple[Any, list[Fault]]:
         _same[id(given)] = (given, hint, _seen[key])
         return _seen[key], []
     try:
-        # JSON, because pydantic's strict mode takes lists for tuples and dicts for dataclasses only there.
-        right = _adapter(hint).validate_json(text, strict=True)
+        # JSON, because the strict mode takes lists for tuples and dicts for dataclasses only there.
+        right = schema.validator(hint).validate_json(text)
     except ValidationError as error:
         return None, _faults(name, hint, value, error)
     _seen[key] = right

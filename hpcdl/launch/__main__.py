@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from hpcdl.errors import HpcdlError
-from hpcdl.launch import arguments, modes, points, report, running, sweep
+from hpcdl.launch import arguments, modes, points, report, sweep
 from hpcdl.launch.compose import CONFIG_NAME, Composer
 
 INTERRUPTED = 130
@@ -35,6 +35,8 @@ def _main(argv: Sequence[str]) -> int:
     if options.dry_run:
         report.dry_run(*points.as_if_forced(planned, batches, options, after))
         return 0
+    from hpcdl.launch import running  # a dry run needs none of what submits
+
     return running.launch(planned, batches, options, swept=len(wanted) > 1)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.defaults_list import create_defaults_list
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
@@ -138,7 +139,8 @@ class Composer:
                 faults.append(fault)
                 incomplete.add(choice.key_or_group.split("/")[0])
         try:
-            config = self.loader.load_configuration(self.config_name, good, mode)
+            config = self._without_hydra(good) if mode == RunMode.RUN else None
+            config = config or self.loader.load_configuration(self.config_name, good, mode)
         except Exception as error:  # whatever a file of the user's can bring about
             faults.append(hydra_faults.broken_file(error, good, self.loader))
             everything = frozenset(sections.top_level())
@@ -146,9 +148,11 @@ class Composer:
         if "experiment" in incomplete:
             # What it would have chosen is not known: a key may be right for that and wrong for this.
             incomplete |= {"parallel", "peft"}
-        hydra = OmegaConf.masked_copy(config, "hydra")
-        with open_dict(config):
-            del config["hydra"]
+        hydra = None
+        if "hydra" in config:
+            hydra = OmegaConf.masked_copy(config, "hydra")
+            with open_dict(config):
+                del config["hydra"]
         return Files(
             config=config,
             hydra=hydra,
@@ -156,6 +160,28 @@ class Composer:
             faults=tuple(faults),
             incomplete=frozenset(incomplete),
         )
+
+    def _without_hydra(self, choices: Sequence[str]) -> DictConfig | None:
+        """The same config less Hydra's own part, whose ten files take as long to compose as all of ours.
+
+        None where that part matters, or where anything is wrong: Hydra's whole way says what.
+        """
+        try:
+            parsed, repository = self.loader._parse_overrides_and_create_caching_repo(
+                self.config_name, list(choices)
+            )
+            if any(override.is_hydra_override() for override in parsed):
+                return None
+            defaults = create_defaults_list(repository, self.config_name, parsed, False, False)
+            config = self.loader._compose_config_from_defaults_list(defaults.defaults, repository)
+        except Exception:
+            return None
+        config.pop("hydra", None)  # settings in files for Hydra's own part
+        text = json.dumps(OmegaConf.to_container(config, resolve=False), default=str)
+        if defaults.config_overrides or "${hydra" in text:
+            return None
+        OmegaConf.set_struct(config, True)
+        return config
 
     def compose(self, overrides: Sequence[Override]) -> Composed:
         """The config that these overrides make; none of them may be a sweep."""

@@ -13,17 +13,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hpcdl.errors import ConfigError, Fault, UsageError
 from hpcdl.experiment.resolve import absolute
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.slurm import chunks, throttles
 from hpcdl.launch.sweep import Point
-from hpcdl.runs.reconcile import View, read, reconcile
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ClusterSpec, ExperimentSpec, LaunchOptions
+
+if TYPE_CHECKING:
+    from hpcdl.runs.reconcile import View
 
 Action = Literal["new", "resume", "active", "done"]
 
@@ -120,6 +122,10 @@ def _tries(folder: Path, names: Iterable[str]) -> dict[tuple[str, str], set[int]
 
 
 def _views(runs: Iterable[RunDir], *, check: bool) -> dict[Path, View]:
+    if not (runs := list(runs)):
+        return {}  # mostly so: what asks the scheduler needn't be imported
+    from hpcdl.runs.reconcile import read, reconcile
+
     reading = read(runs)
     if reading.faults:
         raise UsageError("\n".join(reading.faults))

@@ -66,7 +66,7 @@ def test_each_array_task_takes_its_point() -> None:
 
 
 def test_a_run_that_another_job_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpcdl.launch.points.reconcile", lambda views: views)
+    monkeypatch.setattr("hpcdl.runs.reconcile.reconcile", lambda views: views)
     by_hand.find(TINY, JOB)
     with pytest.raises(UsageError, match="is PENDING already, as job 41"):
         by_hand.find(TINY, {**JOB, "SLURM_JOB_ID": "42"})

@@ -128,13 +128,13 @@ def test_files_are_read_once_for_each_choice_of_groups(
 ) -> None:
     fresh = Composer()
     reads: list[list[str]] = []
-    load = fresh.loader.load_configuration
+    read = Composer._without_hydra
 
-    def counting(name: str, lines: list[str], *rest: Any) -> Any:
+    def counting(composer: Composer, lines: list[str]) -> Any:
         reads.append(lines)
-        return load(name, lines, *rest)
+        return read(composer, lines)
 
-    monkeypatch.setattr(fresh.loader, "load_configuration", counting)
+    monkeypatch.setattr(Composer, "_without_hydra", counting)
     parsed, _ = fresh.parse(["model=llama_tiny,smollm2_135m", "seed=range(0,50)", "tracker=none"])
     for point in sweep.expand(parsed):
         fresh.compose(point)

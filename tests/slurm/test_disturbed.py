@@ -27,7 +27,7 @@ def test_cancel_pending_and_running(cluster: Cluster) -> None:
 
 
 def test_a_requeued_run_resumes_exactly(cluster: Cluster) -> None:
-    words = (*TINY, "trainer.max_steps=400", "cluster.processes_per_node=2", "optim.warmup_steps=10")
+    words = (*TINY, "trainer.max_steps=300", "cluster.processes_per_node=2", "optim.warmup_steps=10")
     disturbed, calm = cluster.launch(*words, "-m", "seed=5", "trainer.keep_last=2,3")
     cluster.wait_step(disturbed, 20)
     # What Slurm sends before the time limit: every process of the step gets it (slurm-facts 1).
@@ -40,14 +40,14 @@ def test_a_requeued_run_resumes_exactly(cluster: Cluster) -> None:
     assert "USR2" in requeued["reason"]
     _start_now(cluster, disturbed)
     status, _ = cluster.wait_done([disturbed, calm])
-    assert (status["requeues"], status["step"]) == (1, 400)
+    assert (status["requeues"], status["step"]) == (1, 300)
     (resumed,) = cluster.events(disturbed, "resumed")
-    assert 20 <= resumed["step"] < 400
+    assert 20 <= resumed["step"] < 300
     assert cluster.losses(disturbed) == cluster.losses(calm), "bit for bit"
 
 
 def test_a_requeue_by_the_administrator_resumes_from_the_last_checkpoint(cluster: Cluster) -> None:
-    words = (*TINY, "trainer.max_steps=300", "trainer.checkpoint_every=10")
+    words = (*TINY, "trainer.max_steps=200", "trainer.checkpoint_every=10")
     disturbed, calm = cluster.launch(*words, "-m", "seed=6", "trainer.keep_last=2,3")
     cluster.wait_step(disturbed, 15)
     cluster.shell(f"scontrol requeue {disturbed.job_id}")

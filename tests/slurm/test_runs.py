@@ -6,14 +6,23 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 
-TINY = ("+experiment=pretrain_tiny", "trainer.eval_samples=8", "trainer.checkpoint_every=0")
+# One thread a process: four pretend nodes share two real cores, and threads that wait for each other spin.
+TINY = (
+    "+experiment=pretrain_tiny",
+    "trainer.eval_samples=4",
+    "trainer.checkpoint_every=0",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=2",
+    "data.seq_len=64",
+    "task.sample_prompt=''",
+    "cluster.cpus_per_process=1",
+)
 LONG = (*TINY, "trainer.max_steps=20000", "optim.warmup_steps=0")
 
 
 def test_ddp_across_nodes_gives_the_loss_of_one_process(cluster: Cluster) -> None:
-    steps = ("trainer.max_steps=4", "trainer.global_batch_size=8", "trainer.micro_batch_size=2")
-    many = cluster.launch_one(*TINY, *steps, "cluster.nodes=2", "cluster.processes_per_node=2")
-    one = cluster.launch_one(*TINY, *steps, "cluster.nodes=1", "cluster.processes_per_node=1")
+    many = cluster.launch_one(*TINY, "trainer.max_steps=4", "cluster.nodes=2", "cluster.processes_per_node=2")
+    one = cluster.launch_one(*TINY, "trainer.max_steps=4", "cluster.nodes=1", "cluster.processes_per_node=1")
     status, _ = cluster.wait_done([many, one])
     assert (status["nodes"], status["world_size"], status["step"], status["exit_code"]) == (2, 4, 4, 0)
     expected = cluster.losses(one)
@@ -59,7 +68,7 @@ def test_a_sweep_is_one_array_a_resource_shape_and_returns_at_once(cluster: Clus
 
 
 def test_two_jobs_share_a_node(cluster: Cluster) -> None:
-    shape = ("cluster.nodes=1", "cluster.processes_per_node=2", "cluster.cpus_per_process=1")
+    shape = ("cluster.nodes=1", "cluster.processes_per_node=2")
     runs = cluster.launch(
         *TINY, *shape, "-m", "seed=1,2", "trainer.max_steps=60", "cluster.extra=[--nodelist=c1]"
     )
