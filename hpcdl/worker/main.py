@@ -38,9 +38,10 @@ def main(run: RunDir) -> None:
 def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> None:
     """The order of things, from spec.yaml to the outcome."""
     spec = read_spec(run.spec_file)
-    process.set_threads(spec, who)
+    threads = process.set_threads(spec, who)
     device = process.choose_device(spec, who)
     process.join(who, device)
+    print(f"{who.node}: rank {who.rank} of {who.world_size}, {device}, {threads} CPU threads", flush=True)
 
     from hpcdl.worker import checkpoint, loop, mesh, metrics, model, network, optim, result, rng, trackers
     from hpcdl.worker.data.prepare import open_dataset

@@ -69,6 +69,14 @@ class Metrics:
             self.evaluations[record["step"]] = line
         append_line(self._run.metrics_file, line)
         self._tracker.log(record)
+        print(in_words(record), flush=True)  # for who reads the log
+
+
+def in_words(record: dict[str, Any]) -> str:
+    """A line of metrics.jsonl as a line of the log: `step 3  loss 2.7100  grad_norm 0.9  …`."""
+    shown = ("loss", "eval_loss", "eval_perplexity", "grad_norm", "lr", "tokens_per_s")
+    words = [f"{key} {record[key]:.6g}" for key in shown if record.get(key) is not None]
+    return "  ".join([f"step {record['step']}", *words])
 
 
 def evaluation(step: int, loss: float) -> dict[str, Any]:

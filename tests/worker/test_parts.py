@@ -298,3 +298,13 @@ def test_only_a_frozen_base_is_held_in_bf16() -> None:
     assert model.dtype_for(tiny_spec(trainer__precision="bf16", peft__name="lora")) == torch.bfloat16
     assert model.dtype_for(tiny_spec(trainer__precision="bf16")) == torch.float32
     assert model.dtype_for(tiny_spec(peft__name="lora")) == torch.float32
+
+
+def test_a_line_of_metrics_is_a_line_of_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = metrics.Metrics(RunDir(tmp_path), trackers.Tracker(), active=True)
+    lines.write({"step": 3, "loss": 2.71, "grad_norm": 0.5, "mfu": None, "tokens_per_s": 1234.5})
+    lines.write(metrics.evaluation(3, 1.0))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3  loss 2.71  grad_norm 0.5  tokens_per_s 1234.5",
+        "step 3  eval_loss 1  eval_perplexity 2.71828",
+    ]
