@@ -77,8 +77,6 @@ class Agent:
         for number in _SIGNALS:
             signal.signal(number, lambda n, _: self._signals.append(n))
         try:
-            if self.place.first:
-                self._started()
             preflight.check(self.run, self.place.name)
             code = self._torchrun()
         except (HpcdlError, OSError) as error:
@@ -125,6 +123,8 @@ class Agent:
         self._log.say(f"try {self.attempt} on {self.place.name}, job {self.place.job_id or 'local'}")
         try:
             self._child = Torchrun(argv, environment, self._log)
+            if self.place.first:
+                self._started()  # only now: torchrun imports torch meanwhile, which takes seconds
             return self._child.watch(self._tick)
         finally:
             shutil.rmtree(log_dir, ignore_errors=True)
@@ -271,6 +271,8 @@ class Agent:
         self._say(cause.reason)
         with contextlib.suppress(OSError):  # the run directory may be what is broken
             if self.place.first:
+                if self._child is None:
+                    self._started()
                 event = ("failed", {"reason": cause.reason, "traceback": ""})
                 self.run.update(event=event, state="FAILED", reason=cause.reason, exit_code=1, ended=now())
             else:
