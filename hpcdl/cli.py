@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""As a shell has it: 128 and the number of SIGPIPE."""
 CONFIRM_FROM = 10
 """Cancelling so many runs asks first."""
 EXAMPLES = """\
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (head, less) has had enough. Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return BROKEN_PIPE
 
 
 def _run(arguments: list[str]) -> int:

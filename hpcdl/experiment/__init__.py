@@ -58,25 +58,29 @@ def load_all(
     return [(item.spec, item.options) for _, item in checked if item.spec and item.options]
 
 
-def check(plain: Mapping[str, Any], *, types_only: bool = False, skip: Collection[str] = ()) -> Checked:
+def check(plain: Mapping[str, Any], *, doubtful: Collection[str] = (), skip: Collection[str] = ()) -> Checked:
     """Looks at a whole config and raises nothing.
 
     Args:
         plain: the composed config.
-        types_only: leave out the rules between sections: the config is known to be incomplete.
-        skip: sections that are not to be looked at, since their file could not be composed.
+        doubtful: sections that are not what was asked for, since an override of theirs is wrong: their own
+            keys are looked at, the rules between sections would judge what nobody asked for.
+        skip: sections that are not to be looked at at all, since their file could not be composed.
     """
     parts, faults = sections.validate(plain, skip)
-    if not types_only:
-        parts, found = resolve.resolve(parts)
-        faults += found
-        faults += rules.broken(parts)
-    if faults or types_only:
+    parts, found = resolve.resolve(parts)
+    trusted = {key: value for key, value in parts.items() if key not in doubtful}
+    found += rules.broken(trusted)
+    names = {field.name for field in dataclasses.fields(ExperimentSpec)}
+    spec = ExperimentSpec(**{key: parts[key] for key in names}) if names <= parts.keys() else None
+    if spec is not None:
+        told = {fault.key for fault in found}
+        found += [fault for fault in rules.refused(spec) if fault.key not in told]
+    faults += [fault for fault in found if fault.key.split(".")[0] not in doubtful]
+    if faults or doubtful or skip:
         return Checked(faults=tuple(faults))
-    names = {field.name for field in dataclasses.fields(LaunchOptions)}
-    options = LaunchOptions(**{key: value for key, value in parts.items() if key in names})
-    spec = ExperimentSpec(**{key: value for key, value in parts.items() if key not in names})
-    return Checked(spec=spec, options=options, faults=tuple(rules.refused(spec)))
+    options = LaunchOptions(**{key: value for key, value in parts.items() if key not in names})
+    return Checked(spec=spec, options=options)
 
 
 def merge_faults(found: Iterable[tuple[str, Iterable[Fault]]]) -> tuple[Fault, ...]:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from hpcdl import experiment
 from hpcdl.errors import ConfigError, Fault
-from hpcdl.experiment import words
+from hpcdl.experiment import sections, words
 from hpcdl.launch.compose import Composer
 from hpcdl.spec import ExperimentSpec, LaunchOptions
 
@@ -48,7 +48,7 @@ def points(composer: Composer, texts: Sequence[str], *, multirun: bool) -> tuple
     if any(override.is_sweep_override() for point in expanded for override in point):
         expanded = [tuple(o for o in point if not o.is_sweep_override()) for point in expanded[:1]]
     labels = _labels(overrides, expanded) if multirun else [""]
-    checked = [_check(composer, point, incomplete=bool(faults)) for point in expanded]
+    checked = [_check(composer, point, faults) for point in expanded]
     all_faults = (*faults, *experiment.merge_faults(zip(labels, (c.faults for c in checked), strict=True)))
     all_faults += _swept_options([c.options for c in checked if c.options])
     if all_faults:
@@ -135,14 +135,18 @@ def _labels(overrides: Sequence[Override], expanded: Sequence[tuple[Override, ..
     return [" ".join(str(o.input_line) for o in point if o.get_key_element() in swept) for point in expanded]
 
 
-def _check(composer: Composer, point: Sequence[Override], *, incomplete: bool) -> experiment.Checked:
+def _check(composer: Composer, point: Sequence[Override], unread: Sequence[Fault]) -> experiment.Checked:
+    """One point; `unread` are the faults of overrides that could not even be read, and so are not in it."""
     composed = composer.compose(point)
-    if not composed.faults and not incomplete:
+    if not composed.faults and not unread:
         return experiment.check(composed.plain)
-    # Rules between sections would judge a config that nobody asked for.
-    found = experiment.check(composed.plain, types_only=True, skip=composed.incomplete)
-    known = {fault.key for fault in composed.faults}
-    new = tuple(fault for fault in found.faults if fault.key not in known)
+    doubtful = {fault.key.split(".")[0] for fault in (*composed.faults, *unread)} | composed.incomplete
+    known = sections.top_level().keys()
+    if not doubtful <= known:  # an experiment, a flag: it may have meant any section
+        doubtful = set(known)
+    found = experiment.check(composed.plain, doubtful=doubtful, skip=composed.incomplete)
+    told = {fault.key for fault in composed.faults}
+    new = tuple(fault for fault in found.faults if fault.key not in told)
     return experiment.Checked(faults=composed.faults + new)
 
 

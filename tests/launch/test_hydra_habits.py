@@ -31,7 +31,7 @@ def test_cfg_shows_the_config(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_cfg_of_a_part_resolved(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "+experiment=lora_llama", "seed=${trainer.max_steps}", "--cfg", "job", "--resolve")
-    assert yaml.safe_load(text)["seed"] == 30
+    assert yaml.safe_load(text)["seed"] == 20
     part = shown(capsys, "--cfg", "job", "--package", "optim", "+experiment=lora_llama")
     assert part.startswith("# @package optim\n") and "lora_llama" not in part
 

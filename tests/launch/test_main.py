@@ -534,3 +534,18 @@ def test_a_local_run_without_torch_says_what_to_install(
     assert main(["+experiment=pretrain_tiny"]) == 2
     assert "pip install 'hpcdl[train]'" in capsys.readouterr().err
     assert not list(folder.iterdir())
+
+
+def test_one_slip_doesn_t_hide_the_faults_of_other_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    slips = [
+        "trainer.max_stps=10",
+        "cluster.nodes=5",
+        "parallel.tp=2",
+        "peft.rank=9000",
+        "data.seq_len=99999",
+    ]
+    assert main(["+experiment=lora_llama", "cluster=slurm_docker", *slips]) == 2
+    said = capsys.readouterr().err
+    assert "has 5 faults" in said
+    for key in ("trainer.max_stps", "cluster.nodes", "parallel.tp", "peft.rank", "data.seq_len"):
+        assert key in said
