@@ -72,6 +72,11 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
             run.event(
                 "warning", message="this CPU has no bf16 instructions: trainer.precision=fp32 is quicker"
             )
+        if device.type == "cpu" and (spec.cluster.gres or "").startswith("gpu"):
+            run.event(
+                "warning",
+                message=f"gres {spec.cluster.gres} gave no GPU that torch sees: training on the CPU",
+            )
         saver.clean()
         lines.rewind(totals.step)
         if totals.step == 0:
