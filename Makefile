@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
 include docker/cluster.mk
 
-.PHONY: help setup demo test test-fast test-all test-slurm lint format bench slurm-demo wheel clean
+.PHONY: help setup demo check-adapter test test-fast test-all test-slurm lint format bench slurm-demo wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ $(READY): pyproject.toml
 
 demo: $(READY) ## fine-tune real pretrained weights with LoRA on this machine: the main job, start to result
 	@$(BIN)/python -m hpcdl.launch +experiment=lora_llama
+
+check-adapter: $(READY) ## does plain transformers + peft load the last run's adapter and find the same loss?
+	@$(BIN)/python -m hpcdl.worker.check_adapter "$${HPCDL_RUNS:-runs}/latest"
 
 slurm-demo: ## the same experiment on the Slurm cluster in Docker, 2 nodes × 2 processes
 	@docker/cluster up
@@ -64,6 +67,7 @@ test-all: test ## test, then tests/slurm on each Slurm that Debian has (22.05 wa
 	done
 
 bench: $(READY) ## paired timings against torchx, submitit, hydra-submitit-launcher, nemo-run (benchmarks/README.md)
+	@$(BIN)/python benchmarks/launch.py --setup
 	@$(BIN)/python benchmarks/launch.py
 	@$(BIN)/python benchmarks/sweep_points.py
 

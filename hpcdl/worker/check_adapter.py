@@ -26,11 +26,13 @@ def plain_loss(spec: ExperimentSpec, adapter: Path) -> float:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from hpcdl.worker import model
     from hpcdl.worker.data.batches import IGNORE, Order, batch
     from hpcdl.worker.data.prepare import open_dataset
 
+    logging.disable_progress_bar()
     config = json.loads((adapter / "adapter_config.json").read_text())
     dtype = torch.bfloat16 if spec.trainer.precision == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=dtype)
