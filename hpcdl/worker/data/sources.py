@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,24 @@ TEXT_DOCUMENT_CHARS = 2000
 """A text file's paragraphs are joined to documents of at least this length."""
 
 
-class Source:
+class Source(ABC):
     """Documents of one kind; `digest` names their content, `records()` reads them."""
 
     def __init__(self, spec: DataSpec, seed: int) -> None:
         self._spec = spec
         self._seed = seed
 
+    @abstractmethod
     def digest(self) -> str:
         """Changes whenever any document may have changed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def records(self) -> Iterator[Record]:
         """All documents, in the source's own order.
 
         Raises:
             HpcdlError: a file is missing or isn't what its kind says.
         """
-        raise NotImplementedError
 
 
 class Pydoc(Source):
