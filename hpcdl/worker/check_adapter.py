@@ -32,7 +32,7 @@ def plain_loss(spec: ExperimentSpec, adapter: Path) -> float:
     from hpcdl.worker.data.batches import IGNORE, Order, batch
     from hpcdl.worker.data.prepare import open_dataset
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = json.loads((adapter / "adapter_config.json").read_text())
     dtype = torch.bfloat16 if spec.trainer.precision == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=dtype)
