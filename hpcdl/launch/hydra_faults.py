@@ -81,8 +81,16 @@ def unreadable(text: str, error: Exception) -> Fault:
         value=words.typed(value),
         problem=f"can't be read: {_what_is_odd(value) or _told(str(error))}",
         allowed="a number, true, false, null, text, [a,b] or {key: value}; other text in quotes",
-        fix=words.shell(f'{key}="{_quoted(value)}"'),
+        fix=words.shell(f"{key}={_in_quotes(value)}"),
     )
+
+
+def _in_quotes(value: str) -> str:
+    """The value as text in quotes; of a plain list, each item, so that it stays a list."""
+    items = re.fullmatch(r"\[([^\[\]{}]*)\]", value.strip())
+    if items is None:
+        return f'"{_quoted(value)}"'
+    return "[" + ",".join(f'"{_quoted(item.strip())}"' for item in items.group(1).split(",")) + "]"
 
 
 def _told(text: str) -> str:

@@ -120,3 +120,12 @@ def test_completion_for_another_shell_is_a_fault(capsys: pytest.CaptureFixture[s
 def test_flags_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "+experiment=pretrain_tiny", "-m", "seed=1,2", "cluster=slurm", "dry_run=true")
     assert "--array=0-1" in text
+
+
+def test_an_option_with_an_equals_sign_is_mended_within_its_list(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["+experiment=pretrain_tiny", "cluster=slurm", "dry_run=true"]
+    assert main([*words, "cluster.extra=[--nodelist=c1,--nice=5]"]) == 2
+    fix = 'cluster.extra=["--nodelist=c1","--nice=5"]'
+    assert f"'{fix}'" in capsys.readouterr().err
+    assert main([*words, fix]) == 0
+    assert "#SBATCH --nodelist=c1\n#SBATCH --nice=5\n" in capsys.readouterr().out

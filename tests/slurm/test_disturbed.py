@@ -79,7 +79,7 @@ def _start_now(cluster: Cluster, run: Launched) -> None:
 
 
 def test_a_killed_agent_is_seen_by_the_next_poll(cluster: Cluster) -> None:
-    run = cluster.launch_one(*LONG, "cluster.processes_per_node=2", "cluster.extra=[--nodelist=c2]")
+    run = cluster.launch_one(*LONG, "cluster.processes_per_node=2", 'cluster.extra=["--nodelist=c2"]')
     cluster.wait_step(run, 2)
     cluster.root("c2", "pkill -9 -f hpcdl.launch.job")
     status = cluster.wait_state(run.run_id, "FAILED", "CANCELLED", "NODE_FAIL", "COMPLETED")
@@ -89,7 +89,7 @@ def test_a_killed_agent_is_seen_by_the_next_poll(cluster: Cluster) -> None:
         "no worker left on the node",
     )
     assert gone
-    again = cluster.launch_one(*LONG, "cluster.processes_per_node=2", "cluster.extra=[--nodelist=c2]")
+    again = cluster.launch_one(*LONG, "cluster.processes_per_node=2", 'cluster.extra=["--nodelist=c2"]')
     assert again.run_id == run.run_id, "launching again takes the failed run up"
     cluster.wait_state(run.run_id, "RUNNING")
 

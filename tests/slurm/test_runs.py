@@ -70,7 +70,7 @@ def test_a_sweep_is_one_array_a_resource_shape_and_returns_at_once(cluster: Clus
 def test_two_jobs_share_a_node(cluster: Cluster) -> None:
     shape = ("cluster.nodes=1", "cluster.processes_per_node=2")
     runs = cluster.launch(
-        *TINY, *shape, "-m", "seed=1,2", "trainer.max_steps=60", "cluster.extra=[--nodelist=c1]"
+        *TINY, *shape, "-m", "seed=1,2", "trainer.max_steps=60", 'cluster.extra=["--nodelist=c1"]'
     )
     ended = cluster.wait_done(runs)
     first, second = ended
