@@ -9,6 +9,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a fresh login: no $HPCDL_RUNS, not inside a Slurm job."""
-    for key in [k for k in os.environ if k.startswith(("SLURM_", "SBATCH_", "HPCDL_RUNS", "HPCDL_TRY"))]:
-        monkeypatch.delenv(key)
+    """As a fresh login: no $HPCDL_RUNS, not inside a Slurm job. The cache stays: it is made once."""
+    for key in [k for k in os.environ if k.startswith(("SLURM_", "SBATCH_", "HPCDL_"))]:
+        if key != "HPCDL_CACHE":
+            monkeypatch.delenv(key)

@@ -13,6 +13,7 @@ import pytest
 from tests.slurm.cluster import CLUSTER, Cluster
 
 HERE = Path(__file__).parent
+REQUIRED = os.environ.get("HPCDL_REQUIRE_CLUSTER") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,7 +45,7 @@ def slurm() -> Iterator[None]:
     fault = why_no_docker()
     if fault is not None:
         message = f"THE SLURM CLUSTER IS NOT TESTED: {fault}. Install Docker with Compose v2 and run make test again."
-        if os.environ.get("HPCDL_REQUIRE_CLUSTER") == "1":
+        if REQUIRED:
             pytest.fail(message)
         pytest.skip(message)
     was_running = is_running()
