@@ -9,7 +9,8 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a fresh login: no $HPCDL_RUNS, not inside a Slurm job. The cache stays: it is made once."""
+    """As a fresh login: no $HPCDL_RUNS, not inside a Slurm job. The cache stays, made once, and the wish to
+    write golden files anew."""
     for key in [k for k in os.environ if k.startswith(("SLURM_", "SBATCH_", "HPCDL_"))]:
-        if key != "HPCDL_CACHE":
+        if key not in ("HPCDL_CACHE", "HPCDL_GOLDEN"):
             monkeypatch.delenv(key)
