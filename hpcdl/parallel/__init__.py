@@ -4,7 +4,9 @@ A strategy's file holds
 
 - `Config`: a frozen dataclass below `ParallelSpec` with the strategy's own keys;
 - `check(config, spec) -> Iterator[Fault]`: what it can't do, told before submission;
-- `apply(config, model, mesh) -> nn.Module`: wraps the model on the worker (torch is imported inside).
+- `build(config, model, grid, job) -> Engine`: the model under the strategy, on the worker.
+
+These files are read on the login node too: torch, and hpcdl.distributed, are imported inside functions.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, ParallelSpec
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.distributed.device_mesh import DeviceMesh
+    from hpcdl.distributed.engine import Engine
+    from hpcdl.distributed.mesh import Grid
+    from hpcdl.distributed.parallelize import Job
 
 
 class Strategy(Protocol):
@@ -32,8 +35,8 @@ class Strategy(Protocol):
         """Faults of this strategy with this experiment."""
         ...
 
-    def apply(self, config: Any, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        """The wrapped model."""
+    def build(self, config: Any, model: Any, grid: Grid, job: Job) -> Engine:
+        """The model under the strategy; `model` is whole, and taken apart in place."""
         ...
 
 

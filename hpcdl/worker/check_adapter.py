@@ -28,8 +28,9 @@ def plain_loss(spec: ExperimentSpec, adapter: Path) -> float:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from hpcdl.distributed.losses import IGNORE
     from hpcdl.worker import model
-    from hpcdl.worker.data.batches import IGNORE, Order, batch
+    from hpcdl.worker.data.batches import Order, batch
     from hpcdl.worker.data.prepare import open_dataset
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

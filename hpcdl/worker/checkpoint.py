@@ -15,25 +15,25 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
+from hpcdl.distributed.decoder import Stage, named_parameters
+from hpcdl.distributed.engine import Engine
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.worker import rng
 from hpcdl.worker.control import agree_on_start
-from hpcdl.worker.network import Network
 from hpcdl.worker.process import Process
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 # torch.distributed.checkpoint takes half a second to import: not before the first step.
 
 TRAINER = "trainer.json"
 TEMPORARY = ".tmp-step-"
+OWN = "own."
+"""Names of what only one strategy needs: others resume without it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,13 +94,12 @@ class Checkpointer:
     """Saves and loads a run's checkpoints; every method is called by all ranks together, unless it says so."""
 
     def __init__(
-        self, run: RunDir, who: Process, net: Network, optimizer: torch.optim.Optimizer, *,
+        self, run: RunDir, who: Process, engine: Engine, *,
         keep_last: int, seed: int, data_digest: str,
     ) -> None:  # fmt: skip
         self._run = run
         self._who = who
-        self._net = net
-        self._optimizer = optimizer
+        self._engine = engine
         self._keep_last = keep_last
         self._seed = seed
         self._data_digest = data_digest
@@ -125,7 +124,7 @@ class Checkpointer:
         rng.save(random_states)
         _fsync(random_states)
         # Its last collective tells rank 0 that every rank has written (and fsynced) its part.
-        save(self._state(), storage_writer=FileSystemWriter(temporary, sync_files=True))
+        save(self._engine.state(), storage_writer=FileSystemWriter(temporary, sync_files=True))
         if self._who.is_first:
             files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
             record = {
@@ -144,6 +143,10 @@ class Checkpointer:
             self._run.event("checkpoint", step=totals.step)
             self._prune(path.name)
 
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self._run.checkpoints / name_of(step)
+
     def load(self, found: Found) -> None:
         """Sets weights, optimizer and random states to the checkpoint's.
 
@@ -153,7 +156,6 @@ class Checkpointer:
             HpcdlError: the data is no longer what it was: resuming would not continue the same run.
         """
         from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.state_dict import set_state_dict
         from torch.distributed.checkpoint.state_dict_loader import load
 
         if found.data_digest != self._data_digest:
@@ -161,25 +163,19 @@ class Checkpointer:
                 f"the data has changed since {found.path.name} was saved (other files, tokenizer or Python):"
                 " put it back as it was, or launch a new run with force=true"
             )
-        state = self._state()
-        load(state, storage_reader=FileSystemReader(found.path))
-        set_state_dict(
-            self._net.wrapped,
-            self._optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=_options(),
-        )
+        state, keys = self._engine.state(), saved_keys(found.path)
+        missing = [key for key in state if key not in keys and not key.startswith(OWN)]
+        if missing:
+            raise HpcdlError(
+                f"{found.path.name} lacks {len(missing)} of {len(state)} tensors, {missing[0]} among them:"
+                " it is of another model, fine-tuning method or optimizer"
+            )
+        load({key: state[key] for key in state if key in keys}, storage_reader=FileSystemReader(found.path))
+        self._engine.restored(found.step, keys)
         if found.world_size == self._who.world_size:
             rng.load(found.path / f"rng-{self._who.rank:05d}.pt")
         else:
             rng.seed_all(found.seed, self._who.rank, found.step)
-
-    def _state(self) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
-        model, optimizer = get_state_dict(self._net.wrapped, self._optimizer, options=_options())
-        return {"model": model, "optimizer": optimizer}
 
     def _prune(self, newest_name: str) -> None:
         # Later ones than this were torn, and passed over at the resume.
@@ -189,11 +185,24 @@ class Checkpointer:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _options() -> StateDictOptions:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
+def saved_keys(path: Path) -> frozenset[str]:
+    """Names of the tensors in a checkpoint."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    # The frozen base of LoRA is loaded from where it came from; only what is trained is saved.
-    return StateDictOptions(ignore_frozen_params=True, strict=False)
+    return frozenset(FileSystemReader(path).read_metadata().state_dict_metadata)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Sets a whole model's trained parameters to a checkpoint's, whoever wrote it. One rank alone."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = {
+        f"model.{name}": parameter.detach()
+        for name, parameter in named_parameters(Stage(model)).items()
+        if parameter.requires_grad
+    }
+    load(state, storage_reader=FileSystemReader(path), no_dist=True)
 
 
 def _fsync(path: Path) -> None:
@@ -204,16 +213,22 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def choose(run: RunDir, who: Process, net: Network) -> Found | None:
+def choose(run: RunDir, who: Process, fingerprint: Tensor, device: torch.device) -> Found | None:
     """The checkpoint that all ranks resume from: rank 0 looks, the others take its word.
 
     In the same collective it is checked that all ranks start from the same weights.
+
+    Args:
+        run: the run.
+        who: this rank.
+        fingerprint: of this rank's weights as loaded (`control.fingerprint`).
+        device: where collectives take their tensors.
 
     Raises:
         HpcdlError: they don't, or a node doesn't see the checkpoint.
     """
     found = newest(run) if who.is_first else None
-    step = agree_on_start(found.step if found else -1, net.trainable(), net.device)
+    step = agree_on_start(found.step if found else -1, fingerprint, device)
     if step < 0 or who.is_first:
         return found
     path = run.checkpoints / name_of(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,27 +11,45 @@ from torch import Tensor, nn
 from hpcdl.errors import HpcdlError
 
 
+class Gathering:
+    """Every rank's small numbers on their way to all ranks."""
+
+    def __init__(self, values: Sequence[float | Tensor], device: torch.device) -> None:
+        """Sends `values`; every rank must give as many, in the same order of calls."""
+        mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+        self._everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        self._work = dist.all_gather(self._everyone, mine, async_op=True)
+
+    def wait(self) -> Tensor:
+        """All ranks' values, `(ranks, len(values))`, fp64, on the CPU.
+
+        Gathered rather than reduced: sums over the rows come out bit for bit the same on every rank.
+        """
+        if self._work is not None:
+            self._work.wait()
+        return torch.stack(self._everyone).cpu()
+
+
 def gather(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Every rank's `values`, `(ranks, len(values))`, fp64, on the CPU.
-
-    Gathered rather than reduced: sums over the rows come out bit for bit the same on every rank.
-    """
-    mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return torch.stack(everyone).cpu()
+    """Sends `values` and waits for everyone's, `(ranks, len(values))`."""
+    return Gathering(values, device).wait()
 
 
-def agree_on_start(step: int, parameters: Sequence[nn.Parameter], device: torch.device) -> int:
+def fingerprint(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A number that differs where weights differ, fp64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for number, parameter in enumerate(parameters, start=1):
+        total += number * parameter.detach().sum(dtype=torch.float64).cpu()
+    return total
+
+
+def agree_on_start(step: int, weights: Tensor, device: torch.device) -> int:
     """Rank 0's `step`, after checking that all ranks start from the same trainable weights.
 
     Raises:
         HpcdlError: they don't (a folder that differs from node to node).
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for number, parameter in enumerate(parameters, start=1):
-        total += number * parameter.detach().sum(dtype=torch.float64)
-    everyone = gather([float(step), total], device)
+    everyone = gather([float(step), weights], device)
     # Sums of the same numbers in the same order on the same kind of device: equal up to the last digits.
     sums = everyone[:, 1]
     odd = (~torch.isclose(sums, sums[0], rtol=1e-6, atol=1e-6)).nonzero().flatten().tolist()

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn.utils import clip_grad_norm_
-
+from hpcdl.distributed.engine import Batch, Engine
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.worker.checkpoint import Checkpointer, Totals
-from hpcdl.worker.control import gather
+from hpcdl.worker.control import Gathering
 from hpcdl.worker.data.batches import Order, batch, share
 from hpcdl.worker.data.prepare import Dataset
 from hpcdl.worker.errors import Progress
 from hpcdl.worker.evaluate import heldout_loss
 from hpcdl.worker.metrics import Metrics, evaluation, peak_memory_bytes
-from hpcdl.worker.network import Network
 from hpcdl.worker.optim import learning_rate
 from hpcdl.worker.process import Process
 from hpcdl.worker.signals import Stop
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +35,7 @@ class Parts:
     spec: ExperimentSpec
     run: RunDir
     who: Process
-    net: Network
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     data: Dataset
     data_rank: int
     """This rank among those that read different samples."""
@@ -49,9 +50,23 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
+class Under:
+    """A step that this rank has done, while the others' numbers are still to come."""
+
+    step: int
+    targets: int
+    """Target tokens of the global batch."""
+    tokens: int
+    """Input tokens of the global batch, without padding."""
+    lr: float
+    numbers: Gathering
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutcome:
     """What one step measured; the same on every rank."""
 
+    step: int
     loss: float
     """Mean over the global batch's target tokens."""
     grad_norm: float
@@ -73,6 +88,7 @@ class Stopwatch:
     seconds: float = 0.0
     tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
+    last: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> None:
         """A step begins."""
@@ -85,15 +101,17 @@ class Stopwatch:
         return took
 
     def read(self, mfu_of: float | None) -> dict[str, Any]:
-        """The averages since the last reading, which starts anew."""
+        """The averages since the last reading, which starts anew; the last ones where no step was done since."""
+        if not self.steps:
+            return self.last
         speed = self.tokens / self.seconds
-        values = {
+        self.last = {
             "tokens_per_s": round(speed, 2),
             "step_s": round(self.seconds / self.steps, 6),
             "mfu": None if mfu_of is None else round(speed * mfu_of, 4),
         }
         self.steps, self.seconds, self.tokens = 0, 0.0, 0
-        return values
+        return self.last
 
 
 def run(parts: Parts, totals: Totals) -> str | None:
@@ -108,74 +126,104 @@ def run(parts: Parts, totals: Totals) -> str | None:
     trainer = parts.spec.trainer
     order = Order(len(parts.data.train), parts.spec.seed)
     watch = Stopwatch()
-    parts.net.wrapped.train()
+    under: deque[Under] = deque()
+    parts.engine.stages.train()
     while True:
         if _evaluation_due(parts.spec, totals.step):
             _evaluate(parts, totals.step)
         if totals.step == trainer.max_steps:
             return None
         watch.start()
-        outcome = train_step(parts, order, totals.step + 1)
+        under.append(train_step(parts, order, totals.step + 1))
         totals.step += 1
-        totals.train_s += watch.stop(outcome.tokens)
-        totals.tokens += outcome.tokens
-        totals.peak_memory_bytes = max(totals.peak_memory_bytes, outcome.peak_memory_bytes)
         parts.progress.step = totals.step
-        stopping = outcome.stop is not None and totals.step < trainer.max_steps
+        outcomes = _reached(parts, under, totals.step)
+        totals.train_s += watch.stop(sum(outcome.tokens for outcome in outcomes))
+        stop = next((outcome.stop for outcome in outcomes if outcome.stop), None)
+        stopping = stop is not None and totals.step < trainer.max_steps
         last = stopping or totals.step == trainer.max_steps
-        if last or totals.step % trainer.log_every == 0:
-            _log(parts, totals, outcome, watch)
+        for outcome in outcomes:
+            totals.tokens += outcome.tokens
+            totals.peak_memory_bytes = max(totals.peak_memory_bytes, outcome.peak_memory_bytes)
+            if outcome.step % trainer.log_every == 0 or (last and outcome.step == totals.step):
+                _log(parts, totals, outcome, watch)
         if stopping and parts.who.is_first:
-            parts.run.event("stopping", reason=outcome.stop, step=totals.step)
-        if last or (trainer.checkpoint_every and totals.step % trainer.checkpoint_every == 0):
+            parts.run.event("stopping", reason=stop, step=totals.step)
+        if last or _checkpoint_due(parts.spec, totals.step):
             parts.checkpointer.save(totals)
         if stopping:
-            return outcome.stop
+            return stop
 
 
-def train_step(parts: Parts, order: Order, step: int) -> StepOutcome:
+def _reached(parts: Parts, under: deque[Under], step: int) -> list[StepOutcome]:
+    """The steps that every rank has done by now, in order; taken out of `under`.
+
+    A synchronous engine's ranks are always together. Others run ahead of one another by up to `lag` steps,
+    but for those after which something is written: a checkpoint and an evaluation are of one step.
+    """
+    trainer = parts.spec.trainer
+    together = (
+        step == trainer.max_steps or _checkpoint_due(parts.spec, step) or _evaluation_due(parts.spec, step)
+    )
+    outcomes: list[StepOutcome] = []
+    while under and (together or len(under) > parts.engine.lag):
+        outcomes.append(_outcome(parts, under.popleft()))
+        together = together or outcomes[-1].stop is not None
+    return outcomes
+
+
+def train_step(parts: Parts, order: Order, step: int) -> Under:
     """One optimizer step over the global batch of `step`, which counts from 1.
 
     The gradient is that of the mean over all target tokens of the global batch: every rank knows their
     number from the data's own counts, so no collective is needed before the backward pass.
+    """
+    spec, engine = parts.spec, parts.engine
+    size = spec.trainer.global_batch_size
+    rows = order.rows((step - 1) * size, size)
+    targets, tokens = (int(n) for n in parts.data.train.counts[rows].sum(axis=0))
+    lr = learning_rate(spec.optim, step, spec.trainer.max_steps)
+    total = engine.accumulate(_micro_batches(parts, rows), targets)
+    norm = engine.step(lr, spec.trainer.max_grad_norm)
+    numbers = Gathering([total, norm, peak_memory_bytes(engine.device), *parts.stop.flags()], engine.device)
+    return Under(step, targets, tokens, lr, numbers)
+
+
+def _micro_batches(parts: Parts, rows: NDArray[np.int64]) -> list[Batch]:
+    micro = parts.spec.trainer.micro_batch_size
+    mine = share(rows, parts.data_rank, parts.data_ranks)
+    return [
+        batch(parts.data.train, mine[at : at + micro], parts.engine.device)
+        for at in range(0, len(mine), micro)
+    ]
+
+
+def _outcome(parts: Parts, under: Under) -> StepOutcome:
+    """Waits for all ranks' numbers of a step.
 
     Raises:
         HpcdlError: the loss is no number any more.
     """
-    spec, net = parts.spec, parts.net
-    size = spec.trainer.global_batch_size
-    rows = order.rows((step - 1) * size, size)
-    targets, tokens = (int(n) for n in parts.data.train.counts[rows].sum(axis=0))
-    mine = share(rows, parts.data_rank, parts.data_ranks)
-    micro = spec.trainer.micro_batch_size
-    lr = learning_rate(spec.optim, step, spec.trainer.max_steps)
-    for group in parts.optimizer.param_groups:
-        group["lr"] = lr
-    # The strategy averages gradients over data ranks; the mean over tokens wants their sum.
-    scale = parts.data_ranks / targets
-    total = torch.zeros((), dtype=torch.float64, device=net.device)
-    for at in range(0, len(mine), micro):
-        with net.accumulating(last=at + micro >= len(mine)):
-            with net.context():
-                loss = net.wrapped(**batch(parts.data.train, mine[at : at + micro], net.device))
-            (loss * scale).backward()
-        total += loss.detach()
-    norm = clip_grad_norm_(net.trainable(), spec.trainer.max_grad_norm or math.inf)
-    parts.optimizer.step()
-    parts.optimizer.zero_grad(set_to_none=True)
-    everyone = gather([total, norm, peak_memory_bytes(net.device), *parts.stop.flags()], net.device)
-    copies = parts.who.world_size // parts.data_ranks
-    mean = math.fsum(everyone[:, 0].tolist()) / copies / targets
+    everyone = under.numbers.wait()
+    mean = math.fsum(everyone[:, 0].tolist()) / under.targets
     if not math.isfinite(mean):
-        raise HpcdlError(f"the loss is {mean} at step {step}: lower optim.lr, or longer optim.warmup_steps")
+        raise HpcdlError(
+            f"the loss is {mean} at step {under.step}: lower optim.lr, or longer optim.warmup_steps"
+        )
     return StepOutcome(
+        step=under.step,
         loss=mean,
         grad_norm=float(everyone[0, 1]),
-        lr=lr,
-        tokens=tokens,
+        lr=under.lr,
+        tokens=under.tokens,
         peak_memory_bytes=int(everyone[:, 2].max()),
         stop=parts.stop.reason(everyone[:, 3:].sum(dim=0).tolist()),
     )
+
+
+def _checkpoint_due(spec: ExperimentSpec, step: int) -> bool:
+    every = spec.trainer.checkpoint_every
+    return bool(every and step % every == 0)
 
 
 def _evaluation_due(spec: ExperimentSpec, step: int) -> bool:
@@ -184,7 +232,7 @@ def _evaluation_due(spec: ExperimentSpec, step: int) -> bool:
 
 
 def _evaluate(parts: Parts, step: int) -> None:
-    loss = heldout_loss(parts.spec, parts.net, parts.data.heldout, parts.data_rank, parts.data_ranks)
+    loss = heldout_loss(parts.spec, parts.engine, parts.data.heldout, parts.data_rank, parts.data_ranks)
     parts.metrics.write(evaluation(step, loss))
 
 
@@ -192,7 +240,7 @@ def _log(parts: Parts, totals: Totals, outcome: StepOutcome, watch: Stopwatch) -
     measured = watch.read(parts.mfu_of)
     parts.metrics.write(
         {
-            "step": totals.step,
+            "step": outcome.step,
             "loss": outcome.loss,
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,

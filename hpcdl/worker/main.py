@@ -43,21 +43,28 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     process.join(who, device)
     print(f"{who.node}: rank {who.rank} of {who.world_size}, {device}, {threads} CPU threads", flush=True)
 
-    from hpcdl.worker import checkpoint, loop, mesh, metrics, model, network, optim, result, rng, trackers
+    from hpcdl.distributed.mesh import Grid
+    from hpcdl.spec.parallel import ParallelDims
+    from hpcdl.worker import checkpoint, control, loop, metrics, model, network, result, rng, trackers
     from hpcdl.worker.data.prepare import open_dataset
 
-    grid = mesh.build(spec.parallel, who.world_size, device.type)
-    data_rank, data_ranks = mesh.data_place(grid)
+    grid = Grid(ParallelDims.fill(spec.parallel, who.world_size), device)
+    data_rank, data_ranks = grid.data_place
     place = model.weights_place(spec.model)
     tokenizer = model.tokenizer_for(spec.model, place)
     data = open_dataset(spec, tokenizer)
-    net = network.build(spec, model.load(spec, place), grid, device)
-    optimizer = optim.build(spec.optim, net.trainable())
+    net = network.prepare(spec, model.load(spec, place), device)
+    size = network.size_of(net.model)
+    found = checkpoint.choose(run, who, control.fingerprint(net.trainable()), device)
+    if grid.dims.world_size == grid.dims.dp_replicate:  # else a part of it will be enough for the device
+        net.model.to(device)
+    if who.is_first and found is None:
+        result.sample_before(spec, run, net, tokenizer)
+    engine = network.parallelize(spec, net, grid)
     saver = checkpoint.Checkpointer(
-        run, who, net, optimizer, keep_last=spec.trainer.keep_last, seed=spec.seed, data_digest=data.digest
+        run, who, engine, keep_last=spec.trainer.keep_last, seed=spec.seed, data_digest=data.digest
     )
     rng.seed_all(spec.seed, who.rank)
-    found = checkpoint.choose(run, who, net)
     totals = checkpoint.Totals()
     if found is not None:
         saver.load(found)
@@ -79,23 +86,24 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
             )
         saver.clean()
         lines.rewind(totals.step)
-        if totals.step == 0:
-            result.sample_before(spec, run, net, tokenizer)
-    mfu_of = network.seconds_at_peak(spec, net, who.world_size)
+    mfu_of = network.seconds_at_peak(spec, size, device, who.world_size)
     reason = loop.run(
         loop.Parts(
-            spec=spec, run=run, who=who, net=net, optimizer=optimizer, data=data, data_rank=data_rank,
+            spec=spec, run=run, who=who, engine=engine, data=data, data_rank=data_rank,
             data_ranks=data_ranks, checkpointer=saver, metrics=lines, stop=stop, progress=progress, mfu_of=mfu_of,
         ),
         totals,
     )  # fmt: skip
+    engine.close()
     if who.is_first:
         summary = {}
         if reason is None:
+            if not engine.is_whole:
+                net = network.from_checkpoint(spec, place, saver.path_of(totals.step), device)
             summary = result.save(
                 result.Finished(
-                    spec=spec, run=run, who=who, net=net, tokenizer=tokenizer, metrics=lines, totals=totals,
-                    place=place, mfu_of=mfu_of,
+                    spec=spec, run=run, who=who, net=net, size=size, tokenizer=tokenizer, metrics=lines,
+                    totals=totals, place=place, mfu_of=mfu_of,
                 )
             )  # fmt: skip
         tracker.finish(summary)

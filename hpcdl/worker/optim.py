@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +15,18 @@ from hpcdl.spec import OptimSpec
 def build(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW or SGD over `parameters`; weight decay on matrices only, norms and biases are left out.
 
-    Fused: one kernel a step, on CPU and CUDA alike.
+    Fused: one kernel a step, on CPU and CUDA alike. It takes tensors of one kind at a time, so parameters
+    that lie on different meshes are in different groups.
     """
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    by_kind: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_kind.setdefault((parameter.ndim >= 2, getattr(parameter, "device_mesh", None)), []).append(
+            parameter
+        )
+    groups: list[dict[str, Any]] = [
+        {"params": same, "weight_decay": spec.weight_decay if matrices else 0.0}
+        for (matrices, _), same in by_kind.items()
     ]
-    groups = [group for group in groups if group["params"]]
     if spec.name == "sgd":
         return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)

@@ -13,7 +13,7 @@ from hpcdl.spec import ExperimentSpec
 from hpcdl.worker.cache import make_readable
 from hpcdl.worker.checkpoint import Totals
 from hpcdl.worker.metrics import Metrics
-from hpcdl.worker.network import Network, count_parameters
+from hpcdl.worker.network import Network, Size
 from hpcdl.worker.plot import draw_loss
 from hpcdl.worker.process import Process
 from hpcdl.worker.sample import has_adapter, write
@@ -31,6 +31,8 @@ class Finished:
     run: RunDir
     who: Process
     net: Network
+    """The trained model, whole."""
+    size: Size
     tokenizer: Tokenizer
     metrics: Metrics
     totals: Totals
@@ -68,7 +70,6 @@ def _figures(finished: Finished) -> dict[str, Any]:
     before = finished.metrics.evaluations[0]
     after = finished.metrics.evaluations[spec.trainer.max_steps]
     last = last_line(finished.run.metrics_file, having="loss") or {}
-    parameters, trainable = count_parameters(finished.net.model)
     speed = totals.tokens / totals.train_s if totals.train_s else 0.0
     return {
         "eval_loss_before": before["eval_loss"],
@@ -84,8 +85,8 @@ def _figures(finished: Finished) -> dict[str, Any]:
         "mfu": None if finished.mfu_of is None else round(speed * finished.mfu_of, 4),
         "world_size": finished.who.world_size,
         "nodes": spec.cluster.nodes,
-        "trainable_parameters": trainable,
-        "parameters": parameters,
+        "trainable_parameters": finished.size.trainable,
+        "parameters": finished.size.parameters,
     }
 
 

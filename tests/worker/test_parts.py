@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 import torch
 from torch import nn
 
+from hpcdl.distributed import losses
+from hpcdl.distributed.decoder import Stage
+from hpcdl.distributed.losses import IGNORE
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import OptimSpec, ParallelSpec
-from hpcdl.worker import losses, mesh, metrics, model, optim, process, trackers
+from hpcdl.spec.parallel import ParallelDims
+from hpcdl.worker import metrics, model, optim, process, trackers
 from hpcdl.worker.convert import find_gguf, package_folder
-from hpcdl.worker.data.batches import IGNORE
 from hpcdl.worker.plot import smooth
 from hpcdl.worker.signals import SIGNALS, Stop
 from hpcdl.worker.tokenizer import ByteTokenizer
@@ -69,7 +73,7 @@ def test_the_model_is_the_seeds() -> None:
 
 def test_documents_of_a_row_do_not_see_each_other() -> None:
     """A packed row's loss is the sum of its documents' own; the models' own forward says the same."""
-    net = losses.WithLoss(tiny_model()).eval()
+    net = Stage(tiny_model()).eval()
     torch.manual_seed(0)
     tokens = torch.randint(0, 250, (1, 24))
     positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
@@ -163,11 +167,17 @@ def test_mesh_fills_what_is_left() -> None:
     def spec(**degrees: int) -> ParallelSpec:
         return ParallelSpec(name="ddp", **degrees)
 
-    assert mesh.degrees(spec(), 6) == {"pp": 1, "dp_replicate": 6, "dp_shard": 1, "cp": 1, "tp": 1}
-    assert mesh.degrees(spec(dp_replicate=1, dp_shard=-1, tp=2), 8)["dp_shard"] == 4
+    assert asdict(ParallelDims.fill(spec(), 6)) == {
+        "pp": 1,
+        "dp_replicate": 6,
+        "dp_shard": 1,
+        "cp": 1,
+        "tp": 1,
+    }
+    assert ParallelDims.fill(spec(dp_replicate=1, dp_shard=-1, tp=2), 8).dp_shard == 4
     for bad in ({"tp": 4}, {"dp_replicate": 2}, {"dp_shard": -1}):
-        with pytest.raises(HpcdlError, match="doesn't make 6 processes"):
-            mesh.degrees(spec(**bad), 6)
+        with pytest.raises(ValueError, match="doesn't make 6 processes"):
+            ParallelDims.fill(spec(**bad), 6)
 
 
 def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

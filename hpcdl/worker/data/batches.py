@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hpcdl.distributed.losses import IGNORE
 from hpcdl.worker.data.pack import START, TARGET
 from hpcdl.worker.data.prepare import Rows
 
@@ -11,9 +12,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
-
-IGNORE = -100
-"""Label of a position that is no target."""
 
 
 class Order:

@@ -10,16 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from hpcdl.worker.data.batches import IGNORE
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that are held at a time, in fp32: 64 MiB on a CPU, 512 MiB on a GPU."""
 
-PLAIN_HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
-"""Model types whose logits are `hidden @ weight.T` and nothing more; others go through their own forward."""
+IGNORE = -100
+"""Label of a position that is no target."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -89,39 +87,3 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         rows = rows.to(torch.get_autocast_dtype(hidden.device.type))
     result: Tensor = LinearCrossEntropy.apply(rows, weight, labels[kept], torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return result
-
-
-class WithLoss(nn.Module):
-    """A causal language model whose forward pass gives the summed loss: what strategies wrap."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross-entropy over all targets, an fp32 scalar.
-
-        Args:
-            input_ids: `(batch, seq)`.
-            position_ids: `(batch, seq)`; begin anew with each document.
-            labels: `(batch, seq)`, already shifted.
-        """
-        base: Any = inner(self.model)
-        head: Any = base.get_output_embeddings()
-        plain = (
-            type(head) is nn.Linear
-            and getattr(head, "bias", None) is None
-            and base.config.model_type in PLAIN_HEADS
-        )
-        if plain:
-            hidden = base.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
-            return linear_cross_entropy(hidden, head.weight, labels)
-        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-
-
-def inner(model: Any) -> Any:
-    """The transformers model inside peft's wrapper; itself where there is none."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,11 @@
+"""The torch side of the strategies: what `apply()` and `build()` of hpcdl/parallel/ call on compute nodes.
+
+mesh.py           this rank's place in the device mesh
+decoder.py        a Llama-like decoder as stages: blocks, cuts, names that stay the whole model's
+losses.py         linear + cross-entropy in chunks; over a vocabulary that is sharded too
+parallelize.py    the order in which everything is put around the model: one function
+engine.py         what the loop drives: forward and backward, gradient norm, step, evaluation, state
+tensor.py         tensor and sequence parallel
+context.py        attention over a sequence that several ranks share
+pipeline.py       pipeline schedules
+"""

@@ -1,0 +1,88 @@
+"""What the strategies on the device mesh share: their keys, rules about degrees, and how they are built.
+
+`ddp`, `fsdp`, `hsdp`, `tp`, `pp` and `cp` are the same machine with other degrees set by default: any of
+them takes other degrees besides its own, and so `parallel=fsdp parallel.tp=2` is FSDP with tensor parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from hpcdl.errors import Fault
+from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.parallel import ParallelDims
+
+if TYPE_CHECKING:
+    from hpcdl.distributed.engine import Engine
+    from hpcdl.distributed.mesh import Grid
+    from hpcdl.distributed.parallelize import Job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshConfig(ParallelSpec):
+    """The keys of all dimensions of the mesh."""
+
+    bucket_cap_mb: Annotated[int, Ge(1)] = 25
+    """DDP: size of a gradient bucket, in MiB."""
+    reshard_after_forward: bool = True
+    """FSDP: let a block's parameters go after the forward pass (ZeRO-3), or keep them until the backward
+    pass is over (ZeRO-2): more memory, less traffic."""
+    cpu_offload: bool = False
+    """FSDP: keep shards, gradients and optimizer state in host memory."""
+    sequence_parallel: bool = True
+    """Tensor parallel: norms and residuals are split along the sequence too."""
+    loss_parallel: bool = True
+    """Tensor parallel: the vocabulary of the head and the loss is split too."""
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zb", "zbv", "dualpipev"] = "1f1b"
+    """Pipeline: the order of forward and backward passes."""
+    microbatches: Annotated[int, Ge(0)] = 0
+    """Pipeline: micro-batches that are in the pipeline in one go; 0: all of a step's."""
+    stages_per_rank: Annotated[int, Ge(0)] = 0
+    """Pipeline: stages of each rank; 0: what the schedule needs (1, or 2 for the interleaved ones)."""
+    cp_method: Literal["allgather", "ulysses"] = "allgather"
+    """Context parallel: gather keys and values of the whole sequence, or swap sequence for heads."""
+
+
+def dims_of(spec: ExperimentSpec) -> ParallelDims | None:
+    """The filled degrees; None where they don't make up the world (another rule says so)."""
+    try:
+        dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
+    except ValueError:
+        return None
+    return dims if dims.world_size > 0 else None
+
+
+def check(config: MeshConfig, spec: ExperimentSpec) -> Iterator[Fault]:
+    """Faults of every dimension that is in use."""
+    from hpcdl.parallel import cp, pp, tp
+
+    dims = dims_of(spec)
+    if dims is None:
+        return
+    for part in (tp, cp, pp):
+        yield from part.faults(config, dims, spec)
+
+
+def does_not_divide(name: str, degree: int, what: str, have: int, shown: str = "") -> Fault:
+    """`have` of something can't be shared out evenly over a dimension's ranks."""
+    divisors = [d for d in range(1, have + 1) if have % d == 0]
+    near = min(divisors, key=lambda d: (abs(d - degree), d))
+    return Fault(
+        key=f"parallel.{name}",
+        value=str(degree),
+        problem=f"{shown}does not divide {what} {have}",
+        allowed=f"divisors of {have}: {', '.join(map(str, divisors[:12]))}",
+        nearest=str(near),
+        fix=f"parallel.{name}={near}",
+    )
+
+
+def build(config: MeshConfig, model: Any, grid: Grid, job: Job) -> Engine:
+    """This rank's part of the model, as an engine that the training loop drives."""
+    from hpcdl.distributed.parallelize import parallelize
+
+    return parallelize(config, model, grid, job)
