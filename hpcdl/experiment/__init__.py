@@ -31,7 +31,11 @@ class Checked:
 
     spec: ExperimentSpec | None = None
     options: LaunchOptions | None = None
+    """Also there where the experiment can't be: what the launcher does is no part of it."""
     faults: tuple[Fault, ...] = ()
+    impossible: bool = False
+    """Whether everything is right by itself and only doesn't go together (degrees and processes, a batch and
+    its ranks, a request and its partition): a point of a sweep that can be left out."""
 
 
 def load(plain: Mapping[str, Any]) -> tuple[ExperimentSpec, LaunchOptions]:
@@ -70,6 +74,7 @@ def check(plain: Mapping[str, Any], *, doubtful: Collection[str] = (), skip: Col
     parts, faults = sections.validate(plain, skip)
     parts, found = resolve.resolve(parts)
     trusted = {key: value for key, value in parts.items() if key not in doubtful}
+    formed = not (faults or found or doubtful or skip or rules.malformed(trusted))
     found += rules.broken(trusted)
     names = {field.name for field in dataclasses.fields(ExperimentSpec)}
     spec = ExperimentSpec(**{key: parts[key] for key in names}) if names <= parts.keys() else None
@@ -77,9 +82,11 @@ def check(plain: Mapping[str, Any], *, doubtful: Collection[str] = (), skip: Col
         told = {fault.key for fault in found}
         found += [fault for fault in rules.refused(spec) if fault.key not in told]
     faults += [fault for fault in found if fault.key.split(".")[0] not in doubtful]
-    if faults or doubtful or skip:
+    if not formed:
         return Checked(faults=tuple(faults))
     options = LaunchOptions(**{key: value for key, value in parts.items() if key not in names})
+    if faults:
+        return Checked(options=options, faults=tuple(faults), impossible=True)
     return Checked(spec=spec, options=options)
 
 

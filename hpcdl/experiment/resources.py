@@ -93,13 +93,10 @@ def a_process_a_gpu(cluster: ClusterSpec) -> Iterator[Fault]:
         )
 
 
-def fits_the_partition(cluster: ClusterSpec) -> Iterator[Fault]:
-    """No request that the partition can never fill: it would wait for ever."""
-    if cluster.kind != "slurm" or not cluster.partitions or cluster.partition is None:
-        return
-    for name in cluster.partition.split(","):
-        limits = cluster.partitions.get(name)
-        if limits is None:
+def partition_is_known(cluster: ClusterSpec) -> Iterator[Fault]:
+    """A profile that says what its partitions have names them all."""
+    for name in _partitions(cluster):
+        if name not in cluster.partitions:
             near = nearest_name(name, cluster.partitions)
             yield Fault(
                 key="cluster.partition",
@@ -109,8 +106,20 @@ def fits_the_partition(cluster: ClusterSpec) -> Iterator[Fault]:
                 nearest=near,
                 fix=f"cluster.partition={near or next(iter(cluster.partitions))}",
             )
-        else:
-            yield from _beyond(cluster, name, limits)
+
+
+def fits_the_partition(cluster: ClusterSpec) -> Iterator[Fault]:
+    """No request that the partition can never fill: it would wait for ever."""
+    for name in _partitions(cluster):
+        if name in cluster.partitions:
+            yield from _beyond(cluster, name, cluster.partitions[name])
+
+
+def _partitions(cluster: ClusterSpec) -> list[str]:
+    """The partitions that are asked for, where the profile says what they have."""
+    if cluster.kind != "slurm" or not cluster.partitions or cluster.partition is None:
+        return []
+    return cluster.partition.split(",")
 
 
 def _beyond(cluster: ClusterSpec, partition: str, limits: PartitionLimits) -> Iterator[Fault]:

@@ -37,6 +37,16 @@ def broken(parts: dict[str, Any]) -> list[Fault]:
     ]
 
 
+def malformed(parts: dict[str, Any]) -> bool:
+    """Whether a rule of form is broken: then the value is wrong whatever stands beside it."""
+    return any(
+        True
+        for needs, rule in RULES
+        if rule in OF_FORM and all(need in parts for need in needs)
+        for _ in rule(*(parts[need] for need in needs))
+    )
+
+
 def refused(spec: ExperimentSpec) -> Iterator[Fault]:
     """What the strategy and the method say of the experiment."""
     yield from parallel.get(spec.parallel.name).check(spec.parallel, spec)
@@ -227,11 +237,10 @@ def warm_up_ends(optim: OptimSpec, trainer: TrainerSpec) -> Iterator[Fault]:
         )
 
 
-def degrees_make_the_world(parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:
-    """The product of the degrees is the number of processes; one degree may be -1 and takes what is left."""
-    degrees = {name: getattr(parallel, name) for name in DEGREES}
-    for name, degree in degrees.items():
-        if degree == 0:
+def degrees_count_ranks(parallel: ParallelSpec) -> Iterator[Fault]:
+    """No rank at all can't share anything."""
+    for name in DEGREES:
+        if getattr(parallel, name) == 0:
             yield Fault(
                 key=f"parallel.{name}",
                 value="0",
@@ -239,6 +248,11 @@ def degrees_make_the_world(parallel: ParallelSpec, cluster: ClusterSpec) -> Iter
                 allowed="-1 (whatever the others leave), or at least 1",
                 fix=f"parallel.{name}=1",
             )
+
+
+def degrees_make_the_world(parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:
+    """The product of the degrees is the number of processes; one degree may be -1 and takes what is left."""
+    degrees = {name: getattr(parallel, name) for name in DEGREES}
     free = [name for name, degree in degrees.items() if degree == -1]
     if len(free) > 1:
         yield Fault(
@@ -328,13 +342,31 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("task", "data"), answers_are_marked),
     (("quant",), scheme_exists),
     (("optim", "trainer"), warm_up_ends),
+    (("parallel",), degrees_count_ranks),
     (("parallel", "cluster"), degrees_make_the_world),
     (("trainer", "parallel", "cluster"), batch_divides),
     (("cluster",), resources.one_machine_is_one_node),
     (("cluster",), resources.a_process_a_gpu),
+    (("cluster",), resources.partition_is_known),
     (("cluster",), resources.fits_the_partition),
     (("cluster",), resources.slurm_understands),
     (("cluster",), resources.extra_is_extra),
     (("cluster",), resources.lines_are_lines),
 )
 """Which sections each rule needs, in the order in which faults are shown."""
+
+OF_FORM: frozenset[Callable[..., Iterator[Fault]]] = frozenset(
+    {
+        name_is_a_folder,
+        runs_dir_is_a_folder,
+        scaling_says_how,
+        scheme_exists,
+        degrees_count_ranks,
+        resources.partition_is_known,
+        resources.slurm_understands,
+        resources.extra_is_extra,
+        resources.lines_are_lines,
+    }
+)
+"""Rules that a value breaks by itself, like a slip of the pen. What breaks another rule only doesn't go with the
+rest of the experiment: in a sweep such a point is refused and the others go on."""

@@ -28,16 +28,18 @@ def _main(argv: Sequence[str]) -> int:
     if modes.wanted(flags):
         return modes.show(flags)
     composer = Composer(config_dir=flags.config_dir, config_name=flags.config_name or CONFIG_NAME)
-    wanted, options = sweep.points(composer, flags.overrides, multirun=flags.multirun)
-    after = points.after_job(options, {point.spec.cluster.kind for point in wanted})
-    planned = points.plan(wanted, options)
+    asked = sweep.read(composer, flags.overrides, multirun=flags.multirun)
+    options = asked.options
+    after = points.after_job(options, {point.spec.cluster.kind for point in asked.points})
+    planned = points.plan(asked.points, options)
     batches = points.batches([item for item in planned if item.launches], options, after)
     if options.dry_run:
-        report.dry_run(*points.as_if_forced(planned, batches, options, after))
+        shown, notes = points.as_if_forced(planned, batches, options, after)
+        report.dry_run(shown, [*report.refused_lines(asked.refused), *notes])
         return 0
     from hpcdl.launch import running  # a dry run needs none of what submits
 
-    return running.launch(planned, batches, options, swept=len(wanted) > 1)
+    return running.launch(planned, batches, asked)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpcdl.errors import HpcdlError, UsageError
+from hpcdl.errors import ConfigError, HpcdlError, UsageError
 from hpcdl.runs.store import SUBMISSIONS
 from hpcdl.spec.experiment import ExperimentSpec, default_runs_dir
+
+if TYPE_CHECKING:
+    from hpcdl.launch import sweep
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
@@ -66,25 +70,23 @@ def _runs_dir(overrides: Sequence[str]) -> Path:
 
 
 def _first_start(overrides: Sequence[str], environment: Mapping[str, str], token: str) -> Path | None:
-    from hpcdl.launch import arguments, points, submit, sweep
+    from hpcdl.launch import arguments, points, submit
+    from hpcdl.launch import sweep as sweeps
     from hpcdl.launch.compose import CONFIG_NAME, Composer
 
     flags = arguments.parse(overrides)
     composer = Composer(config_dir=flags.config_dir, config_name=flags.config_name or CONFIG_NAME)
     task = environment.get("SLURM_ARRAY_TASK_ID")
-    wanted, options = sweep.points(
-        composer, _with_the_jobs(flags.overrides, environment), multirun=task is not None
-    )
-    if int(task or 0) >= len(wanted):
-        raise UsageError(f"the sweep has {len(wanted)} points; there is none for array task {task}")
+    asked = sweeps.read(composer, _with_the_jobs(flags.overrides, environment), multirun=task is not None)
+    point, options = _point(asked, int(task or 0)), asked.options
     if Path(options.runs_dir).expanduser().absolute() != _runs_dir(overrides):
         raise UsageError(
             f"runs_dir={options.runs_dir} stands in a YAML file, where a requeued job doesn't look\n"
             f"fix: put it on the command line, or export HPCDL_RUNS={options.runs_dir}"
         )
-    if wanted[0].spec.cluster.kind != "slurm":
+    if point.spec.cluster.kind != "slurm":
         raise UsageError("this is a Slurm job: leave cluster=local out")
-    (planned,) = points.plan([wanted[int(task or 0)]], options)
+    (planned,) = points.plan([point], options)
     if planned.action == "done":
         print(f"{planned.run.path} is complete already; force=true makes a new run", file=sys.stderr)
         return None
@@ -95,6 +97,23 @@ def _first_start(overrides: Sequence[str], environment: Mapping[str, str], token
     planned = dataclasses.replace(planned, spec=_with_cpus(planned.spec, flags.overrides, environment))
     request = dataclasses.replace(points.request([planned], planned.spec.cluster, options, None), token=token)
     return submit.adopt(points.Batch(request=request, runs=(planned,)), _job_id(environment))
+
+
+def _point(asked: sweep.Asked, task: int) -> sweep.Point:
+    """The array task's point, counted among all: one that is left out must not shift the others.
+
+    Raises:
+        ConfigError: this point can't be.
+        UsageError: the sweep has no such point.
+    """
+    for refused in asked.refused:
+        if refused.number == task:
+            raise ConfigError(dataclasses.replace(fault, where=refused.label) for fault in refused.faults)
+    found = [point for point in asked.points if point.number == task]
+    if not found:
+        count = len(asked.points) + len(asked.refused)
+        raise UsageError(f"the sweep has {count} points; there is none for array task {task}")
+    return found[0]
 
 
 def _with_the_jobs(overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from hpcdl.errors import HpcdlError
 from hpcdl.launch import backends
 from hpcdl.launch.points import Batch, Planned, runs_folder
+from hpcdl.launch.sweep import Asked, Refused
 from hpcdl.launch.torchrun import preview
 from hpcdl.spec import ClusterSpec, LaunchOptions
 from hpcdl.spec.experiment import default_runs_dir
@@ -31,10 +32,23 @@ def dry_run(batches: Sequence[Batch], notes: Sequence[str]) -> None:
         print(f"\n# torchrun: {preview(batch.request.cluster, batch.request.python)}")
 
 
-def parsable(planned: Sequence[Planned]) -> None:
+def parsable(planned: Sequence[Planned], refused: Sequence[Refused] = ()) -> None:
     """run_id, job_id, run_dir, tab-separated, a line a run; and nothing else on standard output."""
     for item in planned:
         print(f"{item.run.path.name}\t{_job(item)}\t{item.run.path}", flush=True)
+    for line in refused_lines(refused):
+        print(line, file=sys.stderr)
+
+
+def refused_lines(refused: Sequence[Refused]) -> list[str]:
+    """Each point that was left out, and why: `refused: parallel.tp=3: parallel.tp = 3: does not divide …`."""
+    return [f"refused: {item.label}: {_why(item)}" for item in refused]
+
+
+def _why(item: Refused) -> str:
+    """The first reason, and how many more there are."""
+    more = len(item.faults) - 1
+    return f"{item.reason}{f' (and {more} more)' if more else ''}"
 
 
 def _job(item: Planned) -> str:
@@ -45,12 +59,12 @@ def _job(item: Planned) -> str:
         return "-"
 
 
-def launched(planned: Sequence[Planned], options: LaunchOptions, sweep: str | None) -> None:
-    """What happened to each run, and what one may want to type next."""
+def launched(planned: Sequence[Planned], asked: Asked, sweep: str | None) -> None:
+    """What happened to each run, which points were left out, and what one may want to type next."""
     if len(planned) == 1 and sweep is None:
-        _one(planned[0], options)
+        _one(planned[0], asked.options)
     else:
-        _many(planned, options, sweep or "")
+        _many(planned, asked, sweep or "")
 
 
 def _one(item: Planned, options: LaunchOptions) -> None:
@@ -80,25 +94,26 @@ def _resources(cluster: ClusterSpec) -> str:
     return f"{where}{nodes} × {cluster.processes_per_node} processes{gpus}"
 
 
-def _next(name: str, options: LaunchOptions) -> None:
+def _next(name: str, options: LaunchOptions, *, compare: bool = False) -> None:
     other = runs_folder(options) != Path(default_runs_dir()).absolute()
     where = f" --runs-dir {shlex.quote(str(options.runs_dir))}" if other else ""
     print("next")
     for verb, what in (
         ("status", "how it stands"),
-        ("logs -f", "what its ranks print"),
+        ("compare", "its runs side by side") if compare else ("logs -f", "what its ranks print"),
         ("follow", "progress, until it is over"),
         ("cancel", "save a checkpoint and stop"),
     ):
         print(f"  hpcdl {verb} {name}{where}".ljust(45) + f"  {what}")
 
 
-def _many(planned: Sequence[Planned], options: LaunchOptions, sweep: str) -> None:
+def _many(planned: Sequence[Planned], asked: Asked, sweep: str) -> None:
+    options = asked.options
     counts = {words: sum(WORDS[item.action] == words for item in planned) for words in WORDS.values()}
     said = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
     points = sum(len(item.labels) for item in planned)
     same = f" ({points} points; equal ones are one run)" if points != len(planned) else ""
-    print(f"sweep      {sweep}: {len(planned)} runs{same}: {said}")
+    print(f"sweep      {sweep}: {len(planned)} run{'s' * (len(planned) != 1)}{same}: {said}")
     print(f"directory  {runs_folder(options) / planned[0].spec.name}")
     for item in planned[:SHOWN]:
         print(
@@ -106,8 +121,23 @@ def _many(planned: Sequence[Planned], options: LaunchOptions, sweep: str) -> Non
         )
     if len(planned) > SHOWN:
         print(f"  … and {len(planned) - SHOWN} more: hpcdl status {sweep}")
+    _left_out(asked.refused, sweep)
     if any(item.spec.cluster.kind == "slurm" for item in planned):
-        _next(sweep, options)
+        _next(sweep, options, compare=True)
+
+
+def _left_out(refused: Sequence[Refused], sweep: str) -> None:
+    """The points that can't be, each with its first reason."""
+    if not refused:
+        return
+    print(
+        f"refused    {len(refused)} point{'s' * (len(refused) != 1)} that can't be (strict=true refuses all)"
+    )
+    width = min(48, max(len(item.label) for item in refused[:SHOWN]))
+    for item in refused[:SHOWN]:
+        print(f"  {item.label:<{width}}  {_why(item)}")
+    if len(refused) > SHOWN:
+        print(f"  … and {len(refused) - SHOWN} more: hpcdl compare {sweep}")
 
 
 def print_result(item: Planned) -> None:

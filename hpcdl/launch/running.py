@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hpcdl.errors import SchedulerError, UsageError
 from hpcdl.launch import report, submit
 from hpcdl.launch.points import Batch, Planned
+from hpcdl.launch.sweep import Asked
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import LaunchOptions
 
@@ -21,27 +22,26 @@ NEEDED = ("torch", "transformers")
 INTERRUPTED = 130
 
 
-def launch(
-    planned: Sequence[Planned], batches: Sequence[Batch], options: LaunchOptions, *, swept: bool
-) -> int:
+def launch(planned: Sequence[Planned], batches: Sequence[Batch], asked: Asked) -> int:
     """Submits, reports, follows where that was asked for; returns the exit code.
+
+    Points that were refused are told and recorded, and change nothing of the exit code.
 
     Raises:
         SchedulerError: the scheduler has refused at least one submission; the others were made.
         UsageError: this machine can't train.
     """
+    options = asked.options
     here = [batch for batch in batches if batch.request.cluster.kind == "local"]
     away = [batch for batch in batches if batch not in here]
     _check_packages(here)
-    sweep = submit.sweep_id(planned) if swept else None
-    if sweep is not None:
-        submit.record_sweep(planned[0].run.runs_dir, sweep, planned)
+    sweep = submit.record_sweep(planned, asked.refused) if asked.swept else None
     made = [submit.submit(batch, sweep) for batch in (*away, *here[:1])]
     seen = _as_it_went((*away, *here[:1]), made, planned)
     if options.parsable:
-        report.parsable(seen)
+        report.parsable(seen, asked.refused)
     elif seen:
-        report.launched(seen, options, sweep)
+        report.launched(seen, asked, sweep)
     refused = [one.refused for one in made if one.refused]
     if refused:
         raise SchedulerError("\n".join(dict.fromkeys(refused)))

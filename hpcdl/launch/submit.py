@@ -31,6 +31,7 @@ from hpcdl.launch import backends, code
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.launch.points import Batch, Planned
+from hpcdl.launch.sweep import Refused
 from hpcdl.runs.files import locked, write_atomic, write_json
 from hpcdl.runs.query import SWEEPS
 from hpcdl.runs.state import RunState
@@ -284,20 +285,32 @@ def _link_latest(runs_dir: Path, run: RunDir) -> None:
     link.replace(runs_dir / "latest")
 
 
-def sweep_id(planned: Sequence[Planned]) -> str:
-    """A sweep's name: the same points have the same."""
-    content = "\n".join(str(item.run.path) for item in planned)
-    return "sweep-" + hashlib.sha256(content.encode()).hexdigest()[:8]
+def record_sweep(planned: Sequence[Planned], refused: Sequence[Refused]) -> str:
+    """`<runs_dir>/.sweeps/<sweep>.json`: which point is which run, and which can't be; returns the sweep's id.
 
-
-def record_sweep(runs_dir: Path, sweep: str, planned: Sequence[Planned]) -> None:
-    """`<runs_dir>/.sweeps/<sweep>.json`: which point is which run."""
-    points = [
-        {"overrides": label, "run_id": item.run.path.name, "run_dir": str(item.run.path)}
-        for item in planned
-        for label in item.labels
-    ]
-    folder = runs_dir / SWEEPS
+    The id follows from the points, so that the same sweep has the same.
+    """
+    content = [*(str(item.run.path) for item in planned), *(item.label for item in refused)]
+    sweep = "sweep-" + hashlib.sha256("\n".join(content).encode()).hexdigest()[:8]
+    record = {
+        "sweep": sweep,
+        "name": planned[0].spec.name,
+        "created": now(),
+        "points": [
+            {"overrides": label, "run_id": item.run.path.name, "run_dir": str(item.run.path)}
+            for item in planned
+            for label in item.labels
+        ],
+        "refused": [
+            {
+                "overrides": item.label,
+                "reason": item.reason,
+                "faults": [dataclasses.asdict(fault) for fault in item.faults],
+            }
+            for item in refused
+        ],
+    }
+    folder = planned[0].run.runs_dir / SWEEPS
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"sweep": sweep, "name": planned[0].spec.name, "created": now(), "points": points}
     write_atomic(folder / f"{sweep}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return sweep

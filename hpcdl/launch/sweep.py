@@ -27,9 +27,45 @@ class Point:
     spec: ExperimentSpec
     run_id: str
     """Digest of the experiment."""
+    number: int = 0
+    """Its place among all points that were asked for, from 0."""
 
 
-def points(composer: Composer, texts: Sequence[str], *, multirun: bool) -> tuple[list[Point], LaunchOptions]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """One point of a sweep that can't be: it is left out and told, and the others go on."""
+
+    label: str
+    """As a point's."""
+    faults: tuple[Fault, ...]
+    """At least one."""
+    number: int = 0
+    """As a point's."""
+
+    @property
+    def reason(self) -> str:
+        """The first fault in one line: `parallel.tp = 3: does not divide …`."""
+        first = self.faults[0]
+        return f"{first.key}{f' = {first.value}' if first.value else ''}: {first.problem}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a command line asks for."""
+
+    points: tuple[Point, ...]
+    """At least one."""
+    refused: tuple[Refused, ...]
+    """Points that can't be; empty for a single run, whose faults are an error."""
+    options: LaunchOptions
+
+    @property
+    def swept(self) -> bool:
+        """Whether it is a sweep of several points."""
+        return len(self.points) + len(self.refused) > 1
+
+
+def read(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Asked:
     """Everything that a command line asks for, composed and validated.
 
     Args:
@@ -38,7 +74,8 @@ def points(composer: Composer, texts: Sequence[str], *, multirun: bool) -> tuple
         multirun: whether `-m` was given.
 
     Raises:
-        ConfigError: something is wrong in at least one point; carries every fault of all of them.
+        ConfigError: a fault of form in any point, or no point can be, or one can't with `strict=true`; carries
+            every fault of all of them.
     """
     overrides, faults = composer.parse(texts)
     if multirun:
@@ -49,17 +86,35 @@ def points(composer: Composer, texts: Sequence[str], *, multirun: bool) -> tuple
         expanded = [tuple(o for o in point if not o.is_sweep_override()) for point in expanded[:1]]
     labels = _labels(overrides, expanded) if multirun else [""]
     checked = [_check(composer, point, faults) for point in expanded]
-    all_faults = (*faults, *experiment.merge_faults(zip(labels, (c.faults for c in checked), strict=True)))
-    all_faults += _swept_options([c.options for c in checked if c.options])
-    if all_faults:
-        raise ConfigError(all_faults)
-    made = [
-        Point(label=label, spec=item.spec, run_id=experiment.digest(item.spec))
-        for label, item in zip(labels, checked, strict=True)
-        if item.spec is not None
-    ]
-    assert checked[0].options is not None
-    return made, checked[0].options
+    swept_options = _swept_options([c.options for c in checked if c.options])
+    if faults or swept_options or _are_wrong(checked):
+        found = zip(labels, (c.faults for c in checked), strict=True)
+        raise ConfigError((*faults, *experiment.merge_faults(found), *swept_options))
+    return _sorted_out(labels, checked)
+
+
+def _are_wrong(checked: Sequence[experiment.Checked]) -> bool:
+    """Whether the faults of these points refuse the whole."""
+    wrong = [item for item in checked if item.faults]
+    strict = any(item.options and item.options.strict for item in checked)
+    return bool(wrong) and (
+        strict or len(wrong) == len(checked) or not all(item.impossible for item in wrong)
+    )
+
+
+def _sorted_out(labels: Sequence[str], checked: Sequence[experiment.Checked]) -> Asked:
+    made, refused = [], []
+    for number, (label, item) in enumerate(zip(labels, checked, strict=True)):
+        if item.spec is None:
+            # First what was swept: of the rest, nobody has asked for anything new.
+            faults = sorted(item.faults, key=lambda fault: f"{fault.key}=" not in label)
+            refused.append(Refused(label=label, faults=tuple(faults), number=number))
+        else:
+            run_id = experiment.digest(item.spec)
+            made.append(Point(label=label, spec=item.spec, run_id=run_id, number=number))
+    options = checked[0].options
+    assert options is not None
+    return Asked(points=tuple(made), refused=tuple(refused), options=options)
 
 
 def expand(overrides: Sequence[Override]) -> list[tuple[Override, ...]]:
