@@ -74,3 +74,8 @@ class TrainerSpec:
     """torch.compile each decoder block."""
     threads_per_process: Annotated[int, Ge(0)] = 0
     """CPU threads of a worker; 0: the cores it was given, shared evenly."""
+    interop_threads: Annotated[int, Ge(0)] = 0
+    """Operations that torch may run side by side in a worker; 0: as many as it has threads."""
+    binding: Literal["auto", "none", "cores", "numa"] = "auto"
+    """Bind each worker to cores of its own (`cores`), and its memory to their NUMA node (`numa`), or not
+    (`none`). `auto`: as `numa` where Slurm gave the job exactly the CPUs that it may use, else `none`."""

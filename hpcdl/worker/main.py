@@ -38,10 +38,14 @@ def main(run: RunDir) -> None:
 def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> None:
     """The order of things, from spec.yaml to the outcome."""
     spec = read_spec(run.spec_file)
-    threads = process.set_threads(spec, who)
     device = process.choose_device(spec, who)
+    threads = process.set_threads(spec, who, device)
     process.join(who, device)
-    print(f"{who.node}: rank {who.rank} of {who.world_size}, {device}, {threads} CPU threads", flush=True)
+    print(f"{who.node}: rank {who.rank} of {who.world_size}, {device}, {threads.describe()}", flush=True)
+    if threads.warning:
+        print(f"{who.node}: rank {who.rank}: {threads.warning}", flush=True)
+        if who.local_rank == 0:
+            run.event("warning", message=f"{who.node}: {threads.warning}")
 
     from hpcdl.distributed.mesh import Grid
     from hpcdl.spec.parallel import ParallelDims

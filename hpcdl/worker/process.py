@@ -6,12 +6,13 @@ import ctypes
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec
+from hpcdl.worker import threads
 
 if TYPE_CHECKING:
     import torch
@@ -67,20 +68,29 @@ def die_with_parent() -> None:
         os._exit(1)  # torchrun died before the call above, so the kernel won't tell
 
 
-def cores_given() -> int:
-    """CPUs that this node's workers may use together: the affinity mask, or Slurm's word where that is less."""
-    cores = len(os.sched_getaffinity(0))
-    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(cores, int(slurm)) if slurm.isdigit() else cores
+def set_threads(spec: ExperimentSpec, who: Process, device: torch.device) -> threads.Plan:
+    """Plans and sets this process's CPU threads and cores (torchrun's OMP_NUM_THREADS=1 is overruled).
 
-
-def set_threads(spec: ExperimentSpec, who: Process) -> int:
-    """Sets and returns this process's number of CPU threads (torchrun's OMP_NUM_THREADS=1 is overruled)."""
+    Before torch's first parallel work: its pools take the place and the memory policy of the thread that
+    starts them, and the number of inter-op threads can't change later.
+    """
     import torch
 
-    threads = spec.trainer.threads_per_process or max(1, cores_given() // who.local_world_size)
-    torch.set_num_threads(threads)
-    return threads
+    trainer, ranks = spec.trainer, who.local_world_size
+    chosen = threads.plan(
+        threads.read_topology(os.sched_getaffinity(0)),
+        threads.wish(
+            trainer.binding, trainer.threads_per_process, trainer.interop_threads, kind=spec.cluster.kind
+        ),
+        ranks,
+        who.local_rank,
+        threads.gpu_nodes(ranks) if device.type == "cuda" else (),
+    )
+    refused = threads.bind(chosen)
+    torch.set_num_threads(chosen.threads)
+    if torch.get_num_interop_threads() != chosen.interop:
+        torch.set_num_interop_threads(chosen.interop)
+    return chosen if refused is None else replace(chosen, warning=refused)
 
 
 def choose_device(spec: ExperimentSpec, who: Process) -> torch.device:

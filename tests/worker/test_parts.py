@@ -180,13 +180,6 @@ def test_mesh_fills_what_is_left() -> None:
             ParallelDims.fill(spec(**bad), 6)
 
 
-def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process.os, "sched_getaffinity", lambda _: set(range(16)))
-    assert process.cores_given() == 16
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")  # a cluster that doesn't bind tasks
-    assert process.cores_given() == 6
-
-
 def test_cpus_without_bf16_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process.os, "uname", lambda: SimpleNamespace(machine="x86_64"))
     for flags, slow in (("flags : fpu avx2 avx512f", True), ("flags : fpu avx512_bf16", False)):
