@@ -100,7 +100,7 @@ def partition_is_known(cluster: ClusterSpec) -> Iterator[Fault]:
             near = nearest_name(name, cluster.partitions)
             yield Fault(
                 key="cluster.partition",
-                value=cluster.partition,
+                value=cluster.partition or "",
                 problem=f"this cluster's profile knows no partition {name}",
                 allowed=", ".join(cluster.partitions),
                 nearest=near,

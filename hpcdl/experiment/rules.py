@@ -359,6 +359,8 @@ OF_FORM: frozenset[Callable[..., Iterator[Fault]]] = frozenset(
     {
         name_is_a_folder,
         runs_dir_is_a_folder,
+        model_has_a_source,
+        data_has_a_source,
         scaling_says_how,
         scheme_exists,
         degrees_count_ranks,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from hpcdl.runs.failure import is_out_of_memory
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir, now
 
@@ -33,6 +34,13 @@ class Cause:
     """The signal that killed the rank; 0 where it ended by itself."""
     by_torchrun: bool = False
     """Whether torchrun found the rank dead; then its time is late, and of use only if the rank said nothing."""
+    killed_by_kernel: bool = False
+    """Whether the kernel killed a process of this node's part of the job for want of memory."""
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it is that memory ran out."""
+        return self.killed_by_kernel or is_out_of_memory(self.type, self.message)
 
     @property
     def reason(self) -> str:
@@ -42,7 +50,9 @@ class Cause:
         return f"{self.type}: {first} ({where})" if first else f"{self.type} ({where})"
 
 
-def find(run: RunDir, attempt: str, words: Iterable[str], node: str) -> Cause:
+def find(
+    run: RunDir, attempt: str, words: Iterable[str], node: str, *, killed_by_kernel: bool = False
+) -> Cause:
     """The root cause: the earliest, except that a death by signal goes before what it did to the others.
 
     Args:
@@ -50,9 +60,10 @@ def find(run: RunDir, attempt: str, words: Iterable[str], node: str) -> Cause:
         attempt: HPCDL_TRY. What happened before its last restart in place was got over.
         words: the last lines that this node's torchrun said.
         node: this node's name.
+        killed_by_kernel: whether this node's kernel has killed a process of the job for want of memory.
     """
     causes = list(_recorded(run, attempt))
-    own = from_torchrun(list(words), node)
+    own = from_torchrun(list(words), node, killed_by_kernel=killed_by_kernel)
     spoken = {cause.rank for cause in causes if not cause.by_torchrun}
     heard = [c for c in (*causes, own) if not c.by_torchrun or (c.rank is not None and c.rank not in spoken)]
     return min(heard or [own], key=_when)
@@ -69,6 +80,7 @@ def record(run: RunDir, attempt: str, node: int, cause: Cause) -> None:
         "traceback": cause.traceback,
         "signal": cause.signal,
         "by_torchrun": cause.by_torchrun,
+        "out_of_memory": cause.killed_by_kernel,
     }
     run.errors.mkdir(exist_ok=True)
     write_json(run.errors / f"try{attempt}-node{node}.json", plain)
@@ -79,8 +91,14 @@ def of_nodes(run: RunDir, attempt: str) -> int:
     return sum(1 for _ in run.errors.glob(f"try{attempt}-node*.json"))
 
 
-def from_torchrun(words: list[str], node: str) -> Cause:
-    """What torchrun's last lines say: its report's root cause, else its last words."""
+def from_torchrun(words: list[str], node: str, *, killed_by_kernel: bool = False) -> Cause:
+    """What torchrun's last lines say: its report's root cause, else its last words.
+
+    Args:
+        words: those lines.
+        node: this node's name.
+        killed_by_kernel: whether the kernel has killed a process here; it was the rank that died by SIGKILL.
+    """
     report = _root_cause(words)
     code = _number(report.get("exitcode", ""))
     rank = _number(report.get("rank", ""))
@@ -96,8 +114,20 @@ def from_torchrun(words: list[str], node: str) -> Cause:
         )
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        starved = killed_by_kernel and name == "SIGKILL"
         hint = "killed; by the kernel if memory ran out" if name == "SIGKILL" else "killed by this signal"
-        return Cause(time=time, type=name, message=hint, node=node, rank=rank, signal=-code, by_torchrun=True)
+        return Cause(
+            time=time,
+            type=name,
+            message="killed by the kernel: the node's memory, or the job's share of it, was used up"
+            if starved
+            else hint,
+            node=node,
+            rank=rank,
+            signal=-code,
+            by_torchrun=True,
+            killed_by_kernel=starved,
+        )
     message = f"the worker ended with code {code} and said nothing"
     return Cause(time=time, type="ExitCode", message=message, node=node, rank=rank, by_torchrun=True)
 
@@ -151,6 +181,7 @@ def _read(text: str) -> Cause | None:
         traceback=str(plain.get("traceback", "")),
         signal=int(plain.get("signal", 0)),
         by_torchrun=bool(plain.get("by_torchrun", False)),
+        killed_by_kernel=bool(plain.get("out_of_memory", False)),
     )
 
 

@@ -69,13 +69,13 @@ def read_outcome(path: Path, attempt: str) -> Outcome | None:
     )
 
 
-def decide(seen: Seen, ask: Callable[[], JobFate], cause: Callable[[], str]) -> Ending:
+def decide(seen: Seen, ask: Callable[[], JobFate], cause: Callable[[], tuple[State, str]]) -> Ending:
     """The rules.
 
     Args:
         seen: what the agent knows.
         ask: asks Slurm what is happening to the job; called only where it matters.
-        cause: finds the root cause of a failure; called only for one.
+        cause: finds the root cause of a failure, and its word (FAILED, OUT_OF_MEMORY); called only for one.
     """
     if seen.killed:
         return Ending(state="CANCELLED", reason="killed by a second interrupt", exit_code=INTERRUPTED)
@@ -92,7 +92,8 @@ def decide(seen: Seen, ask: Callable[[], JobFate], cause: Callable[[], str]) -> 
         ended = _ended_by_slurm(ask(), "while it was told to stop, before a checkpoint was saved")
         if ended is not None:
             return ended
-    return Ending(state="FAILED", reason=cause(), exit_code=1)
+    state, reason = cause()
+    return Ending(state=state, reason=reason, exit_code=1)
 
 
 def _stopped(seen: Seen, outcome: Outcome, ask: Callable[[], JobFate]) -> Ending:

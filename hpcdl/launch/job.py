@@ -32,11 +32,11 @@ from typing import Any
 import yaml
 
 from hpcdl.errors import HpcdlError, RunFailedError, UsageError
-from hpcdl.launch import causes, control, ending, network, preflight, torchrun
+from hpcdl.launch import causes, control, ending, memory, network, preflight, torchrun
 from hpcdl.launch.child import Log, Torchrun, started_at
 from hpcdl.launch.place import Place, find
 from hpcdl.runs.files import write_atomic
-from hpcdl.runs.state import ACTIVE, RunState
+from hpcdl.runs.state import ACTIVE, RunState, State
 from hpcdl.runs.store import RunDir, now
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -69,6 +69,7 @@ class Agent:
         self._signals: list[int] = []
         self._acted = 0
         self._killed = False
+        self._kills = memory.kills()
         self._child: Torchrun | None = None
         self._log: Log | None = None
 
@@ -199,9 +200,9 @@ class Agent:
         """The first node's agent: the final state."""
         cause: list[causes.Cause] = []
 
-        def root_cause() -> str:
+        def root_cause() -> tuple[State, str]:
             cause.append(self._cause())
-            return cause[0].reason
+            return "OUT_OF_MEMORY" if cause[0].out_of_memory else "FAILED", cause[0].reason
 
         if self._child is not None and self._child.disturbed:
             self._next_look = 0.0
@@ -248,14 +249,23 @@ class Agent:
         while causes.of_nodes(self.run, self.attempt) < others and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         words = self._child.words if self._child else ()
-        return causes.find(self.run, self.attempt, words, self.place.name)
+        return causes.find(
+            self.run, self.attempt, words, self.place.name, killed_by_kernel=self._memory_ran_out()
+        )
+
+    def _memory_ran_out(self) -> bool:
+        """Whether the kernel has killed a process of this node's part of the job since the agent started."""
+        kills = memory.kills()
+        return kills is not None and self._kills is not None and kills > self._kills
 
     def _ended_elsewhere(self, code: int) -> int:
         """Another node's agent: leaves its view of a failure, and ends after the first node's has spoken."""
         if code == 0:
             return 0
         assert self._child is not None
-        own = causes.from_torchrun(list(self._child.words), self.place.name)
+        own = causes.from_torchrun(
+            list(self._child.words), self.place.name, killed_by_kernel=self._memory_ran_out()
+        )
         causes.record(self.run, self.attempt, self.place.node, own)
         self._wait_for_the_first()
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,24 @@ from hpcdl.runs.store import SUBMISSIONS, RunDir
 
 BEGINNINGS = ("started", "restarted", "resumed", "requeued")
 """Events after which what failed before is no longer the cause."""
+
+
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate memory|not enough memory)|CUDA (error: )?out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc|\[Errno 12\]|Cannot allocate memory"
+)
+"""What allocators say in an error of a general type."""
+
+
+def is_out_of_memory(kind: str, message: str) -> bool:
+    """Whether an error says that memory ran out: an expected result of a sweep, and no crash.
+
+    Args:
+        kind: the exception's class.
+        message: its message.
+    """
+    # torch.OutOfMemoryError, MemoryError, and numpy's _ArrayMemoryError.
+    return kind.endswith(("OutOfMemoryError", "MemoryError")) or bool(OUT_OF_MEMORY.search(message))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +44,15 @@ class Failure:
     node: str
     traceback: str
     time: str
+    killed_by_kernel: bool = False
+    """Whether the node's kernel killed it for want of memory."""
+    peak_memory_bytes: int | None = None
+    """The most that the rank has held, where it could still say so."""
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it is that memory ran out."""
+        return self.killed_by_kernel or is_out_of_memory(self.type, self.message)
 
     @property
     def text(self) -> str:
@@ -59,7 +87,7 @@ def _read_failure(path: Path) -> Failure | None:
         return None
     if not isinstance(record, dict):
         return None
-    rank = record.get("rank")
+    rank, peak = record.get("rank"), record.get("peak_memory_bytes")
     return Failure(
         type=str(record.get("type", "Error")),
         message=str(record.get("message", "")),
@@ -67,6 +95,8 @@ def _read_failure(path: Path) -> Failure | None:
         node=str(record.get("node", "?")),
         traceback=str(record.get("traceback", "")),
         time=str(record.get("time", "")),
+        killed_by_kernel=bool(record.get("out_of_memory", False)),
+        peak_memory_bytes=peak if isinstance(peak, int) else None,
     )
 
 

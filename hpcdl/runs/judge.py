@@ -174,6 +174,8 @@ def _ended(
             return _final("CANCELLED", why, exit_code, "cancelled", ended=ended, by=str(out.get("reason")))
         reason = f"{why}, and was not put back into the queue"
     cause = failure.root_cause(run)
+    if cause is not None and cause.out_of_memory:
+        word = "OUT_OF_MEMORY"
     traceback = cause.traceback if cause else ""
     return _final(
         word, cause.text if cause else reason, exit_code, "failed", ended=ended, traceback=traceback

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir, now
+from hpcdl.worker.metrics import resident_peak_bytes
 from hpcdl.worker.process import Process
 
 
@@ -17,6 +18,14 @@ class Progress:
     """How far this rank has come; the loop keeps it up to date."""
 
     step: int = 0
+
+
+def _peak_memory_bytes() -> int:
+    """The most that this rank has held: how far it came, where memory ran out."""
+    torch = sys.modules.get("torch")  # a rank can fail before it has torch
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    return resident_peak_bytes()
 
 
 def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
@@ -34,6 +43,7 @@ def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
         "type": type(error).__name__,
         "message": str(error),
         "traceback": text,
+        "peak_memory_bytes": _peak_memory_bytes(),
     }
     run.errors.mkdir(exist_ok=True)
     write_json(run.errors / f"try{who.attempt}-restart{who.restart}-rank{who.rank}.json", record)

@@ -85,14 +85,19 @@ def evaluation(step: int, loss: float) -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory of this process: allocated on the GPU, or resident in RAM (VmHWM, mapped files included).
-
-    Not getrusage's ru_maxrss where /proc is there: it starts from torchrun's memory at the fork.
-    """
+    """Highest memory of this process: allocated on the GPU, or resident in RAM."""
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
+    return resident_peak_bytes()
+
+
+def resident_peak_bytes() -> int:
+    """Highest memory of this process in RAM (VmHWM, mapped files included).
+
+    Not getrusage's ru_maxrss where /proc is there: it starts from torchrun's memory at the fork.
+    """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hpcdl.launch import causes
+import pytest
+
+from hpcdl.launch import causes, memory
 from hpcdl.launch.causes import Cause
 from hpcdl.runs.store import RunDir
 
@@ -136,3 +138,68 @@ def test_a_cause_without_words() -> None:
         Cause(time="", type="KeyboardInterrupt", message="", node="c1").reason
         == "KeyboardInterrupt (node c1)"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "out"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.", True),
+        ("MemoryError", "", True),
+        ("_ArrayMemoryError", "Unable to allocate 1.00 TiB for an array with shape (1,)", True),
+        (
+            "RuntimeError",
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+            True,
+        ),
+        ("RuntimeError", "std::bad_alloc", True),
+        ("OSError", "[Errno 12] Cannot allocate memory", True),
+        ("RuntimeError", "connection closed by peer", False),
+        ("ValueError", "the loss is nan", False),
+        ("RuntimeError", "mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_says_that_memory_ran_out(tmp_path: Path, kind: str, message: str, out: bool) -> None:
+    run = make(tmp_path)
+    put(run, "try0.0-restart0-rank1", rank=1, type=kind, message=message)
+    assert causes.find(run, "0.0", [], "c1").out_of_memory is out
+
+
+def test_a_kill_by_the_kernel_is_told_from_one_by_hand(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    assert not causes.find(run, "0.0", report(), "c2").out_of_memory
+    found = causes.find(run, "0.0", report(), "c2", killed_by_kernel=True)
+    assert found.out_of_memory
+    assert found.reason == (
+        "SIGKILL: killed by the kernel: the node's memory, or the job's share of it, was used up (rank 2, node c2)"
+    )
+    # A data loader's death, say: the rank itself ended by an error of its own.
+    assert not causes.from_torchrun(report(code=1), "c2", killed_by_kernel=True).out_of_memory
+
+
+def test_another_nodes_kill_by_the_kernel_counts(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    causes.record(run, "0.0", 1, causes.from_torchrun(report(), "c2", killed_by_kernel=True))
+    assert causes.find(run, "0.0", ["the store is gone"], "c1").out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("membership", "file", "text", "count"),
+    [
+        ("0::/slurm/job_12/step_0", "slurm/job_12/step_0/memory.events", "low 0\noom 3\noom_kill 2\n", 2),
+        ("0::/host/path", "memory.events", "oom 1\noom_kill 1\n", 1),
+        ("4:memory:/job_1\n0::/", "memory/job_1/memory.oom_control", "under_oom 0\noom_kill 7\n", 7),
+        ("4:memory:/job_1", "memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\n", None),
+        ("0::/job", "elsewhere", "oom_kill 2\n", None),
+        ("1:cpu:/", "memory.events", "oom_kill 2\n", None),
+    ],
+)
+def test_the_kernels_count(tmp_path: Path, membership: str, file: str, text: str, count: int | None) -> None:
+    place = tmp_path / "cgroups" / file
+    place.parent.mkdir(parents=True)
+    place.write_text(text)
+    (tmp_path / "cgroup").write_text(membership + "\n")
+    assert memory.kills(tmp_path / "cgroup", tmp_path / "cgroups") == count
+
+
+def test_no_control_groups(tmp_path: Path) -> None:
+    assert memory.kills(tmp_path / "none", tmp_path) is None

@@ -29,7 +29,7 @@ def end(
         return JobFate(fate=fate, words="")
 
     seen = Seen(kind=kind, code=code, outcome=outcome, signals=signals, killed=killed, requeues_left=left)
-    return decide(seen, ask, lambda: "the cause")
+    return decide(seen, ask, lambda: ("FAILED", "the cause"))
 
 
 def test_finished() -> None:
@@ -42,6 +42,12 @@ def test_a_signal_at_the_very_end_does_not_undo_it() -> None:
 
 def test_failed() -> None:
     assert end(code=1) == Ending(state="FAILED", reason="the cause", exit_code=1)
+
+
+def test_memory_that_ran_out_has_its_own_word() -> None:
+    seen = Seen(kind="slurm", code=1, outcome=None)
+    found = decide(seen, lambda: JobFate(fate="running", words=""), lambda: ("OUT_OF_MEMORY", "at 5 GiB"))
+    assert found == Ending(state="OUT_OF_MEMORY", reason="at 5 GiB", exit_code=1)
 
 
 def test_finished_but_a_rank_failed_afterwards() -> None:

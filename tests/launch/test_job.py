@@ -84,6 +84,14 @@ def test_a_failure_has_its_reason_and_traceback(agents: Agents) -> None:
     assert "told to end 1 s ago" in agents.log()
 
 
+def test_memory_that_ran_out_is_told_from_a_crash(agents: Agents) -> None:
+    run = agents.make("starve")
+    assert agents.end(agents.start(), limit_s=25)[0] == 1
+    state = run.read_state()
+    assert (state.state, state.exit_code) == ("OUT_OF_MEMORY", 1)
+    assert state.reason.startswith("MemoryError (rank 1, node ")
+
+
 def test_a_killed_worker_is_named(agents: Agents) -> None:
     run = agents.make("die")
     assert agents.end(agents.start())[0] == 1

@@ -65,6 +65,8 @@ def main():
         outcome("stopped", wait_for_the_word())
     elif mode == "fail" and rank == 1:
         raise ValueError("the loss is nan\nsecond line")
+    elif mode == "starve" and rank == 1:
+        bytearray(1 << 60)  # a MemoryError: no machine has that much
     elif mode == "die" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     elif mode == "exit3" and rank == 1:
@@ -87,7 +89,7 @@ def main():
     elif mode == "silent":
         pass
     else:
-        while mode in ("fail", "die", "exit3", "once", "twice", "hang"):
+        while mode in ("fail", "starve", "die", "exit3", "once", "twice", "hang"):
             time.sleep(0.02)
 
 

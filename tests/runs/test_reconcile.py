@@ -86,6 +86,31 @@ def test_the_earliest_error_is_the_root_cause(runs_dir: Path, fake: FakeSlurm) -
     assert run.events()[-1]["traceback"] == "Traceback bad batch\nmore"
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"type": "OutOfMemoryError", "message": "CUDA out of memory"},
+        {
+            "type": "RuntimeError",
+            "message": "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        },
+        {"type": "SIGKILL", "message": "killed by the kernel", "out_of_memory": True},
+    ],
+)
+def test_memory_that_ran_out_is_told_though_the_agent_could_not(
+    runs_dir: Path, fake: FakeSlurm, record: dict[str, Any]
+) -> None:
+    run = running(runs_dir)
+    run.errors.mkdir(exist_ok=True)
+    time = "2099-01-01T00:00:01.000+00:00"
+    write_json(run.errors / "try0.0-restart0-rank1.json", {"time": time, "node": "c2", "rank": 1, **record})
+    fake.jobs["4"] = [FakeJob("FAILED", "0", code="1:0")]
+    state = look(run, fake.slurm()).state
+    assert (state.state, state.exit_code) == ("OUT_OF_MEMORY", 1)
+    assert state.reason.startswith(record["type"])
+    assert run.events()[-1]["event"] == "failed"
+
+
 def test_the_outcome_goes_before_a_guess(runs_dir: Path, fake: FakeSlurm) -> None:
     run = running(runs_dir)
     write_json(run.outcome_file, {"try": "0.0", "status": "finished", "step": 100, "time": now()})
