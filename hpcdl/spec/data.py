@@ -39,3 +39,8 @@ class DataSpec:
     """Fraction of the documents that is held out for evaluation, chosen by the seed."""
     num_samples: Annotated[int, Ge(1)] = 2048
     """Documents to make, for `synthetic`."""
+    workers: Annotated[int, Ge(0)] = 0
+    """Processes of each rank that build micro-batches ahead of time; 0: the rank builds them itself. They pay
+    where rows are slow to read; the batches are the same whatever the number."""
+    prefetch: Annotated[int, Ge(1)] = 4
+    """Micro-batches that each of them holds ready."""

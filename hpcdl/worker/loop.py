@@ -6,15 +6,15 @@ import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hpcdl.distributed.engine import Batch, Engine
+from hpcdl.distributed.engine import Engine
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.worker.checkpoint import Checkpointer, Totals
 from hpcdl.worker.control import Gathering
-from hpcdl.worker.data.batches import Order, batch, share
+from hpcdl.worker.data.loader import Loader
 from hpcdl.worker.data.prepare import Dataset
 from hpcdl.worker.errors import Progress
 from hpcdl.worker.evaluate import heldout_loss
@@ -22,10 +22,6 @@ from hpcdl.worker.metrics import Metrics, evaluation, peak_memory_bytes
 from hpcdl.worker.optim import learning_rate
 from hpcdl.worker.process import Process
 from hpcdl.worker.signals import Stop
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +33,8 @@ class Parts:
     who: Process
     engine: Engine
     data: Dataset
+    loader: Loader
+    """This rank's micro-batches of the training rows."""
     data_rank: int
     """This rank among those that read different samples."""
     data_ranks: int
@@ -124,7 +122,6 @@ def run(parts: Parts, totals: Totals) -> str | None:
         Why it was stopped; None where it ran to its end.
     """
     trainer = parts.spec.trainer
-    order = Order(len(parts.data.train), parts.spec.seed)
     watch = Stopwatch()
     under: deque[Under] = deque()
     parts.engine.stages.train()
@@ -134,7 +131,7 @@ def run(parts: Parts, totals: Totals) -> str | None:
         if totals.step == trainer.max_steps:
             return None
         watch.start()
-        under.append(train_step(parts, order, totals.step + 1))
+        under.append(train_step(parts, totals.step + 1))
         totals.step += 1
         parts.progress.step = totals.step
         outcomes = _reached(parts, under, totals.step)
@@ -172,30 +169,19 @@ def _reached(parts: Parts, under: deque[Under], step: int) -> list[StepOutcome]:
     return outcomes
 
 
-def train_step(parts: Parts, order: Order, step: int) -> Under:
+def train_step(parts: Parts, step: int) -> Under:
     """One optimizer step over the global batch of `step`, which counts from 1.
 
     The gradient is that of the mean over all target tokens of the global batch: every rank knows their
     number from the data's own counts, so no collective is needed before the backward pass.
     """
     spec, engine = parts.spec, parts.engine
-    size = spec.trainer.global_batch_size
-    rows = order.rows((step - 1) * size, size)
-    targets, tokens = (int(n) for n in parts.data.train.counts[rows].sum(axis=0))
+    targets, tokens = parts.loader.counts(step)
     lr = learning_rate(spec.optim, step, spec.trainer.max_steps)
-    total = engine.accumulate(_micro_batches(parts, rows), targets)
+    total = engine.accumulate(parts.loader.micro_batches(step), targets)
     norm = engine.step(lr, spec.trainer.max_grad_norm)
     numbers = Gathering([total, norm, peak_memory_bytes(engine.device), *parts.stop.flags()], engine.device)
     return Under(step, targets, tokens, lr, numbers)
-
-
-def _micro_batches(parts: Parts, rows: NDArray[np.int64]) -> list[Batch]:
-    micro = parts.spec.trainer.micro_batch_size
-    mine = share(rows, parts.data_rank, parts.data_ranks)
-    return [
-        batch(parts.data.train, mine[at : at + micro], parts.engine.device)
-        for at in range(0, len(mine), micro)
-    ]
 
 
 def _outcome(parts: Parts, under: Under) -> StepOutcome:

@@ -50,6 +50,7 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     from hpcdl.distributed.mesh import Grid
     from hpcdl.spec.parallel import ParallelDims
     from hpcdl.worker import checkpoint, control, loop, metrics, model, network, result, rng, trackers
+    from hpcdl.worker.data.loader import Loader, Reading
     from hpcdl.worker.data.prepare import open_dataset
 
     grid = Grid(ParallelDims.fill(spec.parallel, who.world_size), device)
@@ -90,14 +91,21 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
             )
         saver.clean()
         lines.rewind(totals.step)
+    reading = Reading(
+        seed=spec.seed, global_batch_size=spec.trainer.global_batch_size,
+        micro_batch_size=spec.trainer.micro_batch_size, rank=data_rank, ranks=data_ranks,
+        last_step=spec.trainer.max_steps,
+    )  # fmt: skip
+    loader = Loader(data.train, reading, device, workers=spec.data.workers, prefetch=spec.data.prefetch)
     mfu_of = network.seconds_at_peak(spec, size, device, who.world_size)
     reason = loop.run(
         loop.Parts(
-            spec=spec, run=run, who=who, engine=engine, data=data, data_rank=data_rank,
+            spec=spec, run=run, who=who, engine=engine, data=data, loader=loader, data_rank=data_rank,
             data_ranks=data_ranks, checkpointer=saver, metrics=lines, stop=stop, progress=progress, mfu_of=mfu_of,
         ),
         totals,
     )  # fmt: skip
+    loader.close()
     engine.close()
     if who.is_first:
         summary = {}
