@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 """As a shell has it: 128 and the number of SIGPIPE."""
+SORTS = (
+    *("tokens_per_s", "efficiency", "step_s", "memory", "comm", "loss", "eval_loss"),
+    *("strategy", "processes", "state", "run"),
+)
+"""What `compare --sort` takes: the keys of hpcdl.runs.compare.SORTS, which this file doesn't import."""
 CONFIRM_FROM = 10
 """Cancelling so many runs asks first."""
 EXAMPLES = """\
@@ -27,6 +32,7 @@ examples:
   hpcdl status latest                               all about one
   hpcdl logs -f 123_4                               what array task 4 prints
   hpcdl cancel latest                               save a checkpoint, stop
+  hpcdl compare sweep-1a2b3c4d                      its runs side by side
 
 RUN is a run id or its beginning, a job id (123, 123_4), a run's directory,
 an experiment's name, a sweep's id, or `latest`. Runs lie in --runs-dir, by
@@ -49,6 +55,9 @@ class _Parser(argparse.ArgumentParser):
         names = [str(choice) for choice in action.choices]
         nearest = nearest_name(str(value), names)
         hint = f"; nearest name: {nearest}" if nearest else ""
+        if action.option_strings:
+            option = action.option_strings[0]
+            raise UsageError(f"{option} {value}: there is no such choice{hint}\nchoices: {', '.join(names)}")
         raise UsageError(f"no command is called {value}{hint}\ncommands: {', '.join(names)} (hpcdl --help)")
 
 
@@ -99,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_follow(verbs)
     _add_cancel(verbs)
     _add_result(verbs)
+    _add_compare(verbs)
     return parser
 
 
@@ -153,6 +163,22 @@ def _add_result(verbs: Verbs) -> None:
     parser = _add(verbs, "result", _result, "what a finished run has achieved")
     parser.add_argument("run", metavar="RUN", nargs="?", default="latest", help="(default: latest)")
     parser.add_argument("--json", action="store_true", help="result.json as it is")
+
+
+def _add_compare(verbs: Verbs) -> None:
+    parser = _add(verbs, "compare", _compare, "runs side by side: speed, scaling, memory, loss")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, or a sweep: all its points")
+    parser.add_argument(
+        "--sort", default="tokens_per_s", choices=SORTS, metavar="KEY", help=f"one of {', '.join(SORTS)}"
+    )
+    parser.add_argument("--json", action="store_true", help="everything, points that were refused included")
+    parser.add_argument(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FILE.png",
+        help="a picture (default: beside the sweep, or ./compare.png)",
+    )
 
 
 def _count(text: str) -> int:
@@ -251,6 +277,26 @@ def _result(options: argparse.Namespace) -> int:
         _print_json(record)
     else:
         result.print_result(_console(), view, record)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from hpcdl.runs import compare, compare_plot, compare_view, query
+
+    file = compare_plot.check_name(Path(options.plot)) if options.plot else None
+    comparison = compare.collect(options.runs, query.runs_dir(options.runs_dir), options.sort)
+    if options.json:
+        _print_json(compare_view.as_json(comparison))
+    else:
+        compare_view.print_comparison(_console(), comparison)
+    for fault in comparison.left_out:
+        print(f"hpcdl: left out: {fault}", file=sys.stderr)
+    if options.plot is not None:
+        file = file or compare_plot.default_file(comparison)
+        compare_plot.draw(comparison, file)
+        _remark(f"plot: {file}")
     return 0
 
 

@@ -76,6 +76,13 @@ def test_only_the_newest_are_shown(runs_dir: Path, capsys: pytest.CaptureFixture
         (["logs"], "the following arguments are required: RUN"),
         (["logs", "aaaa", "--rank", "x"], "'x' is no whole number"),
         (["result"], "no run yet"),
+        (["compare"], "the following arguments are required: RUN"),
+        (["compare", "nope"], "no run is called nope"),
+        (
+            ["compare", "latest", "--sort", "memry"],
+            "--sort memry: there is no such choice; nearest name: memory",
+        ),
+        (["compare", "a", "--plot", "b"], "--plot b: a picture ends in .png, .svg, .pdf"),
     ],
 )
 def test_called_wrongly(
@@ -149,10 +156,30 @@ def test_help_and_version(runs_dir: Path) -> None:
     assert hpcdl("--version", runs_dir=runs_dir).stdout.startswith("hpcdl ")
     done = hpcdl("--help", runs_dir=runs_dir)
     assert done.returncode == 0
-    for verb in ("launch", "status", "logs", "follow", "cancel", "result", "examples:"):
+    for verb in ("launch", "status", "logs", "follow", "cancel", "result", "compare", "examples:"):
         assert verb in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert hpcdl(runs_dir=runs_dir).stdout == done.stdout
+
+
+def test_compare(
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, speed in (("aaaa", 10.0), ("bbbb", 30.0)):
+        run = make_run(runs_dir, name, state="COMPLETED", kind="local", submission=None)
+        add_steps(run, range(1, 4), tokens_per_s=speed)
+    assert cli.main(["compare", "aaaa", "bbbb", "--json"]) == 0
+    assert [row["tokens_per_s"] for row in json.loads(capsys.readouterr().out)["runs"]] == [30.0, 10.0]
+    make_run(runs_dir, "cccc").state_file.write_text("{")
+    assert cli.main(["compare", "tiny", "cccc", "--sort", "run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.index("aaaa") < captured.out.index("bbbb")
+    assert "left out:" in captured.err
+    pytest.importorskip("matplotlib")
+    assert cli.main(["compare", "aaaa", "bbbb", "--plot"]) == 0
+    assert (tmp_path / "compare.png").exists()
+    assert "plot: compare.png" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error(runs_dir: Path) -> None:
@@ -165,12 +192,12 @@ def test_a_reader_that_goes_away_is_no_error(runs_dir: Path) -> None:
     assert done.stderr == ""
 
 
-def test_status_imports_nothing_heavy(runs_dir: Path) -> None:
+@pytest.mark.parametrize("words", [["status"], ["compare", "latest"]], ids=lambda words: str(words[0]))
+def test_looking_imports_nothing_heavy(runs_dir: Path, words: list[str]) -> None:
     make_run(runs_dir, state="COMPLETED")
-    code = "import sys; from hpcdl.cli import main; main(['status']); print(','.join(sys.modules), file=sys.stderr)"
+    code = f"import sys; from hpcdl.cli import main; main({words}); print(','.join(sys.modules), file=sys.stderr)"
     env = {**os.environ, "HPCDL_RUNS": str(runs_dir)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split(","))
-    assert loaded.isdisjoint(
-        {"torch", "transformers", "numpy", "hydra", "omegaconf", "pydantic", "submitit", "yaml"}
-    )
+    heavy = {"torch", "transformers", "numpy", "matplotlib", "hydra", "omegaconf", "pydantic", "submitit"}
+    assert loaded.isdisjoint(heavy | ({"yaml"} if words == ["status"] else set()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import to_plain
@@ -33,11 +35,15 @@ SECTIONS_LEFT_OUT = ("tracker", "monitor")
 
 def digest(spec: ExperimentSpec) -> str:
     """The run id: 12 hexadecimal digits of the SHA-256 of the experiment as canonical JSON."""
-    plain = to_plain(spec)
-    for section in SECTIONS_LEFT_OUT:
-        del plain[section]
-    for section, keys in LEFT_OUT.items():
-        for key in keys:
-            del plain[section][key]
+    plain = identifying(to_plain(spec))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def identifying(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells an experiment from another one: its plain spec less what changes no result."""
+    kept = {name: value for name, value in plain.items() if name not in SECTIONS_LEFT_OUT}
+    for section, keys in LEFT_OUT.items():
+        if section in kept:
+            kept[section] = {key: value for key, value in kept[section].items() if key not in keys}
+    return kept

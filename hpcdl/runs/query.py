@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hpcdl.errors import UsageError, nearest_name
 from hpcdl.runs.reconcile import View, read
@@ -118,15 +119,28 @@ def _by_name(query: str, folder: Path) -> list[RunDir]:
     return [view.run for view in by_age(runs)]
 
 
-def _by_sweep(query: str, folder: Path) -> list[RunDir]:
+def read_sweep(query: str, folder: Path) -> dict[str, Any] | None:
+    """The record of a sweep, `{sweep, name, created, points, refused}`; None where `query` is no sweep's id.
+
+    Raises:
+        UsageError: the record can't be read.
+    """
     file = folder / SWEEPS / f"{query}.json"
     if not _is_name(query) or not file.exists():
-        return []
+        return None
     try:
-        points = json.loads(file.read_text(encoding="utf-8"))["points"]
-        ids = [str(point["run_id"]) for point in points]
+        record = json.loads(file.read_text(encoding="utf-8"))
+        points = [{**point, "run_id": str(point["run_id"])} for point in record["points"]]
+        return {"refused": [], **record, "points": points}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file}: not a sweep that hpcdl wrote ({error!r})") from error
+
+
+def _by_sweep(query: str, folder: Path) -> list[RunDir]:
+    record = read_sweep(query, folder)
+    if record is None:
+        return []
+    ids = [point["run_id"] for point in record["points"]]
     known = {run.path.name: run for run in all_runs(folder)}
     return [known[run_id] for run_id in dict.fromkeys(ids) if run_id in known]
 
