@@ -154,6 +154,16 @@ class Engine:
             if "step" in state:
                 state["step"].fill_(float(step))
 
+    # --- what it measured ---------------------------------------------------------------------------------
+
+    def norm_of(self, norms: Tensor) -> float:
+        """A step's gradient norm from what `step` returned on each rank, `(ranks,)`; any rank alone."""
+        return float(norms[0])
+
+    def report(self) -> dict[str, float]:
+        """What only this strategy measures, for metrics.jsonl and result.json; rank 0 alone."""
+        return {}
+
     # --- the parts that other engines change --------------------------------------------------------------
 
     def context(self) -> AbstractContextManager[Any]:

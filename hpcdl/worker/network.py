@@ -71,6 +71,7 @@ def parallelize(spec: ExperimentSpec, net: Network, grid: Grid) -> Engine:
         micro_batch_size=spec.trainer.micro_batch_size,
         seq_len=spec.data.seq_len,
         seed=spec.seed,
+        max_steps=spec.trainer.max_steps,
     )
     return parallel.get(spec.parallel.name).build(spec.parallel, net.model, grid, job)
 
