@@ -33,6 +33,8 @@ class Job:
     seq_len: int
     """Tokens of a sequence."""
     seed: int
+    max_steps: int
+    """The last step."""
 
 
 def parallelize(config: Any, model: Any, grid: Grid, job: Job) -> Engine:
