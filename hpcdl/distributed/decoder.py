@@ -7,7 +7,7 @@ checkpoint's names are the whole model's whoever wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +77,14 @@ class Stage(nn.Module):
         self.model = model
         self.is_first = is_first
         self.is_last = is_last
+        self.enter: Callable[[Tensor], Tensor] = _as_it_is
+        """Makes of what another stage sent what the blocks take."""
+        self.leave: Callable[[Tensor], Tensor] = _as_it_is
+        """Makes of what the last block gave a tensor to send."""
+        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
+        """Summed loss from hidden states, the head's weight and labels."""
+        self.tied: str | None = None
+        """Name of the trained embedding that is the head too, where one is here and the other isn't."""
 
     def forward(
         self, inputs: Tensor, position_ids: Tensor, labels: Tensor | None = None, **more: Any
@@ -90,18 +98,20 @@ class Stage(nn.Module):
             more: passed on to every block's attention.
         """
         if self.is_first and self.is_last and not self.has_plain_head():
-            return self._general(inputs, position_ids, labels)
-        name = "input_ids" if self.is_first else "inputs_embeds"
-        out = trunk(self.model)(**{name: inputs}, position_ids=position_ids, use_cache=False, **more)
+            return self._general(inputs, position_ids, labels, more)
+        first = {"input_ids": inputs} if self.is_first else {"inputs_embeds": self.enter(inputs)}
+        out = trunk(self.model)(**first, position_ids=position_ids, use_cache=False, **more)
         hidden: Tensor = out[0]
         if not self.is_last:
-            return hidden
+            return self.leave(hidden)
         assert labels is not None, "the last stage has the loss"
-        return linear_cross_entropy(hidden, self.head().weight, labels).reshape(1)
+        return self.loss(hidden, self.head().weight, labels).reshape(1)
 
-    def _general(self, inputs: Tensor, position_ids: Tensor, labels: Tensor | None) -> Tensor:
+    def _general(
+        self, inputs: Tensor, position_ids: Tensor, labels: Tensor | None, more: dict[str, Any]
+    ) -> Tensor:
         assert labels is not None
-        logits = self.model(input_ids=inputs, position_ids=position_ids, use_cache=False).logits
+        logits = self.model(input_ids=inputs, position_ids=position_ids, use_cache=False, **more).logits
         return nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
         ).reshape(1)
@@ -118,6 +128,10 @@ class Stage(nn.Module):
             and getattr(head, "bias", None) is None
             and inner(self.model).config.model_type in PLAIN_HEADS
         )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def cut(model: Any, first_block: int, last_block: int, *, is_first: bool, is_last: bool) -> Stage:

@@ -52,7 +52,7 @@ def parallelize(config: Any, model: Any, grid: Grid, job: Job) -> Engine:
     if dims.pp > 1:
         from hpcdl.distributed import pipeline
 
-        stages = pipeline.split(config, model, grid)
+        stages = pipeline.split(config, model, grid, job)
     for stage in stages:
         # 2. Tensor parallel: this rank keeps its columns and rows of each matrix.
         if dims.tp > 1:
@@ -75,7 +75,7 @@ def parallelize(config: Any, model: Any, grid: Grid, job: Job) -> Engine:
     if dims.pp > 1:
         return pipeline.PipelineEngine(config, wrapped, grid, job)
     if dims.cp > 1:
-        return context.ContextEngine(wrapped, grid, job.make_optimizer, autocast=job.autocast)
+        return context.ContextEngine(config, wrapped, grid, job)
     return Engine(wrapped, grid, job.make_optimizer, autocast=job.autocast)
 
 
