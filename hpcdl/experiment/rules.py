@@ -21,6 +21,7 @@ from hpcdl.spec import (
     TaskSpec,
     TrainerSpec,
 )
+from hpcdl.spec.parallel import ParallelDims
 
 DEGREES = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
 BYTE_VOCABULARY = 260
@@ -269,7 +270,8 @@ def degrees_make_the_world(parallel: ParallelSpec, cluster: ClusterSpec) -> Iter
 def _product(degrees: dict[str, int], free: list[str], cluster: ClusterSpec) -> Iterator[Fault]:
     world, product = cluster.world_size, math.prod(d for d in degrees.values() if d != -1)
     processes = (
-        f"{world} processes (cluster.nodes {cluster.nodes} × processes_per_node {cluster.processes_per_node})"
+        f"{world} process{'es' * (world != 1)} "
+        f"(cluster.nodes {cluster.nodes} × processes_per_node {cluster.processes_per_node})"
     )
     shown = " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree not in (1, -1)) or "1"
     if free and world % product:
@@ -295,12 +297,10 @@ def _product(degrees: dict[str, int], free: list[str], cluster: ClusterSpec) -> 
 
 def data_ranks(parallel: ParallelSpec, world_size: int) -> int | None:
     """Ranks that read different sequences; None where the degrees don't make up the world."""
-    degrees: dict[str, int] = {name: getattr(parallel, name) for name in DEGREES}
-    fixed = math.prod(degree for degree in degrees.values() if degree != -1)
-    free = sum(degree == -1 for degree in degrees.values())
-    if fixed == 0 or free > 1 or world_size % fixed or (not free and fixed != world_size):
+    try:
+        return ParallelDims.fill(parallel, world_size).data_ranks
+    except ValueError:
         return None
-    return world_size // math.prod(degrees[name] for name in ("cp", "tp", "pp"))
 
 
 def batch_divides(trainer: TrainerSpec, parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:

@@ -172,3 +172,45 @@ def test_an_array_has_one_shape(slurm: FakeSlurm) -> None:
         tuple(line for line in text.splitlines() if "--nodes" in line or "--cpus" in line) for text in scripts
     }
     assert len(shapes) == 4
+
+
+# --- conf/experiment/sweep_parallelism.yaml
+
+PARALLELISM = ("+experiment=sweep_parallelism", "parsable=true")
+
+
+def test_every_strategy_on_every_shape(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", *PARALLELISM]) == 0
+    out, err = capsys.readouterr()
+    assert not err, "every point of the file as it stands can be"
+    specs = [load_yaml(Path(line.split("\t")[2]) / "spec.yaml") for line in out.splitlines()]
+    strategies = {spec["parallel"]["name"] for spec in specs}
+    assert strategies >= {"ddp", "fsdp", "hsdp", "tp", "pp", "cp"}
+    shapes = {(spec["cluster"]["nodes"], spec["cluster"]["processes_per_node"]) for spec in specs}
+    assert shapes == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    assert len(specs) == len(strategies) * len(shapes)
+    last = len(strategies) - 1
+    scripts = [call["script"] for call in slurm.calls("sbatch")]
+    assert len(scripts) == 4 and all(f"--array=0-{last}%1\n" in script for script in scripts)
+    pairs = [s for s in specs if s["cluster"]["processes_per_node"] == 2 and s["parallel"]["name"] == "tp"]
+    assert [spec["parallel"]["tp"] for spec in pairs] == [2, 2], (
+        "a strategy's own interpolation sees the point's processes"
+    )
+
+
+def test_ones_own_choice_goes_before_the_files(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["cluster=slurm", "cluster.nodes=1", "parallel=fsdp", "parallel.tp=1,2,4"]
+    assert main(["-m", *PARALLELISM, *words]) == 0
+    out, err = capsys.readouterr()
+    specs = [load_yaml(Path(line.split("\t")[2]) / "spec.yaml") for line in out.splitlines()]
+    found = {(s["cluster"]["processes_per_node"], s["parallel"]["tp"]) for s in specs}
+    assert found == {(1, 1), (2, 1), (2, 2)}
+    assert [line.split(":")[0] for line in err.splitlines()] == ["refused"] * 3
+
+
+def test_without_a_sweep_it_is_one_sensible_run(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PARALLELISM]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    spec = load_yaml(Path(line.split("\t")[2]) / "spec.yaml")
+    assert (spec["parallel"]["name"], spec["cluster"]["kind"]) == ("ddp", "slurm")
+    assert (spec["cluster"]["nodes"], spec["cluster"]["processes_per_node"]) == (1, 2)
