@@ -1,4 +1,4 @@
-"""What a config leaves to be looked up on the login node: absolute paths, a model's shape.
+"""What a config leaves to be looked up on the login node: absolute paths, a model's shape, a checkpoint.
 
 Paths are made absolute, so that the run id and the job don't depend on where it was launched from.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl.errors import Fault, nearest_name
+from hpcdl.experiment import resuming
 from hpcdl.spec import DataSpec, ModelShape, ModelSpec
 
 
@@ -24,6 +25,10 @@ def resolve(parts: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
         faults += found
     if "data" in parts:
         parts["data"], found = _data(parts["data"])
+        faults += found
+    if "trainer" in parts and "runs_dir" in parts:
+        folder = Path(absolute(parts["runs_dir"]))
+        parts["trainer"], found = resuming.resolve(parts["trainer"], folder)
         faults += found
     return parts, faults
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpcdl import compress, parallel
 from hpcdl.errors import Fault
-from hpcdl.experiment import resources
+from hpcdl.experiment import resources, resuming
 from hpcdl.spec import (
     ClusterSpec,
     DataSpec,
@@ -342,6 +342,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("task", "data"), answers_are_marked),
     (("quant",), scheme_exists),
     (("optim", "trainer"), warm_up_ends),
+    (("trainer", "seed"), resuming.goes_on),
     (("parallel",), degrees_count_ranks),
     (("parallel", "cluster"), degrees_make_the_world),
     (("trainer", "parallel", "cluster"), batch_divides),

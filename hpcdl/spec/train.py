@@ -66,8 +66,15 @@ class TrainerSpec:
     """Steps between lines in metrics.jsonl."""
     checkpoint_every: Annotated[int, Ge(0)] = 0
     """Steps between checkpoints; 0: at the end and when asked to stop only."""
+    checkpoint_async: bool = True
+    """Write checkpoints in the background, from a copy in host memory, while training goes on; the last one
+    of a run is waited for."""
     keep_last: Annotated[int, Ge(1)] = 2
     """Checkpoints that are kept."""
+    resume_from: str | None = None
+    """Another run whose training this one goes on with, on any number of ranks and under any strategy: as
+    asked for a run id, its beginning, `latest`, a run's directory or one of its checkpoints; as recorded the
+    absolute path of the checkpoint, its newest whole one at the launch."""
     max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
     """Clip the global gradient norm to this; null for no clipping."""
     compile: bool = False

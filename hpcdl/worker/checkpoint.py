@@ -10,13 +10,18 @@ state, so the same run goes on with the same batches on any number of ranks.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpcdl.distributed.decoder import Stage, named_parameters
@@ -24,128 +29,203 @@ from hpcdl.distributed.engine import Engine
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir
+from hpcdl.spec import ExperimentSpec
+from hpcdl.spec.checkpoint import TRAINER, Found, Totals, name_of, newest, read
 from hpcdl.worker import rng
 from hpcdl.worker.control import agree_on_start
 from hpcdl.worker.process import Process
 
 # torch.distributed.checkpoint takes half a second to import: not before the first step.
 
-TRAINER = "trainer.json"
 TEMPORARY = ".tmp-step-"
 OWN = "own."
 """Names of what only one strategy needs: others resume without it."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Totals:
-    """What the loop counts over the whole run, all tries together."""
+class Saving:
+    """One checkpoint on its way to the disk."""
 
-    step: int = 0
-    """Steps done."""
-    tokens: int = 0
-    """Input tokens trained on, padding left out."""
-    train_s: float = 0.0
-    """Seconds spent in steps, without evaluation, checkpoints and start-up."""
-    peak_memory_bytes: int = 0
-    """Highest of any rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A whole checkpoint on disk."""
-
+    totals: dict[str, Any]
+    """As they were when it was due."""
+    state: dict[str, Tensor]
+    random_states: dict[str, Any]
     path: Path
-    step: int
-    totals: Totals
-    world_size: int
-    data_digest: str
-    seed: int
-
-
-def name_of(step: int) -> str:
-    """The folder's name: `step-00000100`."""
-    return f"step-{step:08d}"
-
-
-def read(path: Path) -> Found | None:
-    """The checkpoint in `path` if it is whole: every file there, as long as when it was written."""
-    try:
-        record = json.loads((path / TRAINER).read_text(encoding="utf-8"))
-        whole = all((path / name).stat().st_size == size for name, size in record["files"].items())
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None
-    if not whole:
-        return None
-    totals = Totals(**record["totals"])
-    return Found(path, totals.step, totals, record["world_size"], record["data_digest"], record["seed"])
-
-
-def newest(run: RunDir) -> Found | None:
-    """The newest whole checkpoint; a torn one is passed over, and an event says so."""
-    for path in sorted(run.checkpoints.glob("step-*"), reverse=True):
-        found = read(path)
-        if found is not None:
-            return found
-        run.event("warning", message=f"checkpoint {path.name} is not whole: passed over")
-    return None
+    """Where it will lie once it is whole."""
+    temporary: Path
+    """Where it is written."""
+    started: float
+    """When it was due; perf_counter."""
+    stalled_s: float = 0.0
+    """Seconds that training has waited because of it."""
+    copied: Event = field(default_factory=Event)
+    """Whether the state may change."""
+    in_background: bool = False
+    """Whether training goes on while it is written."""
+    future: Future[None] | None = None
+    """Its end, where it is written in the background."""
 
 
 class Checkpointer:
-    """Saves and loads a run's checkpoints; every method is called by all ranks together, unless it says so."""
+    """Saves and loads a run's checkpoints; every method is called by all ranks together, unless it says so.
+
+    With `trainer.checkpoint_async` a thread writes while training goes on. It copies this rank's share
+    during the next step's passes, which change no weight; `settle`, called before what changes them, waits
+    for the copy. One save is under way at a time.
+    """
 
     def __init__(
-        self, run: RunDir, who: Process, engine: Engine, *,
-        keep_last: int, seed: int, data_digest: str,
+        self, run: RunDir, who: Process, engine: Engine, spec: ExperimentSpec, *,
+        data_digest: str, first_step: int = 0,
     ) -> None:  # fmt: skip
+        """Takes what it saves.
+
+        Args:
+            run: where checkpoints go.
+            who: this rank.
+            engine: what is saved.
+            spec: the experiment.
+            data_digest: tells the data from other data.
+            first_step: the step that the run began from: above 0 where it continues another one.
+        """
         self._run = run
         self._who = who
         self._engine = engine
-        self._keep_last = keep_last
-        self._seed = seed
+        self._spec = spec
         self._data_digest = data_digest
+        self._first_step = first_step
+        self._under: Saving | None = None
+        self._buffers: dict[Any, Tensor] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._group: dist.ProcessGroup | None = None
+        trainer = spec.trainer
+        # An engine whose ranks run ahead of one another has no moment at which nothing changes but this one.
+        if trainer.checkpoint_async and trainer.checkpoint_every and not engine.lag:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            # Two threads in one gloo group abort the process.
+            self._group = dist.new_group(backend="gloo")
 
     def clean(self) -> None:
         """Takes away what killed tries left half-written. Rank 0 alone, before anyone saves."""
         for path in self._run.checkpoints.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, totals: Totals) -> None:
+    def save(self, totals: Totals, *, wait: bool = True) -> None:
         """Writes a checkpoint of this step; it exists for readers only once it is whole and on disk.
 
-        Rank 0 renames; the others may go on meanwhile, since all their parts are written.
+        Args:
+            totals: the counts of this step.
+            wait: return only once it is written. Else it is written in the background (where
+                `trainer.checkpoint_async` allows it), and `settle` must be called before the state changes.
+
+        Raises:
+            HpcdlError: this one, or the one before it that was still under way, can't be written.
         """
+        started = time.perf_counter()
+        self.drain()
+        path = self._run.checkpoints / name_of(totals.step)
+        temporary = path.with_name(f"{TEMPORARY}{totals.step}-{self._who.attempt}-{self._who.restart}")
+        saving = Saving(
+            totals=asdict(totals), state=self._engine.state(), random_states=rng.states(),
+            path=path, temporary=temporary, started=started,
+        )  # fmt: skip
+        if wait or self._thread is None:
+            _in_plain_words(saving, lambda: self._write(saving, None))
+            return
+        self._under, saving.in_background = saving, True
+        after = torch.cuda.current_stream().record_event() if self._engine.device.type == "cuda" else None
+        saving.future = self._thread.submit(self._in_background, saving, after)
+        saving.stalled_s = time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Waits until what is being saved has been copied. To be called before the state changes.
+
+        Raises:
+            HpcdlError: a save in the background has failed.
+        """
+        saving = self._under
+        if saving is None:
+            return
+        started = time.perf_counter()
+        saving.copied.wait()
+        saving.stalled_s += time.perf_counter() - started
+        assert saving.future is not None
+        if saving.future.done():
+            self.drain()
+
+    def drain(self) -> None:
+        """Waits until nothing is being saved any more.
+
+        Raises:
+            HpcdlError: a save in the background has failed.
+        """
+        saving, self._under = self._under, None
+        if saving is not None and saving.future is not None:
+            _in_plain_words(saving, saving.future.result)
+
+    def _in_background(self, saving: Saving, after: Any) -> None:
+        """The thread's part of a save."""
+        try:
+            from hpcdl.worker.staging import StagedPlanner
+
+            if after is not None:
+                torch.cuda.set_device(self._engine.device)  # each thread has its own
+            self._write(saving, StagedPlanner(self._buffers, saving.copied, after))
+        finally:
+            saving.copied.set()  # after a failure nobody must wait
+
+    def _write(self, saving: Saving, planner: Any) -> None:
+        """Writes all of it. Rank 0 renames; the others may go on meanwhile: all their parts are written."""
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        path = self._run.checkpoints / name_of(totals.step)
-        temporary = path.with_name(f"{TEMPORARY}{totals.step}-{self._who.attempt}-{self._who.restart}")
-        temporary.mkdir(parents=True, exist_ok=True)
-        random_states = temporary / f"rng-{self._who.rank:05d}.pt"
-        rng.save(random_states)
+        saving.temporary.mkdir(parents=True, exist_ok=True)
+        random_states = saving.temporary / f"rng-{self._who.rank:05d}.pt"
+        torch.save(saving.random_states, random_states)
         _fsync(random_states)
         # Its last collective tells rank 0 that every rank has written (and fsynced) its part.
-        save(self._engine.state(), storage_writer=FileSystemWriter(temporary, sync_files=True))
+        save(
+            saving.state,
+            storage_writer=FileSystemWriter(saving.temporary, sync_files=True),
+            planner=planner,
+            process_group=self._group,
+        )
         if self._who.is_first:
-            files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-            record = {
-                "totals": asdict(totals),
-                "world_size": self._who.world_size,
-                "data_digest": self._data_digest,
-                "seed": self._seed,
-                "files": files,
-            }
-            write_json(temporary / TRAINER, record)
-            _fsync(temporary)
-            if path.exists():  # a torn one that was passed over, or the same step saved by an earlier try
-                shutil.rmtree(path)
-            temporary.rename(path)
-            _fsync(path.parent)
-            self._run.event("checkpoint", step=totals.step)
-            self._prune(path.name)
+            self._publish(saving)
+
+    def _publish(self, saving: Saving) -> None:
+        """Makes a checkpoint that is all on disk one that readers see."""
+        files = {p.name: p.stat().st_size for p in sorted(saving.temporary.iterdir())}
+        record = {
+            "totals": saving.totals,
+            "first_step": self._first_step,
+            "world_size": self._who.world_size,
+            "data_digest": self._data_digest,
+            "seed": self._spec.seed,
+            "global_batch_size": self._spec.trainer.global_batch_size,
+            "files": files,
+        }
+        write_json(saving.temporary / TRAINER, record)
+        _fsync(saving.temporary)
+        if saving.path.exists():  # a torn one that was passed over, or the same step saved by an earlier try
+            shutil.rmtree(saving.path)
+        saving.temporary.rename(saving.path)
+        _fsync(saving.path.parent)
+        took = time.perf_counter() - saving.started
+        self._run.event(
+            "checkpoint",
+            step=saving.totals["step"],
+            seconds=round(took, 4),
+            stalled_s=round(saving.stalled_s if saving.in_background else took, 4),
+            bytes=sum(files.values()),
+        )
+        self._prune(saving.path.name)
 
     def path_of(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return self._run.checkpoints / name_of(step)
+        """Where the checkpoint of a step lies; of the step that the run began from, in another run."""
+        own = self._run.checkpoints / name_of(step)
+        elsewhere = self._spec.trainer.resume_from
+        return own if elsewhere is None or step > self._first_step else Path(elsewhere)
 
     def load(self, found: Found) -> None:
         """Sets weights, optimizer and random states to the checkpoint's.
@@ -153,43 +233,71 @@ class Checkpointer:
         With another number of ranks than it was saved by, each rank seeds anew from (seed, step, rank).
 
         Raises:
-            HpcdlError: the data is no longer what it was: resuming would not continue the same run.
+            HpcdlError: this run would not have the batches that the other one would have had, or has other
+                tensors.
         """
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        if found.data_digest != self._data_digest:
-            raise HpcdlError(
-                f"the data has changed since {found.path.name} was saved (other files, tokenizer or Python):"
-                " put it back as it was, or launch a new run with force=true"
-            )
-        state, keys = self._engine.state(), saved_keys(found.path)
-        missing = [key for key in state if key not in keys and not key.startswith(OWN)]
+        self._must_go_on_alike(found)
+        state, saved = self._engine.state(), saved_tensors(found.path)
+        missing = [key for key in state if key not in saved and not key.startswith(OWN)]
         if missing:
             raise HpcdlError(
                 f"{found.path.name} lacks {len(missing)} of {len(state)} tensors, {missing[0]} among them:"
                 " it is of another model, fine-tuning method or optimizer"
             )
-        load({key: state[key] for key in state if key in keys}, storage_reader=FileSystemReader(found.path))
-        self._engine.restored(found.step, keys)
+        fitting = {key: state[key] for key in state if key in saved}
+        for key, tensor in fitting.items():
+            if tensor.shape != saved[key].size and not key.startswith(OWN):
+                raise HpcdlError(
+                    f"{key} is {tuple(saved[key].size)} in {found.path.name}, and {tuple(tensor.shape)} here:"
+                    " it is of another model"
+                )
+        load(fitting, storage_reader=FileSystemReader(found.path))
+        self._engine.restored(found.step, frozenset(saved))
         if found.world_size == self._who.world_size:
             rng.load(found.path / f"rng-{self._who.rank:05d}.pt")
         else:
             rng.seed_all(found.seed, self._who.rank, found.step)
 
+    def _must_go_on_alike(self, found: Found) -> None:
+        size = self._spec.trainer.global_batch_size
+        if found.data_digest != self._data_digest:
+            if _is_own(self._run, found):
+                raise HpcdlError(
+                    f"the data has changed since {found.path.name} was saved (other files, tokenizer or"
+                    " Python): put it back as it was, or launch a new run with force=true"
+                )
+            raise HpcdlError(
+                f"trainer.resume_from={found.path} was trained on other data (or another seq_len, packing,"
+                " tokenizer): a run goes on with the very batches that come next; to train on from its"
+                " weights alone, give its result as model.path"
+            )
+        for key, theirs, ours in (
+            ("seed", found.seed, self._spec.seed),
+            ("trainer.global_batch_size", found.global_batch_size, size),
+        ):
+            if theirs is not None and theirs != ours:
+                raise HpcdlError(
+                    f"{found.path} was saved with {key}={theirs}, and this run has {ours}:"
+                    f" it would get other batches; set {key}={theirs}"
+                )
+
     def _prune(self, newest_name: str) -> None:
         # Later ones than this were torn, and passed over at the resume.
         later = [p for p in self._run.checkpoints.glob("step-*") if p.name > newest_name]
         kept = sorted(p for p in self._run.checkpoints.glob("step-*") if p.name <= newest_name)
-        for old in later + kept[: -self._keep_last]:
+        for old in later + kept[: -self._spec.trainer.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def saved_keys(path: Path) -> frozenset[str]:
-    """Names of the tensors in a checkpoint."""
+def saved_tensors(path: Path) -> Mapping[str, Any]:
+    """The tensors in a checkpoint: DCP's TensorStorageMetadata by name."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    return frozenset(FileSystemReader(path).read_metadata().state_dict_metadata)
+    saved: Mapping[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
+    return saved
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -205,6 +313,29 @@ def load_weights(path: Path, model: nn.Module) -> None:
     load(state, storage_reader=FileSystemReader(path), no_dist=True)
 
 
+def _in_plain_words(saving: Saving, write: Callable[[], None]) -> None:
+    """Runs what writes; where the disk is at fault, says so without a traceback.
+
+    Raises:
+        HpcdlError: an OSError on any rank.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        write()
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if not isinstance(cause, OSError):
+            raise
+        raise HpcdlError(f"{_failed(saving)}, by rank {rank}: {cause}") from error
+    except OSError as error:
+        raise HpcdlError(f"{_failed(saving)}: {error}") from error
+
+
+def _failed(saving: Saving) -> str:
+    return f"the checkpoint of step {saving.totals['step']} can't be written to {saving.path.parent}"
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -213,9 +344,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def choose(run: RunDir, who: Process, fingerprint: Tensor, device: torch.device) -> Found | None:
-    """The checkpoint that all ranks resume from: rank 0 looks, the others take its word.
+def choose(
+    run: RunDir, who: Process, fingerprint: Tensor, device: torch.device, resume_from: str | None
+) -> Found | None:
+    """The checkpoint that all ranks go on from: rank 0 looks, the others take its word.
 
+    The run's own newest one; where it has none yet, the one of another run that it is to continue.
     In the same collective it is checked that all ranks start from the same weights.
 
     Args:
@@ -223,16 +357,55 @@ def choose(run: RunDir, who: Process, fingerprint: Tensor, device: torch.device)
         who: this rank.
         fingerprint: of this rank's weights as loaded (`control.fingerprint`).
         device: where collectives take their tensors.
+        resume_from: a checkpoint of another run, or None.
 
     Raises:
-        HpcdlError: they don't, or a node doesn't see the checkpoint.
+        HpcdlError: they don't, a node doesn't see the checkpoint, or `resume_from` is no whole one any more.
     """
-    found = newest(run) if who.is_first else None
+    found = _look(run, resume_from) if who.is_first else None
     step = agree_on_start(found.step if found else -1, fingerprint, device)
     if step < 0 or who.is_first:
         return found
     path = run.checkpoints / name_of(step)
-    seen = read(path)
+    # The run's own checkpoints are all of later steps than the one that it began from.
+    other = read(Path(resume_from)) if resume_from is not None else None
+    seen = other if other is not None and other.step == step else read(path)
     if seen is None:
         raise HpcdlError(f"{who.node} can't read {path}, which rank 0 can: is the disk shared by all nodes?")
     return seen
+
+
+def first_step(run: RunDir, found: Found | None) -> int:
+    """The step that the run began from: above 0 where it continues another run."""
+    if found is None:
+        return 0
+    return found.first_step if _is_own(run, found) else found.step
+
+
+def totals_from(run: RunDir, found: Found | None) -> Totals:
+    """The counts that the run goes on from; another run's time and memory are not this one's."""
+    if found is None:
+        return Totals()
+    before = found.totals
+    if _is_own(run, found):
+        return before
+    return Totals(step=before.step, tokens=before.tokens, tokens_before=before.tokens)
+
+
+def _is_own(run: RunDir, found: Found) -> bool:
+    return found.path.parent == run.checkpoints
+
+
+def _look(run: RunDir, resume_from: str | None) -> Found | None:
+    own, torn = newest(run.checkpoints)
+    for path in torn:
+        run.event("warning", message=f"checkpoint {path.name} is not whole: passed over")
+    if own is not None or resume_from is None:
+        return own
+    other = read(Path(resume_from))
+    if other is None:
+        raise HpcdlError(
+            f"trainer.resume_from={resume_from} is no whole checkpoint any more: its run has gone on and"
+            " kept later ones only (trainer.keep_last), or it was deleted; launch again with the run's id"
+        )
+    return other

@@ -12,7 +12,8 @@ from hpcdl.distributed.engine import Engine
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.worker.checkpoint import Checkpointer, Totals
+from hpcdl.spec.checkpoint import Totals
+from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.control import Gathering
 from hpcdl.worker.data.loader import Loader
 from hpcdl.worker.data.prepare import Dataset
@@ -40,6 +41,8 @@ class Parts:
     data_ranks: int
     """How many those are."""
     checkpointer: Checkpointer
+    first_step: int
+    """The step that the run began from: above 0 where it continues another run."""
     metrics: Metrics
     stop: Stop
     progress: Progress
@@ -126,7 +129,7 @@ def run(parts: Parts, totals: Totals) -> str | None:
     under: deque[Under] = deque()
     parts.engine.stages.train()
     while True:
-        if _evaluation_due(parts.spec, totals.step):
+        if _evaluation_due(parts, totals.step):
             _evaluate(parts, totals.step)
         if totals.step == trainer.max_steps:
             return None
@@ -147,7 +150,7 @@ def run(parts: Parts, totals: Totals) -> str | None:
         if stopping and parts.who.is_first:
             parts.run.event("stopping", reason=stop, step=totals.step)
         if last or _checkpoint_due(parts.spec, totals.step):
-            parts.checkpointer.save(totals)
+            parts.checkpointer.save(totals, wait=last)
         if stopping:
             return stop
 
@@ -159,9 +162,7 @@ def _reached(parts: Parts, under: deque[Under], step: int) -> list[StepOutcome]:
     but for those after which something is written: a checkpoint and an evaluation are of one step.
     """
     trainer = parts.spec.trainer
-    together = (
-        step == trainer.max_steps or _checkpoint_due(parts.spec, step) or _evaluation_due(parts.spec, step)
-    )
+    together = step == trainer.max_steps or _checkpoint_due(parts.spec, step) or _evaluation_due(parts, step)
     outcomes: list[StepOutcome] = []
     while under and (together or len(under) > parts.engine.lag):
         outcomes.append(_outcome(parts, under.popleft()))
@@ -179,6 +180,7 @@ def train_step(parts: Parts, step: int) -> Under:
     targets, tokens = parts.loader.counts(step)
     lr = learning_rate(spec.optim, step, spec.trainer.max_steps)
     total = engine.accumulate(parts.loader.micro_batches(step), targets)
+    parts.checkpointer.settle()  # what is being saved must be copied before it changes
     norm = engine.step(lr, spec.trainer.max_grad_norm)
     numbers = Gathering([total, norm, peak_memory_bytes(engine.device), *parts.stop.flags()], engine.device)
     return Under(step, targets, tokens, lr, numbers)
@@ -199,7 +201,7 @@ def _outcome(parts: Parts, under: Under) -> StepOutcome:
     return StepOutcome(
         step=under.step,
         loss=mean,
-        grad_norm=float(everyone[0, 1]),
+        grad_norm=parts.engine.norm_of(everyone[:, 1]),
         lr=under.lr,
         tokens=under.tokens,
         peak_memory_bytes=int(everyone[:, 2].max()),
@@ -212,9 +214,9 @@ def _checkpoint_due(spec: ExperimentSpec, step: int) -> bool:
     return bool(every and step % every == 0)
 
 
-def _evaluation_due(spec: ExperimentSpec, step: int) -> bool:
-    every = spec.trainer.eval_every
-    return step in (0, spec.trainer.max_steps) or bool(every and step % every == 0)
+def _evaluation_due(parts: Parts, step: int) -> bool:
+    every, last = parts.spec.trainer.eval_every, parts.spec.trainer.max_steps
+    return step in (parts.first_step, last) or bool(every and step % every == 0)
 
 
 def _evaluate(parts: Parts, step: int) -> None:
@@ -233,5 +235,6 @@ def _log(parts: Parts, totals: Totals, outcome: StepOutcome, watch: Stopwatch) -
             "tokens": totals.tokens,
             **measured,
             "peak_memory_bytes": outcome.peak_memory_bytes,
+            **parts.engine.report(),
         }
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir, now
+from hpcdl.spec.checkpoint import Found
 from hpcdl.worker import errors, monitor, process
 from hpcdl.worker.process import Process
 from hpcdl.worker.signals import Stop
@@ -60,26 +61,26 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     data = open_dataset(spec, tokenizer)
     net = network.prepare(spec, model.load(spec, place), device)
     size = network.size_of(net.model)
-    found = checkpoint.choose(run, who, control.fingerprint(net.trainable()), device)
+    found = checkpoint.choose(
+        run, who, control.fingerprint(net.trainable()), device, spec.trainer.resume_from
+    )
+    first_step = checkpoint.first_step(run, found)
     if grid.dims.world_size == grid.dims.dp_replicate:  # else a part of it will be enough for the device
         net.model.to(device)
     if who.is_first and found is None:
         result.sample_before(spec, run, net, tokenizer)
     engine = network.parallelize(spec, net, grid)
-    saver = checkpoint.Checkpointer(
-        run, who, engine, keep_last=spec.trainer.keep_last, seed=spec.seed, data_digest=data.digest
-    )
+    saver = checkpoint.Checkpointer(run, who, engine, spec, data_digest=data.digest, first_step=first_step)
     rng.seed_all(spec.seed, who.rank)
-    totals = checkpoint.Totals()
+    totals = checkpoint.totals_from(run, found)
     if found is not None:
         saver.load(found)
-        totals = found.totals
     progress.step = totals.step
 
     tracker = trackers.start(spec, run, who.attempt, active=who.is_first)
     lines = metrics.Metrics(run, tracker, active=who.is_first)
     if who.is_first:
-        announce(run, who, totals.step)
+        announce(run, who, found)
         if net.autocast and process.bf16_is_slow(device):
             run.event(
                 "warning", message="this CPU has no bf16 instructions: trainer.precision=fp32 is quicker"
@@ -101,7 +102,8 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     reason = loop.run(
         loop.Parts(
             spec=spec, run=run, who=who, engine=engine, data=data, loader=loader, data_rank=data_rank,
-            data_ranks=data_ranks, checkpointer=saver, metrics=lines, stop=stop, progress=progress, mfu_of=mfu_of,
+            data_ranks=data_ranks, checkpointer=saver, first_step=first_step, metrics=lines, stop=stop,
+            progress=progress, mfu_of=mfu_of,
         ),
         totals,
     )  # fmt: skip
@@ -115,19 +117,19 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
             summary = result.save(
                 result.Finished(
                     spec=spec, run=run, who=who, net=net, size=size, tokenizer=tokenizer, metrics=lines,
-                    totals=totals, place=place, mfu_of=mfu_of,
+                    totals=totals, place=place, mfu_of=mfu_of, measured=engine.report(),
                 )
             )  # fmt: skip
         tracker.finish(summary)
         write_outcome(run, who, totals.step, reason)
 
 
-def announce(run: RunDir, who: Process, step: int) -> None:
+def announce(run: RunDir, who: Process, found: Found | None) -> None:
     """Events that only the workers know of: a restart in place by torchrun, a resume."""
     if who.restart:
         run.event("restarted", restart=who.restart)
-    if step:
-        run.event("resumed", step=step)
+    if found is not None:
+        run.event("resumed", step=found.step, **{"from": str(found.path)})
 
 
 def write_outcome(run: RunDir, who: Process, step: int, reason: str | None) -> None:

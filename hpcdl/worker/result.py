@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from hpcdl import __version__
 from hpcdl.runs.files import last_line, write_atomic, write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
+from hpcdl.spec.checkpoint import Totals
 from hpcdl.worker.cache import make_readable
-from hpcdl.worker.checkpoint import Totals
 from hpcdl.worker.metrics import Metrics
 from hpcdl.worker.network import Network, Size
 from hpcdl.worker.plot import draw_loss
@@ -40,6 +40,8 @@ class Finished:
     """Where the base weights came from; None: random."""
     mfu_of: float | None
     """As in hpcdl.worker.loop.Parts."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What only the strategy measures (Engine.report)."""
 
 
 def sample_before(spec: ExperimentSpec, run: RunDir, net: Network, tokenizer: Tokenizer) -> None:
@@ -67,10 +69,12 @@ def save(finished: Finished) -> dict[str, Any]:
 
 def _figures(finished: Finished) -> dict[str, Any]:
     totals, spec = finished.totals, finished.spec
-    before = finished.metrics.evaluations[0]
-    after = finished.metrics.evaluations[spec.trainer.max_steps]
+    evaluations = finished.metrics.evaluations
+    before = evaluations[min(evaluations)]  # a run that continues another one begins later than at 0
+    after = evaluations[spec.trainer.max_steps]
     last = last_line(finished.run.metrics_file, having="loss") or {}
-    speed = totals.tokens / totals.train_s if totals.train_s else 0.0
+    own = totals.tokens - totals.tokens_before
+    speed = own / totals.train_s if totals.train_s else 0.0
     return {
         "eval_loss_before": before["eval_loss"],
         "eval_perplexity_before": before["eval_perplexity"],
@@ -87,6 +91,7 @@ def _figures(finished: Finished) -> dict[str, Any]:
         "nodes": spec.cluster.nodes,
         "trainable_parameters": finished.size.trainable,
         "parameters": finished.size.parameters,
+        **finished.measured,
     }
 
 

@@ -16,16 +16,16 @@ def seed_all(seed: int, rank: int, step: int = 0) -> None:
     torch.manual_seed(value)  # CUDA's generators too
 
 
-def save(path: Path) -> None:
-    """Writes this rank's states."""
+def states() -> dict[str, Any]:
+    """This rank's states: what `load` sets, once `torch.save` has written it."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, path)
+    return state
 
 
 def load(path: Path) -> None:
-    """Sets this rank's states to what `save` wrote."""
+    """Sets this rank's states to what `states` gave."""
     state = torch.load(path, weights_only=False)
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])

@@ -149,6 +149,8 @@ class Loader:
                 sampler=_Steps(self._reading, len(self._part), step),
                 num_workers=self._workers,
                 pin_memory=self._device.type == "cuda",
+                # Its own: each start draws a seed, and dropout after a resume must draw what it would have.
+                generator=torch.Generator(),
                 **ahead,
             )
         )
