@@ -25,10 +25,12 @@ def wrap(config: Any, stage: Stage, grid: Grid, *, bf16: bool) -> nn.Module:
         bf16: parameters travel and compute in bf16; gradients are added up in fp32.
     """
     dims = grid.dims
-    if dims.dp_shard > 1 or config.cpu_offload:
+    # DDP's buckets take no parameters that are split already: FSDP with shards of 1 copies those.
+    if dims.dp_shard > 1 or config.cpu_offload or (dims.tp > 1 and dims.gradient_ranks > 1):
         return fully_shard(config, stage, grid, bf16=bf16)
     stage.to(grid.device)
-    return replicate(config, stage, grid) if dims.gradient_ranks > 1 else stage
+    # Pipelines add up their copies' gradients themselves: the reason is in hpcdl.distributed.pipeline.
+    return replicate(config, stage, grid) if dims.gradient_ranks > 1 and dims.pp == 1 else stage
 
 
 def replicate(config: Any, stage: Stage, grid: Grid) -> nn.Module:

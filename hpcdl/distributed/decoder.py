@@ -143,6 +143,8 @@ def cut(model: Any, first_block: int, last_block: int, *, is_first: bool, is_las
     causal, base = inner(model), trunk(model)
     kept = {i: block for i, block in enumerate(base.layers) if first_block <= i < last_block}
     base.layers = SomeBlocks(kept)
+    if getattr(base.config, "layer_types", None):  # transformers looks a block's up by its place in the list
+        base.config.layer_types = base.config.layer_types[first_block:last_block]
     if not is_last:
         base.norm = nn.Identity()
         causal.lm_head = None

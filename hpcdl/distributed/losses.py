@@ -2,14 +2,17 @@
 
 Logits of a 49k vocabulary at 1,024 tokens are 200 MB, as much again in gradients: in chunks a few dozen.
 Source of the idea: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024 (here the
-gradient is computed in the forward pass, as in Liger's fused linear cross-entropy).
+gradient is computed in the forward pass, as in Liger's fused linear cross-entropy). Over ranks that have
+some rows of the vocabulary each: Shoeybi et al., "Megatron-LM", 2019, section 3.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,49 +23,84 @@ IGNORE = -100
 """Label of a position that is no target."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows of the vocabulary that a rank has, where several ranks share one."""
+
+    group: dist.ProcessGroup
+    """The ranks that have the other rows."""
+    first: int
+    """Index of this rank's first row in the whole vocabulary."""
+    most: int
+    """Rows of the rank that has most."""
+
+    def whole(self, norm: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
+        """Both of the whole vocabulary, from this rank's rows.
+
+        Args:
+            norm: log of the summed exponentials of the logits, `(tokens, 1)` fp32.
+            aim: the target's logit where its row is here, else 0, `(tokens, 1)` fp32.
+        """
+        top = norm.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
+        sums = torch.stack([(norm - top).exp(), aim])
+        dist.all_reduce(sums, group=self.group)
+        return top + sums[0].log(), sums[1]
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of cross-entropy(hidden @ weight.T, labels)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, train: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, train: bool, part: Part | None
+    ) -> Tensor:
         """Loss and, where `train`, both gradients.
 
         Args:
             ctx: autograd's.
             hidden: `(tokens, width)`, in the dtype of the matmuls.
-            weight: `(vocabulary, width)`; cast to hidden's dtype.
+            weight: `(vocabulary, width)`; cast to hidden's dtype. This rank's rows where there is a `part`:
+                the gradient of `hidden` is then this rank's summand of the whole one.
             labels: `(tokens,)`, none ignored.
             train: whether a backward pass will follow.
+            part: which rows they are; None: all.
 
         Returns:
-            fp32 scalar; summed in fp64.
+            fp32 scalar; summed in fp64. The same on all ranks of a `part`.
         """
         matrix = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if train and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if train and ctx.needs_input_grad[1] else None
-        chunk = max(64, CHUNK_LOGITS[hidden.device.type] // weight.shape[0])
+        rows, first = len(matrix), part.first if part else 0
+        # The same number of chunks on every rank: each talks to the others.
+        chunk = max(64, CHUNK_LOGITS[hidden.device.type] // (part.most if part else rows))
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for at in range(0, len(labels), chunk):
-            part, target = hidden[at : at + chunk], labels[at : at + chunk, None]
-            logits = (part @ matrix.T).float()
-            norm = logits.logsumexp(-1, keepdim=True)
-            total += (norm - logits.gather(1, target)).sum(dtype=torch.float64)
+            states, target = hidden[at : at + chunk], labels[at : at + chunk, None] - first
+            here = (target >= 0) & (target < rows)
+            target = target.clamp(0, rows - 1)
+            logits = (states @ matrix.T).float()
+            norm, aim = logits.logsumexp(-1, keepdim=True), logits.gather(1, target) * here
+            if part:
+                norm, aim = part.whole(norm, aim)
+            total += (norm - aim).sum(dtype=torch.float64)
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = softmax - one-hot
             delta = logits.sub_(norm).exp_()
-            delta.scatter_add_(1, target, torch.full_like(norm, -1.0))
+            delta.scatter_add_(1, target, -here.to(delta.dtype))
             delta = delta.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[at : at + chunk] = delta @ matrix
             if grad_weight is not None:
-                grad_weight += delta.T @ part
+                grad_weight += delta.T @ states
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.float()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """The gradients of the forward pass, times the scalar that came back."""
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
@@ -70,20 +108,22 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
             None,
             None,
+            None,
         )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, part: Part | None = None) -> Tensor:
     """Summed cross-entropy over the positions whose label isn't IGNORE.
 
     Args:
         hidden: `(batch, seq, width)`.
-        weight: `(vocabulary, width)`.
+        weight: `(vocabulary, width)`, or this rank's rows of it.
         labels: `(batch, seq)`, already shifted.
+        part: which rows these are; None: all.
     """
     kept = labels != IGNORE
     rows = hidden[kept]
     if torch.is_autocast_enabled(hidden.device.type):
         rows = rows.to(torch.get_autocast_dtype(hidden.device.type))
-    result: Tensor = LinearCrossEntropy.apply(rows, weight, labels[kept], torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    result: Tensor = LinearCrossEntropy.apply(rows, weight, labels[kept], torch.is_grad_enabled(), part)  # type: ignore[no-untyped-call]
     return result
