@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpcdl.errors import Fault
-from hpcdl.parallel import _mesh
+from hpcdl.parallel import _mesh, _stages
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.parallel import ParallelDims
 
@@ -22,4 +22,113 @@ build = _mesh.build
 
 def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:
     """A block a stage at least, and enough micro-batches to fill the pipeline."""
-    return iter(())
+    if dims.pp == 1:
+        return
+    schedule, wanted = _stages.SCHEDULES[config.schedule], config.stages_per_rank
+    usual = schedule.stages_per_rank
+    if wanted not in (0, usual) and not (schedule.any_number and wanted > 1):
+        yield Fault(
+            key="parallel.stages_per_rank",
+            value=str(wanted),
+            problem=f"the schedule {config.schedule} wants {_stages.wants(config.schedule)} on each rank",
+            allowed=f"0, or {_stages.wants(config.schedule)}",
+            nearest=str(usual),
+            fix=f"parallel.stages_per_rank={usual}",
+        )
+    else:
+        yield from _too_few_blocks(config, dims, spec)
+    if spec.trainer.compile and schedule.splits_backward:
+        yield Fault(
+            key="trainer.compile",
+            value="true",
+            problem=f"the schedule {config.schedule} computes the gradients of inputs and of weights apart,"
+            " and a compiled block has one backward pass for both",
+            allowed="trainer.compile=false, or a schedule with whole backward passes: gpipe, 1f1b, interleaved_1f1b",
+            fix="trainer.compile=false",
+        )
+    size = spec.trainer.micro_batch_size * dims.data_ranks
+    if spec.trainer.global_batch_size % size == 0:  # else a rule about the batch has something to say
+        yield from _micro_batches_do_not_fit(config, dims, spec, spec.trainer.global_batch_size // size)
+
+
+def _too_few_blocks(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:
+    per_rank = _stages.stages_per_rank(config.schedule, config.stages_per_rank)
+    blocks = None if spec.model.shape is None else spec.model.shape.num_hidden_layers
+    if blocks is None or blocks >= dims.pp * per_rank:
+        return
+    most = blocks // per_rank
+    stages = f"{dims.pp} ranks × {per_rank} stages" if per_rank > 1 else f"{dims.pp} stages"
+    # An interleaved schedule with fewer stages, or one without: the ranks themselves are not too many.
+    simpler = per_rank > 1 and blocks >= dims.pp
+    yield Fault(
+        key="parallel.schedule" if simpler else "parallel.pp",
+        value=config.schedule if simpler else str(dims.pp),
+        problem=f"the model's {blocks} blocks are too few for {stages}, each with a block at least",
+        allowed=f"parallel.pp of at most {most}"
+        + (", or a schedule with one stage a rank" if simpler else ""),
+        nearest="1f1b" if simpler else str(max(1, most)),
+        fix="parallel.schedule=1f1b" if simpler else f"parallel.pp={max(1, most)}",
+    )
+
+
+def _micro_batches_do_not_fit(
+    config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec, of_a_step: int
+) -> Iterator[Fault]:
+    """The micro-batches that go through the pipeline in one go.
+
+    Args:
+        config: with the schedule, and `microbatches`.
+        dims: the degrees.
+        spec: the experiment.
+        of_a_step: micro-batches of a step on one copy of the pipeline.
+    """
+    at_once = config.microbatches or of_a_step
+    reason = _stages.does_not_fit(config.schedule, dims.pp, at_once)
+    if of_a_step % at_once:
+        reason = f"a step has {of_a_step} micro-batches, which can't go through the pipeline in rounds of {at_once}"
+    if not reason:
+        return
+    fitting = [
+        n
+        for n in range(1, of_a_step + 1)
+        if of_a_step % n == 0 and not _stages.does_not_fit(config.schedule, dims.pp, n)
+    ]
+    if fitting:
+        near = min(fitting, key=lambda n: abs(n - at_once))
+        yield Fault(
+            key="parallel.microbatches",
+            value=str(config.microbatches),
+            problem=reason,
+            allowed=f"0 (all {of_a_step} of a step) or " * (of_a_step in fitting)
+            + ", ".join(map(str, fitting)),
+            nearest=str(near),
+            fix=f"parallel.microbatches={near}",
+        )
+        return
+    yield _batch_is_too_small(config, dims, spec, of_a_step, reason)
+
+
+def _batch_is_too_small(
+    config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec, of_a_step: int, reason: str
+) -> Fault:
+    trainer, rows = spec.trainer, spec.trainer.global_batch_size // dims.data_ranks
+    smaller = [
+        size
+        for size in range(trainer.micro_batch_size - 1, 0, -1)
+        if rows % size == 0 and not _stages.does_not_fit(config.schedule, dims.pp, rows // size)
+    ]
+    enough = next(
+        n
+        for n in range(of_a_step + 1, of_a_step + 2 * dims.pp + 2)
+        if not _stages.does_not_fit(config.schedule, dims.pp, n)
+    )
+    larger = enough * trainer.micro_batch_size * dims.data_ranks
+    fix = f"trainer.micro_batch_size={smaller[0]}" if smaller else f"trainer.global_batch_size={larger}"
+    return Fault(
+        key="trainer.global_batch_size",
+        value=str(trainer.global_batch_size),
+        problem=f"{reason}: {trainer.global_batch_size} sequences in micro-batches of {trainer.micro_batch_size}"
+        f" on {dims.data_ranks} pipeline{'s' * (dims.data_ranks > 1)}",
+        allowed=f"trainer.global_batch_size={larger}, a smaller trainer.micro_batch_size, or a smaller parallel.pp",
+        fix=fix,
+    )
