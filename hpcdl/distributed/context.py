@@ -30,6 +30,7 @@ from hpcdl.distributed.decoder import Stage, inner
 from hpcdl.distributed.engine import Batch, Engine
 from hpcdl.distributed.mesh import Grid
 from hpcdl.errors import HpcdlError
+from hpcdl.spec.model import MOVING_ROPE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 
 OTHER_ATTENTION = ("sliding_window", "softcap", "s_aux", "position_bias")
 """What transformers gives the attention of models that compute something else there."""
-
-MOVING_ROPE = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings whose frequencies depend on the longest position in sight: chunks would differ."""
 
 
 def share(config: Any, stage: Stage, grid: Grid) -> None:
@@ -94,21 +92,29 @@ class ContextEngine(Engine):
             job: what the training asks for.
         """
         super().__init__(stages, grid, job.make_optimizer, autocast=job.autocast)
-        self.square = config.cp_method == "ulysses"
-        """Whether attention here has the queries of the whole sequence."""
+        self._method = config.cp_method
 
     def _forward(self, batch: Batch) -> Tensor:
-        rank, ranks = self.grid.rank("cp"), self.grid.dims.cp
-        positions = batch["position_ids"]
-        mine = chunk(batch, rank, ranks)
-        queries = slice(None) if self.square else chunk_of(positions.shape[1], rank, ranks)
-        loss = self.stages[0](
-            mine["input_ids"],
-            position_ids=mine["position_ids"],
-            labels=mine["labels"],
-            attention_mask=visible(positions, queries),
-        )
-        return cast(Tensor, loss)
+        mine = cut_batch(self._method, self.grid, batch)
+        return cast(Tensor, self.stages[0](mine.pop("input_ids"), **mine))
+
+
+def cut_batch(method: str, grid: Grid, batch: Batch) -> Batch:
+    """This rank's part of each sequence, and what its attention needs of the whole.
+
+    Args:
+        method: `allgather` or `ulysses`.
+        grid: this rank's place.
+        batch: whole sequences.
+
+    Returns:
+        What a Stage is given: each of `batch` as `(rows, seq_len / cp)`, and `attention_mask`, bool
+        `(rows, 1, queries, seq_len)`. Ulysses attends with the queries of the whole sequence.
+    """
+    positions = batch["position_ids"]
+    mine = chunk_of(positions.shape[1], grid.rank("cp"), grid.dims.cp)
+    mask = visible(positions, slice(None) if method == "ulysses" else mine)
+    return {**{name: whole[:, mine] for name, whole in batch.items()}, "attention_mask": mask}
 
 
 def chunk_of(length: int, rank: int, ranks: int) -> slice:
@@ -116,11 +122,6 @@ def chunk_of(length: int, rank: int, ranks: int) -> slice:
     size, rest = divmod(length, ranks)
     assert rest == 0, "the sequence divides by the ranks: checked before submission"
     return slice(rank * size, (rank + 1) * size)
-
-
-def chunk(batch: Batch, rank: int, ranks: int) -> Batch:
-    """A rank's part of each sequence, `(rows, seq_len / ranks)`."""
-    return {name: whole[:, chunk_of(whole.shape[1], rank, ranks)] for name, whole in batch.items()}
 
 
 def visible(position_ids: Tensor, queries: slice) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from hpcdl.errors import Fault
 from hpcdl.parallel import _mesh
 from hpcdl.spec import ExperimentSpec
+from hpcdl.spec.model import MOVING_ROPE
 from hpcdl.spec.parallel import ParallelDims
 
 Config = _mesh.MeshConfig
@@ -20,13 +21,25 @@ build = _mesh.build
 
 
 def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:
-    """The sequence, and with Ulysses the heads, must divide by the degree."""
+    """The sequence, and with Ulysses the heads, must divide by the degree; positions must be absolute."""
     if dims.cp == 1:
         return
     if spec.data.seq_len % dims.cp:
         yield _mesh.does_not_divide("cp", dims.cp, "data.seq_len", spec.data.seq_len)
     shape = spec.model.shape
-    if config.cp_method == "ulysses" and shape is not None:
-        heads = shape.num_attention_heads // dims.tp
-        if heads % dims.cp:
-            yield _mesh.does_not_divide("cp", dims.cp, "the attention heads of a rank", heads)
+    if shape is None:
+        return
+    heads = shape.num_attention_heads // dims.tp
+    if config.cp_method == "ulysses" and heads % dims.cp:
+        whose = "the model's num_attention_heads" if dims.tp == 1 else "num_attention_heads / tp"
+        yield _mesh.does_not_divide("cp", dims.cp, whose, heads)
+    scaling = str((shape.rope_scaling or {}).get("rope_type"))
+    if scaling in MOVING_ROPE:
+        yield Fault(
+            key="parallel.cp",
+            value=str(dims.cp),
+            problem=f"the rotary scaling {scaling} depends on the longest position that a rank sees, "
+            "and ranks with other parts of a sequence see others",
+            allowed="1, or a scaling that is the same for all positions (linear, llama3, yarn)",
+            fix="parallel.cp=1",
+        )

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+MOVING_ROPE = frozenset({"dynamic", "longrope"})
+"""Rotary scalings whose frequencies depend on the longest position in sight."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
