@@ -49,7 +49,7 @@ def shard(config: Any, stage: Stage, grid: Grid) -> None:
     Raises:
         HpcdlError: the model isn't built like a Llama, or its head isn't a plain matrix.
     """
-    refuse_unknown(stage)
+    refuse(stage, grid.dims.tp)
     mesh = grid.weights["tp"]
     stream: Placement = Shard(SEQUENCE) if config.sequence_parallel else Replicate()
     base, head = trunk(stage.model), stage.head()
@@ -69,18 +69,24 @@ def shard(config: Any, stage: Stage, grid: Grid) -> None:
         stage.leave = _to_next
 
 
-def refuse_unknown(stage: Stage) -> None:
-    """Models whose matrices or head are not where a Llama's are.
+def refuse(stage: Stage, ranks: int) -> None:
+    """Models whose matrices or head are not where a Llama's are, and heads that can't be shared out.
 
     Raises:
         HpcdlError: says which, and what works instead.
     """
-    kind = inner(stage.model).config.model_type
-    if kind not in PLAIN_HEADS or (stage.is_last and not stage.has_plain_head()):
+    config = inner(stage.model).config
+    if config.model_type not in PLAIN_HEADS or (stage.is_last and not stage.has_plain_head()):
         raise HpcdlError(
-            f"tensor parallel doesn't know the model type {kind} with this head"
-            f" (it knows {', '.join(sorted(PLAIN_HEADS))}): parallel=fsdp shards any model"
+            f"parallel.tp={ranks}: a {config.model_type} with this head can't be split, only the plain heads of"
+            f" {', '.join(sorted(PLAIN_HEADS))}; parallel=fsdp shards any model"
         )
+    # Of models from a hub or a folder the sizes may not have been known before.
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % ranks:
+            raise HpcdlError(
+                f"parallel.tp={ranks} does not divide the model's {name} {getattr(config, name)}"
+            )
 
 
 def _shard_block(block: Any, place: Placer) -> None:
@@ -134,7 +140,8 @@ class Placer:
         """Places the weight (and bias) and has the module compute as `kind` does."""
         if type(module) not in (nn.Linear, nn.Embedding):
             raise HpcdlError(
-                f"tensor parallel can't split a {type(module).__name__}: it takes plain linear layers, and LoRA"
+                f"parallel.tp={self.mesh.size()} can't split a {type(module).__name__}: it takes plain matrices"
+                " and LoRA's; parallel=fsdp shards others"
             )
         for name, parameter in list(module.named_parameters(recurse=False)):
             self._place(module, name, parameter, weight if name == "weight" else cast(Placement, bias))
@@ -156,7 +163,7 @@ class Placer:
         for name, parameter in stage.named_parameters():
             if not isinstance(parameter, DTensor):
                 raise HpcdlError(
-                    f"tensor parallel doesn't know how to split {name}: parallel=fsdp shards any model"
+                    f"parallel.tp={self.mesh.size()}: no rule how to split {name}; parallel=fsdp shards any model"
                 )
 
     def _place(self, module: nn.Module, name: str, parameter: nn.Parameter, placement: Placement) -> None:

@@ -6,6 +6,7 @@ Activation Recomputation in Large Transformer Models", MLSys 2023, section 4.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from hpcdl.errors import Fault
@@ -18,15 +19,38 @@ check = _mesh.check
 build = _mesh.build
 
 
+SHARED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""What every rank has an equal part of; a vocabulary may be split unevenly."""
+
+
 def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:
-    """Heads, key/value heads and the sequence must divide by the degree."""
+    """Heads, key/value heads, the MLP and with sequence parallel the sequence must divide by the degree."""
     if dims.tp == 1:
         return
     shape = spec.model.shape
     if shape is not None:
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            have = int(getattr(shape, name))
-            if have % dims.tp:
-                yield _mesh.does_not_divide("tp", dims.tp, f"the model's {name}", have)
-    if config.sequence_parallel and spec.data.seq_len % (dims.tp * dims.cp):
-        yield _mesh.does_not_divide("tp", dims.tp * dims.cp, "data.seq_len", spec.data.seq_len, "tp × cp ")
+        have = {name: int(getattr(shape, name)) for name in SHARED}
+        wrong = [f"{name} {count}" for name, count in have.items() if count % dims.tp]
+        if wrong:
+            yield _refused(
+                f"does not divide the model's {' and '.join(wrong)}", math.gcd(*have.values()), dims
+            )
+    parts, seq_len = dims.tp * dims.cp, spec.data.seq_len
+    if config.sequence_parallel and seq_len % parts and not seq_len % dims.cp:
+        product = "tp" if dims.cp == 1 else f"tp × cp = {parts}"
+        yield _refused(f"{product} does not divide data.seq_len {seq_len}", seq_len // dims.cp, dims)
+
+
+def _refused(problem: str, common: int, dims: ParallelDims) -> Fault:
+    """A degree that isn't among the divisors of `common`; those that also fit this many processes are offered."""
+    divisors = [d for d in range(1, common + 1) if common % d == 0]
+    room = dims.tp * dims.dp_replicate  # ranks that aren't copies' can be tensor parallel, and the other way
+    near = min((d for d in divisors if room % d == 0), key=lambda d: (abs(d - dims.tp), d))
+    return Fault(
+        key="parallel.tp",
+        value=str(dims.tp),
+        problem=problem,
+        allowed=f"divisors of {common}: {', '.join(map(str, divisors[:12]))}",
+        nearest=str(near),
+        fix=f"parallel.tp={near}",
+    )
