@@ -33,6 +33,9 @@ class Engine:
     lag = 0
     """Steps by which the ranks may be apart: the loop hears of step k when it has done step k + lag."""
 
+    period = 1
+    """Steps from one synchronisation of the ranks to the next: what they send is measured over as many."""
+
     def __init__(
         self, stages: Sequence[nn.Module], grid: Grid, make_optimizer: MakeOptimizer, *, autocast: bool
     ) -> None:

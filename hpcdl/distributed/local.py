@@ -48,7 +48,7 @@ def average(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         dist.all_reduce(flat, group=group)
         flat.div_(ranks)
-        parts = flat.split([tensor.numel() for tensor in bucket])
+        parts = torch.split(flat, [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -91,7 +91,7 @@ class LocalEngine(Engine):
             average_optimizer_state: whether the optimizer's state is averaged with the weights.
         """
         super().__init__([stage], grid, job.make_optimizer, autocast=job.autocast)
-        self.lag = min(sync_every - 1, MOST_LAG)
+        self.lag, self.period = min(sync_every - 1, MOST_LAG), sync_every
         self._group = grid.group("dp_replicate")
         self._every = sync_every
         self._last = job.max_steps

@@ -25,8 +25,27 @@ class Totals:
     """Of these, the ones of the run that this one continues (`trainer.resume_from`)."""
     train_s: float = 0.0
     """Seconds spent in this run's steps, without evaluation, checkpoints and start-up."""
+    profiled_s: float = 0.0
+    """Of these, the ones in steps that were profiled (`monitor.communication_steps`)."""
+    profiled_tokens: int = 0
+    """Tokens of those steps."""
     peak_memory_bytes: int = 0
     """Highest of any rank."""
+
+    def add_time(self, seconds: float, tokens: int, *, profiled: bool) -> None:
+        """A step's time."""
+        self.train_s += seconds
+        if profiled:
+            self.profiled_s += seconds
+            self.profiled_tokens += tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        """This run's mean speed; profiled steps count only where there are no others."""
+        tokens, seconds = self.tokens - self.tokens_before, self.train_s
+        if tokens > self.profiled_tokens and seconds > self.profiled_s:
+            tokens, seconds = tokens - self.profiled_tokens, seconds - self.profiled_s
+        return tokens / seconds if seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,9 @@ class MonitorSpec:
     """What each node writes to system-<node>.jsonl while the run goes on."""
 
     name: Literal["none", "default"] = "default"
-    """`default`: CPU and memory of the run's processes."""
+    """`default`: CPU and memory of the run's processes, and what communication costs; `none`: nothing."""
     every_s: Annotated[float, Gt(0)] = 5.0
     """Seconds between samples."""
+    communication_steps: Annotated[int, Ge(0)] = 2
+    """Steps of each try in which calls, bytes and seconds of collectives are measured; 0: none. They are left
+    out of the average speed."""

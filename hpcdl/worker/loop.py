@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from hpcdl.errors import HpcdlError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.checkpoint import Totals
+from hpcdl.worker import communication
 from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.control import Gathering
 from hpcdl.worker.data.loader import Loader
@@ -90,19 +92,26 @@ class Stopwatch:
     tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
     last: dict[str, Any] = field(default_factory=dict)
+    profiled: tuple[float, int] | None = None
+    """Seconds and tokens of a profiled step, which counts only where there is no other."""
 
     def start(self) -> None:
         """A step begins."""
         self.started = time.perf_counter()
 
-    def stop(self, tokens: int) -> float:
+    def stop(self, tokens: int, *, profiled: bool = False) -> float:
         """A step is over; returns its seconds."""
         took = time.perf_counter() - self.started
-        self.steps, self.seconds, self.tokens = self.steps + 1, self.seconds + took, self.tokens + tokens
+        if profiled:
+            self.profiled = took, tokens
+        else:
+            self.steps, self.seconds, self.tokens = self.steps + 1, self.seconds + took, self.tokens + tokens
         return took
 
     def read(self, mfu_of: float | None) -> dict[str, Any]:
         """The averages since the last reading, which starts anew; the last ones where no step was done since."""
+        if not self.steps and self.profiled is not None:
+            self.steps, self.seconds, self.tokens = 1, *self.profiled
         if not self.steps:
             return self.last
         speed = self.tokens / self.seconds
@@ -111,7 +120,7 @@ class Stopwatch:
             "step_s": round(self.seconds / self.steps, 6),
             "mfu": None if mfu_of is None else round(speed * mfu_of, 4),
         }
-        self.steps, self.seconds, self.tokens = 0, 0.0, 0
+        self.steps, self.seconds, self.tokens, self.profiled = 0, 0.0, 0, None
         return self.last
 
 
@@ -127,18 +136,28 @@ def run(parts: Parts, totals: Totals) -> str | None:
     trainer = parts.spec.trainer
     watch = Stopwatch()
     under: deque[Under] = deque()
+    costs: dict[int, Gathering] = {}
+    profile = communication.chosen_steps(
+        totals.step + 1, trainer.max_steps, parts.spec.monitor, parts.engine.period
+    )
     parts.engine.stages.train()
     while True:
         if _evaluation_due(parts, totals.step):
             _evaluate(parts, totals.step)
         if totals.step == trainer.max_steps:
             return None
-        watch.start()
-        under.append(train_step(parts, totals.step + 1))
-        totals.step += 1
-        parts.progress.step = totals.step
-        outcomes = _reached(parts, under, totals.step)
-        totals.train_s += watch.stop(sum(outcome.tokens for outcome in outcomes))
+        step = totals.step + 1
+        profiled = communication.Measurement(parts.engine.device) if step in profile else None
+        with profiled or nullcontext():
+            watch.start()
+            under.append(train_step(parts, step))
+            totals.step = parts.progress.step = step
+            outcomes = _reached(parts, under, step)
+            tokens = sum(outcome.tokens for outcome in outcomes)
+            took = watch.stop(tokens, profiled=profiled is not None)
+        totals.add_time(took, tokens, profiled=profiled is not None)
+        if profiled is not None:
+            costs[step] = Gathering(profiled.cost.numbers(), parts.engine.device)
         stop = next((outcome.stop for outcome in outcomes if outcome.stop), None)
         stopping = stop is not None and totals.step < trainer.max_steps
         last = stopping or totals.step == trainer.max_steps
@@ -147,6 +166,8 @@ def run(parts: Parts, totals: Totals) -> str | None:
             totals.peak_memory_bytes = max(totals.peak_memory_bytes, outcome.peak_memory_bytes)
             if outcome.step % trainer.log_every == 0 or (last and outcome.step == totals.step):
                 _log(parts, totals, outcome, watch)
+            if outcome.step in costs:
+                parts.metrics.write(communication.line(outcome.step, costs.pop(outcome.step).wait()))
         if stopping and parts.who.is_first:
             parts.run.event("stopping", reason=stop, step=totals.step)
         if last or _checkpoint_due(parts.spec, totals.step):

@@ -50,7 +50,18 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
 
     from hpcdl.distributed.mesh import Grid
     from hpcdl.spec.parallel import ParallelDims
-    from hpcdl.worker import checkpoint, control, loop, metrics, model, network, result, rng, trackers
+    from hpcdl.worker import (
+        checkpoint,
+        communication,
+        control,
+        loop,
+        metrics,
+        model,
+        network,
+        result,
+        rng,
+        trackers,
+    )
     from hpcdl.worker.data.loader import Loader, Reading
     from hpcdl.worker.data.prepare import open_dataset
 
@@ -114,10 +125,11 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
         if reason is None:
             if not engine.is_whole:
                 net = network.from_checkpoint(spec, place, saver.path_of(totals.step), device)
+            cost = communication.summary(run.metrics(), spec.trainer.max_steps, engine.period)
             summary = result.save(
                 result.Finished(
                     spec=spec, run=run, who=who, net=net, size=size, tokenizer=tokenizer, metrics=lines,
-                    totals=totals, place=place, mfu_of=mfu_of, measured=engine.report(),
+                    totals=totals, place=place, mfu_of=mfu_of, measured={**engine.report(), **cost},
                 )
             )  # fmt: skip
         tracker.finish(summary)

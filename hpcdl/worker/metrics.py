@@ -74,7 +74,16 @@ class Metrics:
 
 def in_words(record: dict[str, Any]) -> str:
     """A line of metrics.jsonl as a line of the log: `step 3  loss 2.7100  grad_norm 0.9  …`."""
-    shown = ("loss", "eval_loss", "eval_perplexity", "grad_norm", "lr", "tokens_per_s")
+    shown = (
+        "loss",
+        "eval_loss",
+        "eval_perplexity",
+        "grad_norm",
+        "lr",
+        "tokens_per_s",
+        "comm_s",
+        "comm_share",
+    )
     words = [f"{key} {record[key]:.6g}" for key in shown if record.get(key) is not None]
     return "  ".join([f"step {record['step']}", *words])
 

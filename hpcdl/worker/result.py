@@ -73,8 +73,7 @@ def _figures(finished: Finished) -> dict[str, Any]:
     before = evaluations[min(evaluations)]  # a run that continues another one begins later than at 0
     after = evaluations[spec.trainer.max_steps]
     last = last_line(finished.run.metrics_file, having="loss") or {}
-    own = totals.tokens - totals.tokens_before
-    speed = own / totals.train_s if totals.train_s else 0.0
+    speed = totals.tokens_per_s
     return {
         "eval_loss_before": before["eval_loss"],
         "eval_perplexity_before": before["eval_perplexity"],
