@@ -30,9 +30,8 @@ from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.spec.checkpoint import TRAINER, Found, Totals, name_of, newest, read
+from hpcdl.spec.checkpoint import TRAINER, Found, Totals, name_of
 from hpcdl.worker import rng
-from hpcdl.worker.control import agree_on_start
 from hpcdl.worker.process import Process
 
 # torch.distributed.checkpoint takes half a second to import: not before the first step.
@@ -153,6 +152,12 @@ class Checkpointer:
         if saving.future.done():
             self.drain()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being written on this rank; it alone may be asked."""
+        saving = self._under
+        return saving is None or saving.future is None or saving.future.done()
+
     def drain(self) -> None:
         """Waits until nothing is being saved any more.
 
@@ -264,7 +269,7 @@ class Checkpointer:
     def _must_go_on_alike(self, found: Found) -> None:
         size = self._spec.trainer.global_batch_size
         if found.data_digest != self._data_digest:
-            if _is_own(self._run, found):
+            if found.path.parent == self._run.checkpoints:
                 raise HpcdlError(
                     f"the data has changed since {found.path.name} was saved (other files, tokenizer or"
                     " Python): put it back as it was, or launch a new run with force=true"
@@ -318,6 +323,7 @@ def _in_plain_words(saving: Saving, write: Callable[[], None]) -> None:
 
     Raises:
         HpcdlError: an OSError on any rank.
+        RuntimeError: anything else on any rank, with that rank's traceback.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -325,9 +331,10 @@ def _in_plain_words(saving: Saving, write: Callable[[], None]) -> None:
         write()
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
-        if not isinstance(cause, OSError):
-            raise
-        raise HpcdlError(f"{_failed(saving)}, by rank {rank}: {cause}") from error
+        message = f"{_failed(saving)}, by rank {rank}: "
+        if isinstance(cause, OSError):
+            raise HpcdlError(f"{message}{cause}") from error
+        raise RuntimeError(f"{message}{type(cause).__name__}: {cause}") from error
     except OSError as error:
         raise HpcdlError(f"{_failed(saving)}: {error}") from error
 
@@ -342,70 +349,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def choose(
-    run: RunDir, who: Process, fingerprint: Tensor, device: torch.device, resume_from: str | None
-) -> Found | None:
-    """The checkpoint that all ranks go on from: rank 0 looks, the others take its word.
-
-    The run's own newest one; where it has none yet, the one of another run that it is to continue.
-    In the same collective it is checked that all ranks start from the same weights.
-
-    Args:
-        run: the run.
-        who: this rank.
-        fingerprint: of this rank's weights as loaded (`control.fingerprint`).
-        device: where collectives take their tensors.
-        resume_from: a checkpoint of another run, or None.
-
-    Raises:
-        HpcdlError: they don't, a node doesn't see the checkpoint, or `resume_from` is no whole one any more.
-    """
-    found = _look(run, resume_from) if who.is_first else None
-    step = agree_on_start(found.step if found else -1, fingerprint, device)
-    if step < 0 or who.is_first:
-        return found
-    path = run.checkpoints / name_of(step)
-    # The run's own checkpoints are all of later steps than the one that it began from.
-    other = read(Path(resume_from)) if resume_from is not None else None
-    seen = other if other is not None and other.step == step else read(path)
-    if seen is None:
-        raise HpcdlError(f"{who.node} can't read {path}, which rank 0 can: is the disk shared by all nodes?")
-    return seen
-
-
-def first_step(run: RunDir, found: Found | None) -> int:
-    """The step that the run began from: above 0 where it continues another run."""
-    if found is None:
-        return 0
-    return found.first_step if _is_own(run, found) else found.step
-
-
-def totals_from(run: RunDir, found: Found | None) -> Totals:
-    """The counts that the run goes on from; another run's time and memory are not this one's."""
-    if found is None:
-        return Totals()
-    before = found.totals
-    if _is_own(run, found):
-        return before
-    return Totals(step=before.step, tokens=before.tokens, tokens_before=before.tokens)
-
-
-def _is_own(run: RunDir, found: Found) -> bool:
-    return found.path.parent == run.checkpoints
-
-
-def _look(run: RunDir, resume_from: str | None) -> Found | None:
-    own, torn = newest(run.checkpoints)
-    for path in torn:
-        run.event("warning", message=f"checkpoint {path.name} is not whole: passed over")
-    if own is not None or resume_from is None:
-        return own
-    other = read(Path(resume_from))
-    if other is None:
-        raise HpcdlError(
-            f"trainer.resume_from={resume_from} is no whole checkpoint any more: its run has gone on and"
-            " kept later ones only (trainer.keep_last), or it was deleted; launch again with the run's id"
-        )
-    return other

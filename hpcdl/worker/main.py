@@ -59,6 +59,7 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
         model,
         network,
         result,
+        resume,
         rng,
         trackers,
     )
@@ -72,10 +73,10 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     data = open_dataset(spec, tokenizer)
     net = network.prepare(spec, model.load(spec, place), device)
     size = network.size_of(net.model)
-    found = checkpoint.choose(
+    found = resume.choose(
         run, who, control.fingerprint(net.trainable()), device, spec.trainer.resume_from
     )
-    first_step = checkpoint.first_step(run, found)
+    first_step = resume.first_step(run, found)
     if grid.dims.world_size == grid.dims.dp_replicate:  # else a part of it will be enough for the device
         net.model.to(device)
     if who.is_first and found is None:
@@ -83,7 +84,7 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     engine = network.parallelize(spec, net, grid)
     saver = checkpoint.Checkpointer(run, who, engine, spec, data_digest=data.digest, first_step=first_step)
     rng.seed_all(spec.seed, who.rank)
-    totals = checkpoint.totals_from(run, found)
+    totals = resume.totals_from(run, found)
     if found is not None:
         saver.load(found)
     progress.step = totals.step
