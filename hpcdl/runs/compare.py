@@ -80,11 +80,11 @@ class Row:
     node_memory_bytes: int | None = None
     """Highest of any node, over its workers; sampled, and so a lower bound."""
     comm_s: float | None = None
-    """Seconds in collectives a step."""
+    """Seconds a step with a collective under way, on the slowest rank."""
     comm_bytes: float | None = None
-    """Bytes in collectives a step and rank."""
+    """Bytes in collectives a step, over all ranks."""
     comm_share: float | None = None
-    """Share of a step's time in collectives."""
+    """`comm_s` over the step's time."""
     loss: float | None = None
     """Of the last logged step."""
     eval_loss: float | None = None
@@ -244,9 +244,9 @@ def _row(view: View, spec: Mapping[str, Any], config: Mapping[str, Any]) -> Row:
         step_s=step_s,
         peak_memory_bytes=_peak(run, steps, result),
         node_memory_bytes=_node_peak(run),
-        comm_s=_measured("comm_s", steps, result),
-        comm_bytes=_measured("comm_bytes", steps, result),
-        comm_share=_measured("comm_share", steps, result),
+        comm_s=_measured("comm_s", lines, result),
+        comm_bytes=_measured("comm_bytes", lines, result),
+        comm_share=_measured("comm_share", lines, result),
         loss=_number(steps[-1].get("loss")) if steps else None,
         eval_loss=_number(losses[-1].get("eval_loss")) if losses else None,
     )
@@ -294,11 +294,11 @@ def _node_peak(run: RunDir) -> int | None:
     return max((int(_number(line.get("rss_bytes")) or 0) for line in lines), default=0) or None
 
 
-def _measured(key: str, steps: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> float | None:
-    """A cost of communication: the result's, else the mean over the steps that say it."""
+def _measured(key: str, lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> float | None:
+    """A cost of communication: the result's, else the mean over the steps that were measured so far."""
     if (value := _number(result.get(key))) is not None:
         return value
-    said = [value for line in steps if (value := _number(line.get(key))) is not None]
+    said = [value for line in lines if (value := _number(line.get(key))) is not None]
     return sum(said) / len(said) if said else None
 
 

@@ -60,9 +60,10 @@ def point(
                 "tokens_per_s": tokens_per_s if warm else 1.0,
                 "step_s": 256 / tokens_per_s if warm else 256.0,
                 "peak_memory_bytes": memory + step,
-                **(extra or {}),
             },
         )
+    if extra:
+        append_line(run.metrics_file, {"step": 2, **extra})
     if steps:
         append_line(run.metrics_file, {"step": steps, "eval_loss": 4.5, "eval_perplexity": 90.0})
     return run
