@@ -5,11 +5,14 @@ half a second after it is asked for instead of ten. Reads commands as JSON lines
 
     {"run": DIR, "ranks": 2, "env": {…}, "rank_env": {"1": {…}}, "log": FILE} → {"pids": […]}, {"codes": […]}
 
+With "module" another module's `main` is run instead.
+
 As torchrun does, it ends the other ranks when one has failed.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -58,8 +61,8 @@ def child(command: dict[str, Any], rank: int, port: int) -> None:
     measured = measuring()
     try:
         from hpcdl.runs.store import RunDir
-        from hpcdl.worker.main import main
 
+        main = importlib.import_module(command.get("module", "hpcdl.worker.main")).main
         main(RunDir(Path(command["run"])))
         code = 0
     except BaseException:
