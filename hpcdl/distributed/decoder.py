@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hpcdl.distributed.losses import IGNORE, linear_cross_entropy
@@ -105,16 +106,18 @@ class Stage(nn.Module):
         if not self.is_last:
             return self.leave(hidden)
         assert labels is not None, "the last stage has the loss"
-        return self.loss(hidden, self.head().weight, labels).reshape(1)
+        # stacked: FSDP warns of a view, which reshape() gives
+        return torch.stack([self.loss(hidden, self.head().weight, labels)])
 
     def _general(
         self, inputs: Tensor, position_ids: Tensor, labels: Tensor | None, more: dict[str, Any]
     ) -> Tensor:
         assert labels is not None
         logits = self.model(input_ids=inputs, position_ids=position_ids, use_cache=False, **more).logits
-        return nn.functional.cross_entropy(
+        loss = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        ).reshape(1)
+        )
+        return torch.stack([loss])
 
     def head(self) -> Any:
         """The output head."""

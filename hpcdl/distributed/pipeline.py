@@ -105,6 +105,10 @@ class PipelineEngine(Engine):
         self._cp_method = config.cp_method
         self._bucket_bytes = config.bucket_cap_mb * 2**20
         self._shards = any(isinstance(stage, FSDPModule) for stage in stages)
+        if kind.splits_backward:  # the second half of a backward pass asks for the parameters of the first
+            for stage in stages:
+                if isinstance(stage, FSDPModule):
+                    stage.set_reshard_after_forward(False)
         self._has_last = self._count - 1 in self._places
         self.reports = self.reports and self._has_last
         if job.autocast:  # around the forward pass alone: schedules run backward passes in between
@@ -145,10 +149,13 @@ class PipelineEngine(Engine):
                 if isinstance(stage, FSDPModule):
                     stage.set_requires_all_reduce(last)
             total += self._run(batches[at : at + self._round])
+        lost = [name for name, parameter in self.trainable.items() if parameter.grad is None]
+        assert not lost, f"no gradient came to {lost}"
         settle(self.trainable.values())
         if not self._shards and self.grid.dims.gradient_ranks > 1:
-            grads = [p.grad for p in self.trainable.values() if p.grad is not None]
-            average(grads, self.grid.gradient_group, self._bucket_bytes)
+            average(
+                [_gradient(p) for p in self.trainable.values()], self.grid.gradient_group, self._bucket_bytes
+            )
         self._tie.add_up()
         return total if self.reports else torch.zeros_like(total)
 
@@ -287,7 +294,7 @@ class Tie:
     def add_up(self) -> None:
         """Gives both the sum of their gradients, the same to the last bit."""
         if self.first is not None and self.copy is not None:
-            mine, others = self._grad(self.first), self._grad(self.copy)
+            mine, others = _gradient(self.first), _gradient(self.copy)
             mine += others
             others.copy_(mine)
             return
@@ -296,7 +303,7 @@ class Tie:
             return
         engine = self._engine
         peer = dist.get_global_rank(engine._group, 0 if self.first is None else engine._ranks - 1)
-        mine = self._grad(weight)
+        mine = _gradient(weight)
         sent, others = mine.contiguous(), torch.empty_like(mine)
         works = dist.batch_isend_irecv(
             [
@@ -307,10 +314,6 @@ class Tie:
         for work in works:
             work.wait()
         mine += others
-
-    def _grad(self, weight: nn.Parameter) -> Tensor:
-        assert weight.grad is not None, "every step trains embedding and head"
-        return local(weight.grad)
 
     def under_one_name(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The copy's entries as the embedding's; left out where the embedding itself is on this rank."""
@@ -336,10 +339,15 @@ class Tie:
                 local(states[self.copy][key]).copy_(local(value))
 
 
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "checked after the backward passes"
+    return local(parameter.grad)
+
+
 def average(grads: Iterable[Tensor], group: dist.ProcessGroup, bucket_bytes: int) -> None:
     """Sets gradients to their mean over a group's ranks, many in one collective."""
     under_way: list[tuple[list[Tensor], Tensor, Any]] = []
-    for bucket in _buckets([local(grad) for grad in grads], bucket_bytes):
+    for bucket in _buckets(grads, bucket_bytes):
         flat = torch.cat([grad.flatten() for grad in bucket]).div_(group.size())
         under_way.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
     for bucket, flat, work in under_way:
