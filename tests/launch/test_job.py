@@ -92,6 +92,17 @@ def test_memory_that_ran_out_is_told_from_a_crash(agents: Agents) -> None:
     assert state.reason.startswith("MemoryError (rank 1, node ")
 
 
+def test_a_kill_by_the_kernel_is_memory_that_ran_out(agents: Agents, tmp_path: Path) -> None:
+    (tmp_path / "cgroup").write_text("0::/\n")
+    (tmp_path / "memory.events").write_text("oom 0\noom_kill 0\n")
+    agents.environment["CGROUPS"] = str(tmp_path)
+    run = agents.make("oom_kill")
+    assert agents.end(agents.start(), limit_s=25)[0] == 1
+    state = run.read_state()
+    assert state.state == "OUT_OF_MEMORY"
+    assert state.reason.startswith("SIGKILL: killed by the kernel: the node's memory")
+
+
 def test_a_killed_worker_is_named(agents: Agents) -> None:
     run = agents.make("die")
     assert agents.end(agents.start())[0] == 1

@@ -67,6 +67,9 @@ def main():
         raise ValueError("the loss is nan\nsecond line")
     elif mode == "starve" and rank == 1:
         bytearray(1 << 60)  # a MemoryError: no machine has that much
+    elif mode == "oom_kill" and rank == 1:
+        Path(os.environ["CGROUPS"], "memory.events").write_text("oom 1\noom_kill 1\n")
+        os.kill(os.getpid(), signal.SIGKILL)
     elif mode == "die" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     elif mode == "exit3" and rank == 1:
@@ -89,7 +92,7 @@ def main():
     elif mode == "silent":
         pass
     else:
-        while mode in ("fail", "starve", "die", "exit3", "once", "twice", "hang"):
+        while mode in ("fail", "starve", "oom_kill", "die", "exit3", "once", "twice", "hang"):
             time.sleep(0.02)
 
 
