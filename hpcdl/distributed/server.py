@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.distributed import rpc
 from torch.futures import Future
 
@@ -288,8 +289,12 @@ class ServerEngine(Engine):
         return root_mean_square(norms) if self._asynchronous else float(norms[0])
 
     def _ask(self, what: Any, argument: Any) -> Any:
+        # Weights come with one answer and gradients go with the other request; rank 0's own stay where they are.
+        size = 0 if self._rank == 0 else sum(p.nbytes for p in self.trainable.values())
+        both = what is _push and not self._asynchronous
         try:
-            return rpc.rpc_async(_name(0), what, args=(argument,), timeout=self._timeout_s).wait()
+            with record_function(f"hpcdl.comm:rpc:{2 * size if both else size}"):
+                return rpc.rpc_async(_name(0), what, args=(argument,), timeout=self._timeout_s).wait()
         except RuntimeError as error:
             raise self._in_words(error) from error
 

@@ -22,8 +22,8 @@ seconds    in which at least one collective was under way, overlapping ones once
 exposed    those of them in which this process computed nothing (no `aten::` operator on a CPU, no other kernel
            on the GPU): what hiding communication behind computation could still win.
 
-A strategy that talks otherwise (RPC) says so itself: `with torch.profiler.record_function("hpcdl.comm:rpc:4096")`
-around its call counts as one call of kind `rpc` with 4,096 bytes.
+A strategy that talks otherwise (RPC) says so itself: `with record_function("hpcdl.comm:rpc:4096")` around its
+call counts as one call of kind `rpc` with 4,096 bytes.
 """
 
 from __future__ import annotations

@@ -251,3 +251,53 @@ def test_fsdp_gathers_blocks_twice_and_scatters_once(workers: Workers) -> None:
     numbers = kinds(finished, "all_gather") - gathered
     assert 0 < numbers < 1000  # losses and norms
     assert kinds(finished, "all_reduce") == 0
+
+
+def test_local_sgd_talks_every_other_step(workers: Workers) -> None:
+    finished = workers.train(
+        2, **MONITORED, parallel__name="local_sgd", parallel__sync_every=2, trainer__max_steps=8
+    )
+    silent, talking = sorted(measured(finished), key=lambda m: float(m["comm_bytes"]))
+    assert talking["comm_by_kind"]["all_reduce"]["bytes"] == 2 * 4 * PARAMETERS
+    assert "all_reduce" not in silent["comm_by_kind"]
+    assert (talking["step"] % 2, silent["step"] % 2) == (0, 1)
+    mean = (talking["comm_bytes"] + silent["comm_bytes"]) / 2
+    assert finished.result()["comm_bytes"] == pytest.approx(mean, abs=1)
+
+
+def test_pipelines_send_hidden_states_there_and_gradients_back(workers: Workers) -> None:
+    finished = workers.train(2, **MONITORED, parallel__name="pp", parallel__pp=2, trainer__max_steps=4)
+    hidden = 8 * 32 * 32 * 4  # sequences, tokens, width, fp32
+    embedding = 260 * 32 * 4  # tied to the head, on the other stage: both send their gradient
+    assert kinds(finished, "send") == kinds(finished, "recv") == 2 * hidden + 2 * embedding
+    (total,) = {m["comm_bytes"] for m in measured(finished)}
+    others = sum(kinds(finished, kind) for kind in KINDS if kind not in ("send", "recv"))
+    assert total == kinds(finished, "send") + others
+
+
+def test_ulysses_swaps_sequence_for_heads(workers: Workers) -> None:
+    """In each block queries, keys and values, then the answer; the gradients the same way back."""
+    finished = workers.train(
+        2, **MONITORED, parallel__name="cp", parallel__dp_replicate=1, parallel__cp=2,
+        parallel__cp_method="ulysses", trainer__max_steps=4,
+    )  # fmt: skip
+    tokens, width, kv_width = 8 * 32, 32, 16
+    assert kinds(finished, "all_to_all") == 2 * 2 * 4 * tokens * (width + 2 * kv_width + width)
+    assert kinds(finished, "all_reduce") == 2 * 4 * PARAMETERS  # gradients, as DDP
+
+
+def test_tensor_parallel_functional_collectives(workers: Workers) -> None:
+    finished = workers.train(2, **MONITORED, parallel__name="tp", parallel__tp=2, trainer__max_steps=4)
+    assert kinds(finished, "all_gather") > 2 * 4 * 8 * 32 * 32  # sequence parallel: hidden states of a block
+    assert kinds(finished, "reduce_scatter") > 0
+
+
+@pytest.mark.parametrize(("mode", "calls"), [("sync", 1), ("async", 2)])
+def test_parameter_servers_say_what_goes_over_rpc(workers: Workers, mode: str, calls: int) -> None:
+    """Rank 1 sends gradients and gets weights; rank 0 has the server in its own process."""
+    finished = workers.train(
+        2, **MONITORED, parallel__name="param_server", parallel__mode=mode, trainer__max_steps=4
+    )
+    assert kinds(finished, "rpc") == 2 * 4 * PARAMETERS
+    assert {m["comm_by_kind"]["rpc"]["calls"] for m in measured(finished)} == {2 * calls}
+    assert all(m["comm_s"] > 0 for m in measured(finished))
