@@ -235,15 +235,28 @@ def add_up(value: float, device: torch.device) -> float:
 
 
 def settle(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up gradients that are still partial sums over ranks: norms' weights under sequence parallel."""
+    """Adds up gradients that are still partial sums over ranks: norms' weights under sequence parallel.
+
+    They are many and small: one all-reduce takes all of them.
+    """
     from torch.distributed.tensor import DTensor
 
+    sums: dict[Any, list[DTensor]] = {}
     for parameter in parameters:
         grad = parameter.grad
         if not isinstance(grad, DTensor) or not isinstance(parameter, DTensor):
             continue
-        if grad.placements != parameter.placements:
+        if grad.placements == parameter.placements:
+            continue
+        if len(grad.placements) == 1 and grad.placements[0].is_partial() and shards(parameter) == 1:
+            sums.setdefault((grad.device_mesh, grad.dtype), []).append(parameter)
+        else:
             parameter.grad = grad.redistribute(placements=parameter.placements)
+    for (mesh, _), alike in sums.items():
+        flat = torch.cat([cast(DTensor, p.grad).to_local().flatten() for p in alike])
+        dist.all_reduce(flat, group=mesh.get_group())
+        for p, whole in zip(alike, torch.split(flat, [p.numel() for p in alike]), strict=True):
+            p.grad = DTensor.from_local(whole.view(p.shape), mesh, p.placements, run_check=False)
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, max_norm: float | None) -> None:

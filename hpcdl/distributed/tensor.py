@@ -289,7 +289,8 @@ def _from_before(mesh: DeviceMesh, stream: Placement, hidden: Tensor) -> Tensor:
 
 
 def _to_next(hidden: Tensor) -> Tensor:
-    return cast(DTensor, hidden).to_local()
+    """The stream → what is sent; no view, since zero-bubble schedules detach it in place."""
+    return cast(DTensor, hidden).to_local().clone()
 
 
 # --- the loss ---------------------------------------------------------------------------------------------
