@@ -62,9 +62,9 @@ def goes_on(trainer: TrainerSpec, seed: int) -> Iterator[Fault]:
 
 def _place(given: str, runs_dir: Path) -> Path | Fault:
     """A run's directory, or a checkpoint's."""
-    path = Path(os.path.abspath(os.path.expanduser(given)))  # noqa: PTH100, PTH111 (a link stays a link)
+    path = Path(os.path.abspath(os.path.expanduser(given)))  # noqa: PTH100, PTH111
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises where the name is too long to be one)
-        return path
+        return path.resolve()  # a link like runs/latest will be this very run's in a moment
     if os.sep in given:
         return _no_folder(given, path)
     if given == "latest":
