@@ -140,8 +140,8 @@ class Placer:
         """Places the weight (and bias) and has the module compute as `kind` does."""
         if type(module) not in (nn.Linear, nn.Embedding):
             raise HpcdlError(
-                f"parallel.tp={self.mesh.size()} can't split a {type(module).__name__}: it takes plain matrices"
-                " and LoRA's; parallel=fsdp shards others"
+                f"parallel.tp={self.mesh.size()} can't split a {type(module).__module__}.{type(module).__name__}:"
+                " it takes plain matrices and LoRA's; parallel=fsdp shards others"
             )
         for name, parameter in list(module.named_parameters(recurse=False)):
             self._place(module, name, parameter, weight if name == "weight" else cast(Placement, bias))

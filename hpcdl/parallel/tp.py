@@ -45,7 +45,7 @@ def _refused(problem: str, common: int, dims: ParallelDims) -> Fault:
     """A degree that isn't among the divisors of `common`; those that also fit this many processes are offered."""
     divisors = [d for d in range(1, common + 1) if common % d == 0]
     room = dims.tp * dims.dp_replicate  # ranks that aren't copies' can be tensor parallel, and the other way
-    near = min((d for d in divisors if room % d == 0), key=lambda d: (abs(d - dims.tp), d))
+    near = min((d for d in divisors if room % d == 0), key=lambda d: (abs(d - dims.tp), -d))
     return Fault(
         key="parallel.tp",
         value=str(dims.tp),
