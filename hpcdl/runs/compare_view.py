@@ -85,7 +85,12 @@ def columns_of(comparison: Comparison) -> list[Column]:
     shared = {row.baseline for row in comparison.rows if row.baseline != row.run_id}
     return [
         Column(header="strategy", cell=lambda row: row.strategy, right=False),
-        Column(header="degrees", cell=degrees, right=False, gives_way=5),
+        Column(
+            header="degrees",
+            cell=degrees,
+            right=False,
+            gives_way=1 if _told_by_degrees(comparison.rows) else 5,
+        ),
         Column(header="n×p", cell=lambda row: f"{row.nodes}×{row.processes_per_node}"),
         *(_differing(key, header) for key, header in _headers(comparison.differs)),
         Column(header="tokens/s", cell=lambda row: _with(words.short, row.tokens_per_s)),
@@ -97,12 +102,20 @@ def columns_of(comparison: Comparison) -> list[Column]:
         Column(header="loss", cell=lambda row: words.number(row.loss, 3)),
         Column(header="held-out", cell=lambda row: words.number(row.eval_loss, 3), gives_way=3),
         Column(header="state", cell=state, right=False),
-        Column(header="run", cell=lambda row: ids[row.run_id], right=False, gives_way=1),
+        Column(header="run", cell=lambda row: ids[row.run_id], right=False, gives_way=2),
     ]
 
 
+def _told_by_degrees(rows: Sequence[Row]) -> bool:
+    """Whether only the degrees tell some runs of a strategy apart."""
+    without = {(row.strategy, row.nodes, row.processes_per_node) for row in rows}
+    return len({(row.strategy, row.nodes, row.processes_per_node, degrees(row)) for row in rows}) > len(
+        without
+    )
+
+
 def _differing(key: str, header: str) -> Column:
-    return Column(header=header, cell=lambda row: _value(row.config.get(key)), gives_way=2)
+    return Column(header=header, cell=lambda row: _value(row.config.get(key)), gives_way=1)
 
 
 def _headers(keys: Sequence[str]) -> list[tuple[str, str]]:

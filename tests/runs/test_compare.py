@@ -380,6 +380,14 @@ def test_the_table_fits_its_terminal(runs_dir: Path, width: int) -> None:
     assert bool(hidden) == (width < 120)
 
 
+def test_degrees_stay_where_nothing_else_tells_runs_apart(runs_dir: Path) -> None:
+    shape = {"cluster__nodes": 2, "cluster__processes_per_node": 2, "optim__lr": 0.123456}
+    point(runs_dir, 1, parallel__tp=2, **shape, state="OUT_OF_MEMORY")
+    point(runs_dir, 2, **shape)
+    text = shown(look(runs_dir), 80)
+    assert "degrees" in text.splitlines()[0] and "rep2 tp2" in text and "held-out" not in text.splitlines()[0]
+
+
 def test_ids_are_as_short_as_tells_them_apart() -> None:
     assert compare_view.short_ids(["abcdef1", "abcdef2"]) == {"abcdef1": "abcdef1", "abcdef2": "abcdef2"}
     assert compare_view.short_ids(["abcdefgh", "xbcdefgh"]) == {"abcdefgh": "abcde", "xbcdefgh": "xbcde"}
