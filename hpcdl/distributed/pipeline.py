@@ -115,6 +115,8 @@ class PipelineEngine(Engine):
             for stage in stages:
                 within = torch.autocast(self.device.type, torch.bfloat16)
                 setattr(stage, "forward", within(stage.forward))  # noqa: B010
+        # NCCL opens a group's channels at its first collective, which all its ranks must take part in.
+        dist.all_reduce(torch.zeros(1, device=self.device), group=self._group)
         self._scale = 1.0
         self._schedule = self._make_schedule(kind)
         self._tie = Tie(self)
@@ -144,10 +146,6 @@ class PipelineEngine(Engine):
         self._scale = self.grid.dims.gradient_ranks / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for at in range(0, len(batches), self._round):
-            last = at + self._round == len(batches)
-            for stage in self.stages:
-                if isinstance(stage, FSDPModule):
-                    stage.set_requires_all_reduce(last)
             total += self._run(batches[at : at + self._round])
         lost = [name for name, parameter in self.trainable.items() if parameter.grad is None]
         assert not lost, f"no gradient came to {lost}"
