@@ -136,6 +136,9 @@ class Engine:
         `model.<name>` and `optimizer.<name>.<key>`: this rank's live tensors (DTensors where they are
         sharded), so that a checkpoint is loaded in place. What only this strategy needs is called
         `own.…`: others leave it out, and this one can begin without it.
+
+        A checkpoint is copied from it while training goes on: what anything but this rank's own `step`
+        changes is to be given as a copy.
         """
         prime(self.optimizer)
         found: dict[str, Tensor] = {}

@@ -98,8 +98,7 @@ class Checkpointer:
         self._thread: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         trainer = spec.trainer
-        # An engine whose ranks run ahead of one another has no moment at which nothing changes but this one.
-        if trainer.checkpoint_async and trainer.checkpoint_every and not engine.lag:
+        if trainer.checkpoint_async and trainer.checkpoint_every:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             # Two threads in one gloo group abort the process.
             self._group = dist.new_group(backend="gloo")

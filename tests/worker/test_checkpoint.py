@@ -52,6 +52,7 @@ HSDP4 = (4, {"name": "hsdp", "dp_shard": 2})
 TP2 = (2, {"name": "tp", "tp": 2})
 PP2 = (2, {"name": "pp", "pp": 2, "dp_replicate": 1})
 CP2 = (2, {"name": "cp", "cp": 2, "dp_replicate": 1})
+LOCAL3 = (3, {"name": "local_sgd", "sync_every": 3})
 CP_FSDP4 = (4, {"name": "cp", "cp": 2, "dp_replicate": 1, "dp_shard": 2})
 Strategy = tuple[int, dict[str, Any]]
 
@@ -182,7 +183,7 @@ def tensors(path: Path) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("strategy", [DDP3, FSDP3], ids=["ddp3", "fsdp3"])
+@pytest.mark.parametrize("strategy", [DDP3, FSDP3, LOCAL3], ids=["ddp3", "fsdp3", "local3"])
 def test_in_the_background_or_not_the_same_is_saved(workers: Workers, strategy: Strategy) -> None:
     one, other = (
         workers.train(strategy[0], **COMMON, **under(strategy), trainer__checkpoint_async=how).run
@@ -268,9 +269,7 @@ def alone(tmp_path: Path) -> Iterator[Callable[..., Alone]]:
         run = RunDir(tmp_path / "run")
         run.path.mkdir(exist_ok=True)
         state = {"model.a": torch.zeros(8), "model.b": torch.zeros(3, 4)}
-        engine = SimpleNamespace(
-            state=lambda: dict(state), lag=dotted.pop("lag", 0), device=torch.device("cpu")
-        )
+        engine = SimpleNamespace(state=lambda: dict(state), device=torch.device("cpu"))
         spec = tiny_spec(**{"trainer__checkpoint_every": 1, "trainer__keep_last": 9, **dotted})
         made.append(Checkpointer(run, from_environment(), engine, spec, data_digest="d"))  # type: ignore[arg-type]
         return Alone(made[-1], state, run)
@@ -358,9 +357,3 @@ def test_a_bug_in_the_background_keeps_its_traceback(
     with pytest.raises(RuntimeError, match="by rank 0: ZeroDivisionError"):
         one.saver.drain()
     assert read(one.run.checkpoints / "step-00000001") is None
-
-
-def test_ranks_that_run_ahead_of_one_another_wait(alone: Callable[..., Alone]) -> None:
-    one = alone(lag=2)
-    one.saver.save(Totals(step=1), wait=False)
-    assert read(one.run.checkpoints / "step-00000001") is not None
