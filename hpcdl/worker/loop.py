@@ -137,9 +137,8 @@ def run(parts: Parts, totals: Totals) -> str | None:
     watch = Stopwatch()
     under: deque[Under] = deque()
     costs: dict[int, Gathering] = {}
-    profile = communication.chosen_steps(
-        totals.step + 1, trainer.max_steps, parts.spec.monitor, parts.engine.period
-    )
+    first = totals.step + 1
+    profile = communication.chosen_steps(first, trainer.max_steps, parts.spec.monitor, parts.engine.period)
     parts.engine.stages.train()
     while True:
         if _evaluation_due(parts, totals.step):
@@ -147,7 +146,10 @@ def run(parts: Parts, totals: Totals) -> str | None:
         if totals.step == trainer.max_steps:
             return None
         step = totals.step + 1
-        profiled = communication.Measurement(parts.engine.device) if step in profile else None
+        profiled = None
+        if step in profile:
+            warm = step >= first + communication.WARM_UP
+            profiled = communication.Measurement(parts.engine.device, warm=warm)
         with profiled or nullcontext():
             watch.start()
             under.append(train_step(parts, step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -102,11 +103,45 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resident_peak_bytes()
 
 
+class Peak:
+    """The process's highest memory, with what measuring needs left out."""
+
+    held: int | None = None
+    """What is said meanwhile."""
+    before: int = 0
+    """The highest before the kernel began anew."""
+
+    @classmethod
+    def hold(cls) -> None:
+        """From here to `release` memory doesn't count."""
+        if cls.held is None:
+            cls.held = resident_peak_bytes()
+
+    @classmethod
+    def release(cls) -> None:
+        """Gives freed memory back and has the kernel's mark begin anew (proc(5), clear_refs; Linux only)."""
+        held, cls.held = cls.held, None
+        if held is None:
+            return
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return  # not this kernel: the mark stays where it is
+        cls.before = max(cls.before, held)
+
+
 def resident_peak_bytes() -> int:
     """Highest memory of this process in RAM (VmHWM, mapped files included).
 
     Not getrusage's ru_maxrss where /proc is there: it starts from torchrun's memory at the fork.
     """
+    return Peak.held if Peak.held is not None else max(Peak.before, _kernels_mark())
+
+
+def _kernels_mark() -> int:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

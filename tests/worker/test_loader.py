@@ -106,15 +106,17 @@ def test_workers_leave_signals_to_their_rank(part: Rows) -> None:
     assert len(tokens(loader, range(2, 9))) == 7
 
 
+class Dying:
+    """A DataLoader's iterator whose worker has died."""
+
+    def __next__(self) -> object:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
 def test_a_dead_worker_is_the_users_error(part: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Loader(part, reading(), CPU)
     loader.micro_batches(1)
-
-    def dying() -> object:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-        yield
-
-    monkeypatch.setattr(loader, "_batches", dying())
+    monkeypatch.setattr(loader, "_batches", Dying())
     with pytest.raises(HpcdlError, match=r"a process that loads data has died: .*pid 7.*data\.workers=0"):
         loader.micro_batches(2)
 
