@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from hpcdl import compress, parallel
+from hpcdl.compress import quant
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import from_plain
 
@@ -59,5 +60,6 @@ def tiny_spec(**dotted: Any) -> ExperimentSpec:
         {
             "parallel": parallel.get(plain["parallel"]["name"]).Config,
             "peft": compress.get(plain["peft"]["name"]).Config,
+            "quant": quant.get(plain["quant"]["scheme"]).Config,
         },
     )

@@ -1,7 +1,7 @@
 """Methods that make training or the model cheaper: one file each, found by name.
 
 A method's file holds `Config` (a frozen dataclass below `PeftSpec`), `check(config, spec)` and
-`apply(config, model)`; torch and peft are imported inside `apply` only.
+`apply(config, model)`; torch and peft are imported inside `apply` only. Quantization has a folder of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Method(Protocol):
 @cache
 def names() -> tuple[str, ...]:
     """Names of all methods: the files of this folder."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    modules = pkgutil.iter_modules(__path__)
+    return tuple(sorted(m.name for m in modules if not m.ispkg and not m.name.startswith("_")))
 
 
 def get(name: str) -> Method:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hpcdl.distributed.decoder import Stage, blocks
 from hpcdl.distributed.mesh import Grid
+from hpcdl.errors import HpcdlError
 
 
 def wrap(config: Any, stage: Stage, grid: Grid, *, bf16: bool) -> nn.Module:
@@ -64,6 +65,7 @@ def fully_shard(config: Any, stage: Stage, grid: Grid, *, bf16: bool) -> nn.Modu
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
     from torch.distributed.fsdp import fully_shard as shard
 
+    refuse_uneven(stage, grid.dims.dp_shard * grid.dims.cp)
     weights = grid.weights
     mesh = weights["dp_replicate", "fsdp"] if grid.dims.dp_replicate > 1 else weights["fsdp"]
     settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard_after_forward}
@@ -76,3 +78,21 @@ def fully_shard(config: Any, stage: Stage, grid: Grid, *, bf16: bool) -> nn.Modu
     # The root's own parameters (embedding, norm, head) are needed again at once in the backward pass.
     shard(stage, **{**settings, "reshard_after_forward": False})
     return stage
+
+
+def refuse_uneven(stage: nn.Module, ranks: int) -> None:
+    """Quantized matrices can't be padded: each rank must get as many rows.
+
+    Raises:
+        HpcdlError: a matrix doesn't divide.
+    """
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in stage.named_parameters():
+        # a tensor made of tensors; what tensor parallel has split is one too
+        quantized = hasattr(parameter, "__tensor_flatten__") and not isinstance(parameter, DTensor)
+        if quantized and len(parameter) % ranks:
+            raise HpcdlError(
+                f"FSDP over {ranks} ranks (dp_shard × cp) can't share the {len(parameter)} rows of {name} "
+                "evenly, as quantized weights must be: parallel=ddp, or another number of processes"
+            )

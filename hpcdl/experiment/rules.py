@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hpcdl import compress, parallel
+from hpcdl.compress import quant
 from hpcdl.errors import Fault
 from hpcdl.experiment import resources, resuming
 from hpcdl.spec import (
@@ -17,7 +18,6 @@ from hpcdl.spec import (
     ModelSpec,
     OptimSpec,
     ParallelSpec,
-    QuantSpec,
     TaskSpec,
     TrainerSpec,
 )
@@ -49,9 +49,10 @@ def malformed(parts: dict[str, Any]) -> bool:
 
 
 def refused(spec: ExperimentSpec) -> Iterator[Fault]:
-    """What the strategy and the method say of the experiment."""
+    """What the strategy, the method and the scheme say of the experiment."""
     yield from parallel.get(spec.parallel.name).check(spec.parallel, spec)
     yield from compress.get(spec.peft.name).check(spec.peft, spec)
+    yield from quant.get(spec.quant.scheme).check(spec.quant, spec)
 
 
 def name_is_a_folder(name: str) -> Iterator[Fault]:
@@ -213,18 +214,6 @@ def answers_are_marked(task: TaskSpec, data: DataSpec) -> Iterator[Fault]:
         )
 
 
-def scheme_exists(quant: QuantSpec) -> Iterator[Fault]:
-    """Weights can't be quantized yet."""
-    if quant.scheme != "none":
-        yield Fault(
-            key="quant.scheme",
-            value=quant.scheme,
-            problem="there is no such scheme",
-            allowed="none",
-            fix="quant=none",
-        )
-
-
 def warm_up_ends(optim: OptimSpec, trainer: TrainerSpec) -> Iterator[Fault]:
     """The learning rate must reach its peak."""
     if optim.warmup_steps > trainer.max_steps:
@@ -340,7 +329,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("data", "model"), sequence_fits_the_model),
     (("data",), data_has_a_source),
     (("task", "data"), answers_are_marked),
-    (("quant",), scheme_exists),
     (("optim", "trainer"), warm_up_ends),
     (("trainer", "seed"), resuming.goes_on),
     (("parallel",), degrees_count_ranks),
@@ -363,7 +351,6 @@ OF_FORM: frozenset[Callable[..., Iterator[Fault]]] = frozenset(
         model_has_a_source,
         data_has_a_source,
         scaling_says_how,
-        scheme_exists,
         degrees_count_ranks,
         resources.partition_is_known,
         resources.slurm_understands,

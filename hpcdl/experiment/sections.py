@@ -11,12 +11,15 @@ from typing import Any
 from pydantic_core import ValidationError
 
 from hpcdl import compress, parallel
+from hpcdl.compress import quant
 from hpcdl.errors import Fault, nearest_name
 from hpcdl.experiment import schema, words
-from hpcdl.spec import ExperimentSpec, LaunchOptions, ParallelSpec, PeftSpec
+from hpcdl.spec import ExperimentSpec, LaunchOptions, ParallelSpec, PeftSpec, QuantSpec
 
-FOUND_BY_NAME: dict[type, Any] = {ParallelSpec: parallel, PeftSpec: compress}
+FOUND_BY_NAME: dict[type, Any] = {ParallelSpec: parallel, PeftSpec: compress, QuantSpec: quant}
 """Sections whose own keys are told by the file that their `name` names."""
+NAMED_BY: dict[type, str] = {QuantSpec: "scheme"}
+"""The key that does so, where it isn't `name`."""
 
 
 def validate(plain: Mapping[str, Any], skip: Collection[str] = ()) -> tuple[dict[str, Any], list[Fault]]:
@@ -115,15 +118,15 @@ def _not_a_section(name: str, hint: Any, value: Any) -> Fault:
 
 
 def _found_by_name(section: str, base: type, value: Mapping[str, Any]) -> tuple[type, Fault | None]:
-    folder = FOUND_BY_NAME[base]
-    name, names = value.get("name"), folder.names()
+    folder, key = FOUND_BY_NAME[base], NAMED_BY.get(base, "name")
+    name, names = value.get(key), folder.names()
     if isinstance(name, str) and name in names:
         return folder.get(name).Config, None
     near = nearest_name(str(name), names)
     return base, Fault(
-        key=f"{section}.name",
-        value=words.typed(name) if "name" in value else "",
-        problem="there is no such method" if name else "is missing",
+        key=f"{section}.{key}",
+        value=words.typed(name) if key in value else "",
+        problem=f"there is no such {NAMED_BY.get(base, 'method')}" if name else "is missing",
         allowed="one of " + ", ".join(names),
         nearest=near,
         fix=f"{section}={near or names[0]}",

@@ -91,7 +91,7 @@ class PeftSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantSpec:
-    """How weights are held. Only unquantized here; each scheme will be a file in hpcdl/compress/."""
+    """How frozen weights are held; `hpcdl.compress.quant.<scheme>.Config` is what a config becomes."""
 
-    scheme: str = "none"
-    """`none`: weights stay in the training precision."""
+    scheme: str
+    """`none`: weights stay in the training precision; else the name of a file in hpcdl/compress/quant/."""

@@ -1,10 +1,11 @@
-"""Does plain peft read the adapter and find the same loss? Nothing of hpcdl touches the model here.
+"""Does plain peft read the adapter and find the same loss?
 
     python -m hpcdl.worker.check_adapter RUN_DIR
 
 Loads the base with transformers, in the run's precision, and the adapter with
 `peft.PeftModel.from_pretrained`; takes the loss from their own forward pass over the run's held-out rows.
-Prints both losses; exits 1 where they differ by more than the run's precision explains.
+A base that was held in fewer bits is so here too: the one thing of hpcdl. Prints both losses; exits 1 where
+they differ by more than the run's precision explains.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from hpcdl.compress import quant
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.worker.spec import read_spec
@@ -36,7 +39,8 @@ def plain_loss(spec: ExperimentSpec, adapter: Path) -> float:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = json.loads((adapter / "adapter_config.json").read_text())
     dtype = torch.bfloat16 if spec.trainer.precision == "bf16" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=dtype)
+    base: Any = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=dtype)
+    base = quant.get(spec.quant.scheme).apply(spec.quant, base)
     tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
     tokenizer = model.tokenizer_for(spec.model, model.weights_place(spec.model))
     heldout = open_dataset(spec, tokenizer).heldout

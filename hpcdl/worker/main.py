@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from hpcdl.compress import quant
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir, now
 from hpcdl.spec.checkpoint import Found
@@ -39,6 +40,7 @@ def main(run: RunDir) -> None:
 def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> None:
     """The order of things, from spec.yaml to the outcome."""
     spec = read_spec(run.spec_file)
+    quant.hide_unused(spec.quant.scheme)
     device = process.choose_device(spec, who)
     threads = process.set_threads(spec, who, device)
     process.join(who, device)
@@ -73,9 +75,7 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     data = open_dataset(spec, tokenizer)
     net = network.prepare(spec, model.load(spec, place), device)
     size = network.size_of(net.model)
-    found = resume.choose(
-        run, who, control.fingerprint(net.trainable()), device, spec.trainer.resume_from
-    )
+    found = resume.choose(run, who, control.fingerprint(net.trainable()), device, spec.trainer.resume_from)
     first_step = resume.first_step(run, found)
     if grid.dims.world_size == grid.dims.dp_replicate:  # else a part of it will be enough for the device
         net.model.to(device)

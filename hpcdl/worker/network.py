@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hpcdl import compress, parallel
+from hpcdl.compress import quant
 from hpcdl.distributed.decoder import inner
 from hpcdl.distributed.engine import Engine
 from hpcdl.distributed.mesh import Grid
@@ -52,9 +53,10 @@ class Size:
 
 
 def prepare(spec: ExperimentSpec, model: Any, device: torch.device) -> Network:
-    """The loaded model under the fine-tuning method, the same on every rank."""
+    """The loaded model, its weights held as asked for, under the fine-tuning method; the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)  # LoRA's A starts random: the same on every rank
+        model = quant.get(spec.quant.scheme).apply(spec.quant, model)
         model = compress.get(spec.peft.name).apply(spec.peft, model)
     return Network(model=model, autocast=spec.trainer.precision == "bf16", device=device)
 

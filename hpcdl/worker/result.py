@@ -131,7 +131,8 @@ def _save_base(model: Any, folder: Path) -> None:
     """Takes the adapter's layers off a copy of the state dict and saves what is underneath."""
     base = model.get_base_model()
     plain = {
-        name.replace(".base_layer.", "."): tensor
+        # whole again where it is held in fewer bits: what the adapter was trained beside
+        name.replace(".base_layer.", "."): tensor.to(base.dtype)
         for name, tensor in base.state_dict().items()
         if ".lora_" not in name
     }

@@ -1,0 +1,66 @@
+"""How frozen weights are held in fewer bits: one file a scheme, found by name.
+
+A scheme's file holds `Config` (a frozen dataclass below `QuantSpec`), `check(config, spec)` and
+`apply(config, model)`, which comes before the fine-tuning method; torch and what quantizes are imported
+inside `apply` only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from hpcdl.errors import Fault
+from hpcdl.spec import ExperimentSpec, QuantSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OPTIONAL = ("torchao",)
+"""Packages that quantize. transformers and peft import them wherever they are installed: seconds a process."""
+
+
+class Scheme(Protocol):
+    """What a scheme's module offers."""
+
+    Config: type[QuantSpec]
+    NEEDS: tuple[str, ...]
+    """Those of OPTIONAL that it uses."""
+
+    def check(self, config: Any, spec: ExperimentSpec) -> Iterator[Fault]:
+        """Faults of this scheme with this experiment."""
+        ...
+
+    def apply(self, config: Any, model: nn.Module) -> nn.Module:
+        """The model with its weights held so."""
+        ...
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Names of all schemes: the files of this folder."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+
+
+def get(name: str) -> Scheme:
+    """The scheme called `name`.
+
+    Raises:
+        KeyError: there is no such file.
+    """
+    if name not in names():
+        raise KeyError(name)
+    return cast(Scheme, importlib.import_module(f"{__name__}.{name}"))
+
+
+def hide_unused(name: str) -> None:
+    """Has this process do as if quantizers that `name` doesn't need weren't installed (torchao: 2.8 s).
+
+    To be called before transformers is imported; what is imported already stays.
+    """
+    for package in set(OPTIONAL) - set(get(name).NEEDS):
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # find_spec() then says: not there
