@@ -30,7 +30,8 @@ class MeshConfig(ParallelSpec):
     """DDP: size of a gradient bucket, in MiB."""
     reshard_after_forward: bool = True
     """FSDP: let a block's parameters go after the forward pass (ZeRO-3), or keep them until the backward
-    pass is over (ZeRO-2): more memory, less traffic."""
+    pass is over (ZeRO-2): more memory, less traffic. Pipelines with `interleaved_zb`, `zbv` and `dualpipev`
+    always keep them, since they ask for them twice on the way back."""
     cpu_offload: bool = False
     """FSDP: keep shards, gradients and optimizer state in host memory."""
     sequence_parallel: bool = True

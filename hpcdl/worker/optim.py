@@ -28,7 +28,9 @@ def build(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> torch.optim.Op
         for (matrices, _), same in by_kind.items()
     ]
     if spec.name == "sgd":
-        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, fused=True)
+        # torch has no fused SGD for parameters that are split over ranks
+        fused = all(mesh is None for _, mesh in by_kind)
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
 
 

@@ -206,6 +206,16 @@ def test_a_tied_embedding_goes_through_checkpoints_as_one(workers: Workers) -> N
         assert again.evaluations() == pytest.approx(single.evaluations(), rel=1e-5)
 
 
+def test_sgd_of_parameters_that_are_split(workers: Workers) -> None:
+    """Torch has no fused SGD for them; shards of one rank, offloaded, are DTensors too."""
+    common: dict[str, Any] = {"optim__name": "sgd", "trainer__max_steps": 3}
+    split = workers.train(
+        2, **common, parallel__name="pp", parallel__pp=2, parallel__dp_replicate=1,
+        parallel__schedule="gpipe", parallel__cpu_offload=True,
+    )  # fmt: skip
+    assert split.losses() == pytest.approx(workers.train(1, **common).losses(), rel=1e-5)
+
+
 def test_copies_of_a_pipeline_in_rounds(workers: Workers) -> None:
     """What DDP's hooks would miss: gradients of weights computed apart, over several rounds; LoRA, recomputed."""
     common: dict[str, Any] = {
