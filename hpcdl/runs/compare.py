@@ -256,16 +256,18 @@ def speed(steps: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | Non
     """Tokens/s and seconds a step: means over the logged steps.
 
     A mean and no median: strategies that meet every few steps pay for all of them in one. The first line is
-    left out where there are others: it holds what is made ready once.
+    left out where there are others: it holds what is made ready once; so are profiled steps.
 
     Args:
         steps: lines of metrics.jsonl, each the average since the line before it.
     """
     tokens, seconds, count, last = 0.0, 0.0, 0, 0
+    others = any(not line.get("profiled") for line in steps[1:])
     for number, line in enumerate(steps):
         took, rate, step = _number(line.get("step_s")), _number(line.get("tokens_per_s")), int(line["step"])
         passed, last = max(1, step - last), step
-        if took is None or rate is None or (number == 0 and len(steps) > 1):
+        skipped = (number == 0 and len(steps) > 1) or (line.get("profiled") and others)
+        if took is None or rate is None or skipped:
             continue
         tokens, seconds, count = tokens + rate * took * passed, seconds + took * passed, count + passed
     return (tokens / seconds, seconds / count) if seconds else (None, None)

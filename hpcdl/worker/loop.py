@@ -109,9 +109,14 @@ class Stopwatch:
         return took
 
     def read(self, mfu_of: float | None) -> dict[str, Any]:
-        """The averages since the last reading, which starts anew; the last ones where no step was done since."""
+        """The averages since the last reading, which starts anew; the last ones where no step was done since.
+
+        `profiled` is among them where they are a profiled step's own.
+        """
+        more: dict[str, Any] = {}
         if not self.steps and self.profiled is not None:
             self.steps, self.seconds, self.tokens = 1, *self.profiled
+            more = {"profiled": True}
         if not self.steps:
             return self.last
         speed = self.tokens / self.seconds
@@ -119,6 +124,7 @@ class Stopwatch:
             "tokens_per_s": round(speed, 2),
             "step_s": round(self.seconds / self.steps, 6),
             "mfu": None if mfu_of is None else round(speed * mfu_of, 4),
+            **more,
         }
         self.steps, self.seconds, self.tokens, self.profiled = 0, 0.0, 0, None
         return self.last
@@ -156,8 +162,10 @@ def run(parts: Parts, totals: Totals) -> str | None:
             totals.step = parts.progress.step = step
             outcomes = _reached(parts, under, step)
             tokens = sum(outcome.tokens for outcome in outcomes)
-            took = watch.stop(tokens, profiled=profiled is not None)
-        totals.add_time(took, tokens, profiled=profiled is not None)
+            # Where ranks meet every few steps, the measured steps are no others' like: they count too.
+            apart = profiled is not None and parts.engine.period == 1
+            took = watch.stop(tokens, profiled=apart)
+        totals.add_time(took, tokens, profiled=apart)
         if profiled is not None:
             costs[step] = Gathering(profiled.cost.numbers(), parts.engine.device)
         stop = next((outcome.stop for outcome in outcomes if outcome.stop), None)

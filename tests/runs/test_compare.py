@@ -253,6 +253,15 @@ def test_a_run_without_speed_is_no_base(runs_dir: Path) -> None:
     assert "eff.:" not in shown(look(runs_dir)), "nobody is compared with it"
 
 
+def test_profiled_steps_are_left_out_of_the_speed() -> None:
+    def line(step: int, took: float, **more: bool) -> dict[str, Any]:
+        return {"step": step, "step_s": took, "tokens_per_s": 100 / took, **more}
+
+    lines = [line(1, 9.0), line(2, 1.0), line(3, 5.0, profiled=True), line(4, 1.0)]
+    assert compare.speed(lines) == (100.0, 1.0)
+    assert compare.speed([line(1, 9.0), line(2, 5.0, profiled=True)]) == (20.0, 5.0)
+
+
 # --- order
 
 

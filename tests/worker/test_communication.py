@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from hpcdl.spec import MonitorSpec
-from hpcdl.worker import communication, metrics
+from hpcdl.spec.checkpoint import Totals
+from hpcdl.worker import communication, loop, metrics
 from hpcdl.worker.communication import KINDS, Cost, Measurement, chosen_steps, line, summary
 from tests.worker.conftest import Finished, Workers
 
@@ -231,6 +232,22 @@ def test_a_mean_over_the_run() -> None:
     assert plain == {"comm_bytes": 200, "comm_s": 2.0, "comm_exposed_s": 0.0, "comm_share": 0.5}
     # Steps 4, 8 and 10 of 10 talk.
     assert summary([record(4, 1000), record(5, 0)], 10, period=4)["comm_bytes"] == 300
+
+
+def test_profiled_steps_are_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 1.0, 1.0, 11.0, 11.0, 14.0, 14.0, 24.0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    watch, totals = loop.Stopwatch(started=next(clock)), Totals()
+    for profiled in (False, True, False):
+        watch.start()
+        totals.add_time(watch.stop(100, profiled=profiled), 100, profiled=profiled)
+        totals.tokens += 100
+    assert watch.read(None) == {"tokens_per_s": 50.0, "step_s": 2.0, "mfu": None}
+    watch.start()
+    watch.stop(100, profiled=True)  # alone in its line: its own figures, and the line says so
+    assert watch.read(None) == {"tokens_per_s": 10.0, "step_s": 10.0, "mfu": None, "profiled": True}
+    assert (totals.train_s, totals.tokens_per_s) == (14.0, 50.0)
+    assert Totals(tokens=100, train_s=2.0, profiled_s=2.0, profiled_tokens=100).tokens_per_s == 50.0
 
 
 # --- whole runs ------------------------------------------------------------------------------------------
