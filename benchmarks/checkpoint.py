@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=30, help="blocks of the model (default: %(default)s)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--rounds", type=int, default=3, help="pairs that count (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=64, help="tokens a step (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=32, help="tokens a step (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="a process (default: %(default)s)")
     parser.add_argument("--folder", help="where checkpoints go: the disk that is measured (default: $TMPDIR)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -161,7 +161,7 @@ class Worker:
 
         The longest of any process.
         """
-        quiet = median(self._step()[0] for _ in range(3))
+        quiet = median(self._step()[0] for _ in range(2))
         waited = self._save(wait=True)
         self._step()  # what the disk still does
         stalled = self._save(wait=False)

@@ -41,7 +41,10 @@ def choose(
     other = read(Path(resume_from)) if resume_from is not None else None
     seen = other if other is not None and other.step == step else read(path)
     if seen is None:
-        raise HpcdlError(f"{who.node} can't read {path}, which rank 0 can: is the disk shared by all nodes?")
+        raise HpcdlError(
+            f"{who.node} can't read {path if other is None else resume_from}, which rank 0 can:"
+            " is the disk shared by all nodes?"
+        )
     return seen
 
 

@@ -26,7 +26,7 @@ def states() -> dict[str, Any]:
 
 def load(path: Path) -> None:
     """Sets this rank's states to what `states` gave."""
-    state = torch.load(path, weights_only=False)
+    state = torch.load(path, weights_only=True)
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
