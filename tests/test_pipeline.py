@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hpcdl import experiment
+from hpcdl.distributed import stages as layout
 from hpcdl.errors import Fault
-from hpcdl.parallel import _stages
 from hpcdl.spec import ModelShape
 from tests.factory import tiny_plain, tiny_spec
 
@@ -30,7 +30,7 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(blocks: int, stages: int, head:
         sums = [sum(costs[i] for i in part) for part in parts]
         return [*sums[:-1], sums[-1] + head]
 
-    parts = _stages.partition(costs, stages, head=head)
+    parts = layout.partition(costs, stages, head=head)
     assert [block for part in parts for block in part] == list(range(blocks))
     assert len(parts) == stages
     assert all(parts)
@@ -40,23 +40,23 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(blocks: int, stages: int, head:
 
 
 def test_blocks_that_differ_and_a_vocabulary_that_outweighs_them() -> None:
-    assert _stages.partition([4, 1, 1, 1, 1], 2) == [range(1), range(1, 5)]
-    assert sorted(map(len, _stages.partition([1.0] * 10, 3, head=100.0))) == [1, 4, 5]
+    assert layout.partition([4, 1, 1, 1, 1], 2) == [range(1), range(1, 5)]
+    assert sorted(map(len, layout.partition([1.0] * 10, 3, head=100.0))) == [1, 4, 5]
     llama = ModelShape(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, head_dim=64,
     )  # fmt: skip
-    block, head = _stages.block_cost(llama, 1024), _stages.head_cost(llama)
+    block, head = layout.block_cost(llama, 1024), layout.head_cost(llama)
     assert head == 2 * 128256 * 2048
     # Llama-3.2-1B has 60.8M weights a block; attention to 512 tokens on average comes to 4 × 2048 × 512
     assert block == pytest.approx(2 * 60_817_408 + 4 * 2048 * 512, rel=1e-3)
-    parts = _stages.partition([block] * 16, 4, head=head)
+    parts = layout.partition([block] * 16, 4, head=head)
     assert [len(part) for part in parts] == [5, 5, 5, 1]
 
 
 def test_where_stages_lie() -> None:
-    assert [_stages.held_by("loop", rank, 3, 6) for rank in range(3)] == [[0, 3], [1, 4], [2, 5]]
-    assert [_stages.held_by("v", rank, 3, 6) for rank in range(3)] == [[0, 5], [1, 4], [2, 3]]
+    assert [layout.held_by("loop", rank, 3, 6) for rank in range(3)] == [[0, 3], [1, 4], [2, 5]]
+    assert [layout.held_by("v", rank, 3, 6) for rank in range(3)] == [[0, 5], [1, 4], [2, 3]]
 
 
 def faults(processes: int, **dotted: Any) -> dict[str, Fault]:
@@ -68,7 +68,7 @@ def faults(processes: int, **dotted: Any) -> dict[str, Fault]:
     return {fault.key: fault for fault in experiment.check(tiny_plain(**settled)).faults}
 
 
-@pytest.mark.parametrize("schedule", list(_stages.SCHEDULES))
+@pytest.mark.parametrize("schedule", list(layout.SCHEDULES))
 def test_what_fits_has_no_fault(schedule: str) -> None:
     assert not faults(2, parallel__schedule=schedule)
 

@@ -7,5 +7,6 @@ parallelize.py    the order in which everything is put around the model: one fun
 engine.py         what the loop drives: forward and backward, gradient norm, step, evaluation, state
 tensor.py         tensor and sequence parallel
 context.py        attention over a sequence that several ranks share
+stages.py         how a pipeline is laid out: blocks by cost, stages on ranks, what schedules ask for (no torch)
 pipeline.py       pipeline schedules
 """

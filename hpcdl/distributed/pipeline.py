@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.distributed.fsdp import FSDPModule
 
+from hpcdl.distributed import stages as layout
 from hpcdl.distributed.decoder import Stage, cut, inner, is_tied, named_parameters, trunk
 from hpcdl.distributed.engine import Batch, Engine, local, settle
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
 from hpcdl.errors import HpcdlError
-from hpcdl.parallel import _stages
 
 
 def split(config: Any, model: Any, grid: Grid, job: Job) -> list[Stage]:
@@ -43,19 +43,19 @@ def split(config: Any, model: Any, grid: Grid, job: Job) -> list[Stage]:
             f"parallel.pp: a {inner(model).config.model_type} can't be cut into stages, since it computes more"
             " between embedding and loss than its blocks and a matrix; set parallel.pp=1"
         )
-    schedule, ranks = _stages.SCHEDULES[config.schedule], grid.dims.pp
-    count = ranks * _stages.stages_per_rank(config.schedule, config.stages_per_rank)
+    schedule, ranks = layout.SCHEDULES[config.schedule], grid.dims.pp
+    count = ranks * layout.stages_per_rank(config.schedule, config.stages_per_rank)
     blocks, shape = len(trunk(model).layers), inner(model).config
     if blocks < count:
         raise HpcdlError(
             f"parallel.pp={ranks}: the model's {blocks} blocks don't make {count} stages; "
             f"set parallel.pp to {blocks * ranks // count or 1} at most"
         )
-    parts = _stages.partition(
-        [_stages.block_cost(shape, job.seq_len)] * blocks, count, head=_stages.head_cost(shape)
+    parts = layout.partition(
+        [layout.block_cost(shape, job.seq_len)] * blocks, count, head=layout.head_cost(shape)
     )
     tied = _name_of_tied(model)
-    mine = _stages.held_by(schedule.placement, grid.rank("pp"), ranks, count)
+    mine = layout.held_by(schedule.placement, grid.rank("pp"), ranks, count)
     stages = []
     for place in mine:
         part, is_last = parts[place], place == count - 1
@@ -93,15 +93,13 @@ class PipelineEngine(Engine):
             job: its micro-batches are what each step brings.
         """
         super().__init__(stages, grid, job.make_optimizer, autocast=job.autocast)
-        kind, self._ranks = _stages.SCHEDULES[config.schedule], grid.dims.pp
+        kind, self._ranks = layout.SCHEDULES[config.schedule], grid.dims.pp
         self._group, self._rank = grid.group("pp"), grid.rank("pp")
         self._placement, self._count = kind.placement, self._ranks * len(stages)
-        self._places = _stages.held_by(kind.placement, self._rank, self._ranks, self._count)
+        self._places = layout.held_by(kind.placement, self._rank, self._ranks, self._count)
         self._round = config.microbatches or job.micro_batches
         assert job.micro_batches % self._round == 0, "checked before submission"
-        assert not _stages.does_not_fit(config.schedule, self._ranks, self._round), (
-            "checked before submission"
-        )
+        assert not layout.does_not_fit(config.schedule, self._ranks, self._round), "checked before submission"
         self._cp_method = config.cp_method
         self._bucket_bytes = config.bucket_cap_mb * 2**20
         self._shards = any(isinstance(stage, FSDPModule) for stage in stages)
@@ -123,7 +121,7 @@ class PipelineEngine(Engine):
         self._arriving: dict[int, tuple[torch.Size, torch.dtype]] = {}
         self._announced: set[int] = set()
 
-    def _make_schedule(self, kind: _stages.Schedule) -> Any:
+    def _make_schedule(self, kind: layout.Schedule) -> Any:
         stages = [
             pipelining.PipelineStage(stage, place, self._count, self.device, group=self._group)
             for place, stage in zip(self._places, self.stages, strict=True)
@@ -233,7 +231,7 @@ class PipelineEngine(Engine):
             yield stage(inputs, **rest)
 
     def _owner(self, place: int) -> int:
-        return _stages.owner(self._placement, place, self._ranks)
+        return layout.owner(self._placement, place, self._ranks)
 
     def _send(self, place: int, out: Tensor) -> tuple[dist.Work, Tensor]:
         to = dist.get_global_rank(self._group, self._owner(place + 1))

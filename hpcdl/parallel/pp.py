@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hpcdl.distributed import stages as layout
 from hpcdl.errors import Fault
-from hpcdl.parallel import _mesh, _stages
+from hpcdl.parallel import _mesh
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.parallel import ParallelDims
 
@@ -24,14 +25,14 @@ def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -
     """A block a stage at least, and enough micro-batches to fill the pipeline."""
     if dims.pp == 1:
         return
-    schedule, wanted = _stages.SCHEDULES[config.schedule], config.stages_per_rank
+    schedule, wanted = layout.SCHEDULES[config.schedule], config.stages_per_rank
     usual = schedule.stages_per_rank
     if wanted not in (0, usual) and not (schedule.any_number and wanted > 1):
         yield Fault(
             key="parallel.stages_per_rank",
             value=str(wanted),
-            problem=f"the schedule {config.schedule} wants {_stages.wants(config.schedule)} on each rank",
-            allowed=f"0, or {_stages.wants(config.schedule)}",
+            problem=f"the schedule {config.schedule} wants {layout.wants(config.schedule)} on each rank",
+            allowed=f"0, or {layout.wants(config.schedule)}",
             nearest=str(usual),
             fix=f"parallel.stages_per_rank={usual}",
         )
@@ -52,7 +53,7 @@ def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -
 
 
 def _too_few_blocks(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:
-    per_rank = _stages.stages_per_rank(config.schedule, config.stages_per_rank)
+    per_rank = layout.stages_per_rank(config.schedule, config.stages_per_rank)
     blocks = None if spec.model.shape is None else spec.model.shape.num_hidden_layers
     if blocks is None or blocks >= dims.pp * per_rank:
         return
@@ -83,7 +84,7 @@ def _micro_batches_do_not_fit(
         of_a_step: micro-batches of a step on one copy of the pipeline.
     """
     at_once = config.microbatches or of_a_step
-    reason = _stages.does_not_fit(config.schedule, dims.pp, at_once)
+    reason = layout.does_not_fit(config.schedule, dims.pp, at_once)
     if of_a_step % at_once:
         reason = f"a step has {of_a_step} micro-batches, which can't go through the pipeline in rounds of {at_once}"
     if not reason:
@@ -91,7 +92,7 @@ def _micro_batches_do_not_fit(
     fitting = [
         n
         for n in range(1, of_a_step + 1)
-        if of_a_step % n == 0 and not _stages.does_not_fit(config.schedule, dims.pp, n)
+        if of_a_step % n == 0 and not layout.does_not_fit(config.schedule, dims.pp, n)
     ]
     if fitting:
         near = min(fitting, key=lambda n: abs(n - at_once))
@@ -115,12 +116,12 @@ def _batch_is_too_small(
     smaller = [
         size
         for size in range(trainer.micro_batch_size - 1, 0, -1)
-        if rows % size == 0 and not _stages.does_not_fit(config.schedule, dims.pp, rows // size)
+        if rows % size == 0 and not layout.does_not_fit(config.schedule, dims.pp, rows // size)
     ]
     enough = next(
         n
         for n in range(of_a_step + 1, of_a_step + 2 * dims.pp + 2)
-        if not _stages.does_not_fit(config.schedule, dims.pp, n)
+        if not layout.does_not_fit(config.schedule, dims.pp, n)
     )
     larger = enough * trainer.micro_batch_size * dims.data_ranks
     fix = f"trainer.micro_batch_size={smaller[0]}" if smaller else f"trainer.global_batch_size={larger}"

@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.pipelining import schedules
 
 from hpcdl.distributed import pipeline
+from hpcdl.distributed import stages as layout
 from hpcdl.distributed.decoder import Stage, named_parameters
 from hpcdl.errors import HpcdlError
-from hpcdl.parallel import _stages
 from hpcdl.spec.plain import dump_yaml, to_plain
 from tests.factory import tiny_spec
 from tests.worker.conftest import Workers
@@ -33,9 +33,9 @@ def stages_of(model: Any, ranks: int, schedule: str = "1f1b") -> list[list[Stage
 
 def in_order(held: list[list[Stage]], schedule: str) -> list[Stage]:
     """All ranks' stages as the data goes through them."""
-    placement, ranks = _stages.SCHEDULES[schedule].placement, len(held)
+    placement, ranks = layout.SCHEDULES[schedule].placement, len(held)
     count = sum(map(len, held))
-    where = [_stages.held_by(placement, rank, ranks, count) for rank in range(ranks)]
+    where = [layout.held_by(placement, rank, ranks, count) for rank in range(ranks)]
     found = {
         place: stage for rank in range(ranks) for place, stage in zip(where[rank], held[rank], strict=True)
     }
@@ -140,24 +140,24 @@ def test_what_cannot_be_cut_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, kind in _stages.SCHEDULES.items() if kind.stages_per_rank > 1]
+    "name", [name for name, kind in layout.SCHEDULES.items() if kind.stages_per_rank > 1]
 )
 def test_torch_can_schedule_whatever_is_let_through(name: str) -> None:
     """Its constructor orders all passes and messages, and fails where they can't all come about."""
-    kind = _stages.SCHEDULES[name]
+    kind = layout.SCHEDULES[name]
     let_through = 0
     for ranks in (2, 3, 4):
         for per_rank in (2, 3) if kind.any_number else (2,):
             count = ranks * per_rank
-            own = {place: _stages.owner(kind.placement, place, ranks) for place in range(count)}
+            own = {place: layout.owner(kind.placement, place, ranks) for place in range(count)}
             for micro_batches in range(1, 11):
-                if _stages.does_not_fit(name, ranks, micro_batches):
+                if layout.does_not_fit(name, ranks, micro_batches):
                     continue
                 stages = [
                     SimpleNamespace(
                         stage_index=place, num_stages=count, group_size=ranks, group_rank=0, submod=None
                     )
-                    for place in _stages.held_by(kind.placement, 0, ranks, count)
+                    for place in layout.held_by(kind.placement, 0, ranks, count)
                 ]
                 made = getattr(schedules, kind.torch_name)(
                     stages, micro_batches, loss_fn=min, scale_grads=False

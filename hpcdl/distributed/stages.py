@@ -1,6 +1,6 @@
 """How a pipeline is laid out: blocks → stages by cost, stages → ranks, and what each schedule asks for.
 
-Arithmetic only: the login node checks with it what the compute nodes will do with it.
+Arithmetic only, without torch: the login node checks with it what the compute nodes will do with it.
 """
 
 from __future__ import annotations
