@@ -132,7 +132,7 @@ def _axes(panel: Any, rows: Sequence[Row]) -> None:
     panel.set_xlabel("processes")
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
     if not any(len(line.get_xdata()) for line in panel.lines):
         panel.text(0.5, 0.5, "not measured", ha="center", va="center", transform=panel.transAxes, color="0.5")
         panel.set_yticks([])

@@ -542,7 +542,7 @@ def test_one_slip_doesn_t_hide_the_faults_of_other_sections(capsys: pytest.Captu
         "cluster.nodes=5",
         "parallel.tp=2",
         "peft.rank=9000",
-        "data.seq_len=99999",
+        "data.seq_len=99998",
     ]
     assert main(["+experiment=lora_llama", "cluster=slurm_docker", *slips]) == 2
     said = capsys.readouterr().err
