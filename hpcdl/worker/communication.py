@@ -19,7 +19,8 @@ bytes      the size of the larger side of each call on this rank, as nccl-tests 
            that part. hpcdl uses them for a few numbers a step.
            A receive counts in `by_kind` and not in the total: its bytes are the sender's.
 seconds    in which at least one collective was under way, overlapping ones once. Waiting for a slower rank is
-           part of it, on gloo as in NCCL's kernels: a collective lasts until the last rank has come.
+           part of it, on gloo as in NCCL's kernels: a collective lasts until the last rank has come, a receive
+           from when it is posted.
 exposed    those of them in which this process computed nothing (no `aten::` operator on a CPU, no other kernel
            on the GPU): what hiding communication behind computation could still win.
 

@@ -4,9 +4,9 @@ torch's DataLoader does the work; what is here says which rows, in which order. 
 (seed, epoch, global sample index), so what a step reads depends on the step alone: any number of workers, and
 a run resumed at any step on any number of ranks, give the very same batches.
 
-hpcdl's rows are tokens already, memory-mapped: a micro-batch of 4 × 2,048 tokens takes 0.2 ms to build, and 2 to
-4 ms to come through from a worker (2 cores, torch 2.13). So `data.workers` is 0 by default; a worker pays where a
-row is slow to read, on a cold or remote disk.
+hpcdl's rows are tokens already, memory-mapped: the four micro-batches of a step, 4 × 2,048 tokens each, take 1 ms
+to build, and 8 to 18 ms to come through from a worker (2 busy cores; benchmarks/data_workers.py). So
+`data.workers` is 0 by default; a worker pays where a row is slow to read, on a cold or remote disk.
 
 Workers are forked: ready after 0.05 s, with 10 MB of their own; a clean start (forkserver, spawn) takes 1.3 to
 1.7 s and 145 MB for importing torch, on every rank. What makes forking beside gloo's, CUDA's and OpenMP's
