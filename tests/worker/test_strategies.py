@@ -116,6 +116,7 @@ CASES = [
     case("cp_fsdp", 4, *ALL, name="cp", cp=2, dp_replicate=1, dp_shard=2),
     case("cp_ddp", 4, name="cp", cp=2, dp_replicate=2),
     case("cp_tp", 4, "packed", "lora", name="cp", cp=2, dp_replicate=1, tp=2),
+    case("pp_cp", 4, "packed", "lora", name="pp", pp=2, dp_replicate=1, cp=2),
 ]  # fmt: skip
 POINTS = [(c, variant) for c in CASES for variant in c.variants]
 

@@ -8,6 +8,7 @@ inside `apply` only.
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,15 @@ def get(name: str) -> Scheme:
 def hide_unused(name: str) -> None:
     """Has this process do as if quantizers that `name` doesn't need weren't installed (torchao: 2.8 s).
 
-    To be called before transformers is imported; what is imported already stays.
+    Those that it needs come without their warnings at import. To be called before transformers is imported;
+    what is imported already stays.
     """
-    for package in set(OPTIONAL) - set(get(name).NEEDS):
-        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # find_spec() then says: not there
+    for package in OPTIONAL:
+        if package in get(name).NEEDS:
+            for logger in (
+                package,
+                "torch.utils._pytree",
+            ):  # tell of other devices' kernels, of names to come
+                logging.getLogger(logger).setLevel(logging.ERROR)
+        else:
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # find_spec() then says: not there

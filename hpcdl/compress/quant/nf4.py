@@ -1,7 +1,8 @@
 """QLoRA: the frozen base in 4-bit NormalFloat, a low-rank update trained beside it.
 
 16 levels at the quantiles of a normal distribution; 64 weights share a scale, and the scales are held in 8
-bits themselves (double quantization): 4.13 bits a weight. A matrix is made whole again for each product.
+bits themselves (double quantization): 4.13 bits a weight, or a little more. Each product makes its matrix whole
+again.
 
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023, sections 3 and 4;
 torchao's NF4Tensor, the one that FSDP2 can shard (bitsandbytes' loses its scales there).
