@@ -53,6 +53,7 @@ TP2 = (2, {"name": "tp", "tp": 2})
 PP2 = (2, {"name": "pp", "pp": 2, "dp_replicate": 1})
 CP2 = (2, {"name": "cp", "cp": 2, "dp_replicate": 1})
 LOCAL3 = (3, {"name": "local_sgd", "sync_every": 3})
+SERVER3 = (3, {"name": "param_server"})
 CP_FSDP4 = (4, {"name": "cp", "cp": 2, "dp_replicate": 1, "dp_shard": 2})
 Strategy = tuple[int, dict[str, Any]]
 
@@ -63,6 +64,7 @@ CHAINS: dict[str, tuple[dict[str, Any], list[Strategy]]] = {
     "pp2-fsdp3-tp2-ddp1": ({}, [PP2, FSDP3, TP2, ONE]),
     "pp2-fsdp3-tp2-ddp1-untied": (UNTIED, [PP2, FSDP3, TP2, ONE]),
     "tp2-pp2-cp2-fsdp3-lora": (LORA, [TP2, PP2, CP2, FSDP3]),
+    "server3-fsdp2-server3-one": ({}, [SERVER3, FSDP2, SERVER3, ONE]),
     "cp_fsdp4-pp2-ddp3-tp2": (UNEVEN, [CP_FSDP4, PP2, DDP3, TP2]),
 }
 
@@ -94,6 +96,30 @@ def test_a_chain_of_strategies_and_world_sizes_is_one_curve(workers: Workers, ch
             [] if weights is None else [(begin, str(weights))]
         )
         weights = run.checkpoints / f"step-{begin + 2:08d}"
+
+
+ASYNCHRONOUS = {
+    "hogwild": (2, {"name": "hogwild"}),
+    "param_server": (2, {"name": "param_server", "mode": "async"}),
+    "diloco": (3, {"name": "diloco", "sync_every": 3}),
+}
+
+
+@pytest.mark.parametrize("strategy", ASYNCHRONOUS)
+def test_what_has_no_curve_of_its_own_is_gone_on_from_too(workers: Workers, strategy: str) -> None:
+    """Two others that go on from its checkpoint agree; it goes on itself and learns."""
+    own = ASYNCHRONOUS[strategy]
+    first = workers.train(own[0], **COMMON, **under(own))
+    resume = {"trainer__resume_from": str(first.run.checkpoints / "step-00000004")}
+    again, one, sharded = (
+        workers.train(ranks, **COMMON, **under((ranks, config)), **resume)
+        for ranks, config in (own, ONE, FSDP2)
+    )
+    assert len(one.losses()) == STEPS - 4
+    assert one.losses() == pytest.approx(sharded.losses(), rel=1e-5)
+    assert one.losses()[0] < first.losses()[1]
+    assert again.evaluations()[4] == pytest.approx(one.evaluations()[4], rel=1e-5)
+    assert again.losses()[-1] < again.losses()[0]
 
 
 # --- resume_from
