@@ -35,6 +35,33 @@ def test_ddp_across_nodes_gives_the_loss_of_one_process(cluster: Cluster) -> Non
     assert all(f"[rank {rank}]" in logs for rank in range(4)), logs
 
 
+def test_every_strategy_across_nodes_has_the_losses_of_ddp(cluster: Cluster) -> None:
+    """One array of 2 nodes × 2 processes; a point that can't be is left out, and the others go on."""
+    common = (
+        *TINY, "trainer.max_steps=6", "trainer.global_batch_size=12", "trainer.micro_batch_size=1",
+        "model.shape.num_hidden_layers=4", "trainer.checkpoint_every=3",
+    )  # fmt: skip
+    runs = cluster.launch(
+        *common, "-m", "parallel=ddp,fsdp,tp,pp,cp,hogwild", "cluster.nodes=2", "cluster.processes_per_node=2",
+        "cluster.array_parallelism=1",
+    )  # fmt: skip
+    assert len(runs) == 5, "hogwild shares the memory of one machine"
+    assert len({run.array_id for run in runs}) == 1
+    for status in cluster.wait_done(runs, limit_s=900):
+        assert (status["nodes"], status["world_size"], status["step"], status["exit_code"]) == (2, 4, 6, 0)
+    expected = cluster.losses(runs[0])
+    for run in runs[1:]:
+        assert cluster.losses(run) == pytest.approx(expected, rel=1e-5), cluster.story(run.run_id)
+    # What the pipeline had learnt by step 3 goes on under FSDP on three processes.
+    more = cluster.launch_one(
+        *common, "parallel=fsdp", f"trainer.resume_from={runs[3].run_dir}/checkpoints/step-00000003",
+        "cluster.nodes=3", "cluster.processes_per_node=1",
+    )  # fmt: skip
+    (status,) = cluster.wait_done([more])
+    assert (status["world_size"], status["step"], status["exit_code"]) == (3, 6, 0)
+    assert cluster.losses(more) == pytest.approx({step: expected[step] for step in (4, 5, 6)}, rel=1e-5)
+
+
 def test_the_main_job_runs_on_two_nodes(cluster: Cluster) -> None:
     done = cluster.run(
         "hpcdl", "launch", "+experiment=lora_llama", "cluster=slurm_docker", "cluster.nodes=2",
