@@ -51,6 +51,9 @@ class HogwildEngine(Engine):
         self._bound = (self._processes - 1) * (2 * max_staleness + 1)
         self._begun = False
         self._seen = 0
+        for options in self.optimizer.param_groups:
+            if "betas" in options:  # one update of this process's is one of `processes`
+                options["betas"] = tuple(beta**self._processes for beta in options["betas"])
         counters = torch.zeros(self._processes, 3, dtype=torch.int64)
         weights = [p.detach() for p in self.trainable.values()]
         shared = share([counters, *weights], first=self._rank == 0)

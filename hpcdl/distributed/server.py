@@ -89,10 +89,6 @@ class Server:
         self._fetches: list[tuple[int, Future[Weights]]] = []
         self._snapshot: Weights | None = None
         self._lock = threading.Lock()
-        if asynchronous:
-            for group in self.optimizer.param_groups:
-                if "betas" in group:
-                    group["betas"] = tuple(beta ** (1 / workers) for beta in group["betas"])
 
     def fetch(self, worker: int) -> Future[Weights]:
         """The newest weights, once no worker is more than `max_staleness` steps behind this one."""

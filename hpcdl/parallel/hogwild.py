@@ -6,9 +6,10 @@ Every process reads the weights while others write them, and adds its own update
 processes make to the same number at the same moment may be lost. A step is one global batch and makes as many
 updates as there are processes, each of one process's share with 1/processes of the learning rate: with SGD
 the sum of a step's updates is one synchronous step. The optimizer's state is each process's own, made of
-its own gradients only: SGD's momentum buffers then add up to the synchronous one, and AdamW's second moments
-are those of smaller batches. Each process clips its own gradient; `grad_norm` is the root mean square of
-their norms. Runs are not reproducible to the last bit, by nature.
+its own gradients only. SGD's momentum buffers then add up to the synchronous one. AdamW's `betas` are taken
+to the power of the number of processes, so that its averages reach back over as many updates of all processes
+as they say: with longer ones it was seen to learn much slower. Each process clips its own gradient;
+`grad_norm` is the root mean square of their norms. No two runs are the same to the last bit, by nature.
 
 `max_staleness` = s is the number of steps by which the processes may run apart: step c begins only when every
 process has finished step c - s - 1. An update's staleness, the number of other processes' updates since this

@@ -12,9 +12,11 @@ mean; every worker gets the new weights. The same numbers as DDP.
 
 `mode=async`: each gradient is applied when it comes. A step is still one global batch, and makes as many
 updates as there are workers, each with 1/workers of the learning rate: with SGD (its momentum too) a
-gradient moves the weights as far as in one synchronous step. AdamW's `betas` become their workers-th root,
-so that its averages reach back over as many tokens as they would synchronously. Each gradient is clipped by
-itself; `grad_norm` is the root mean square of the workers' norms.
+gradient moves the weights as far as in one synchronous step. The optimizer's averages reach back over as many
+updates as `optim.betas` and `optim.momentum` say, so over fewer tokens than synchronously; asynchrony adds
+momentum of its own (Mitliagkas et al., "Asynchrony begets Momentum", Allerton 2016), and AdamW with longer
+ones was seen to learn much slower. Each gradient is clipped by itself; `grad_norm` is the root mean square of
+the workers' norms.
 
 A push's staleness is the number of updates that the server has made between this worker's fetch and its
 push. `max_staleness` = s bounds it as Ho et al. do: a worker begins step c only when every worker has

@@ -26,7 +26,7 @@ def test_one_process_is_plain_training(workers: Workers) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_converges_on_a_convex_problem(workers: Workers, optimizer: str) -> None:
-    how = {"optimizer": optimizer, "rate": 0.5 if optimizer == "sgd" else 0.05, "max_norm": 1.0}
+    how = {"optimizer": optimizer, "rate": 0.5 if optimizer == "sgd" else 0.05, "max_norm": 1.0, "steps": 200}
     one = convex(workers, "one", 1, **how)
     hogwild = convex(workers, "hogwild", 4, settings={"max_staleness": 2}, **how)
     assert one["final"] < 0.8 * one["losses"][0]
@@ -53,7 +53,7 @@ def test_momentum_adds_up_to_the_synchronous_one(workers: Workers) -> None:
 
 def test_llama_comes_close_to_ddp(workers: Workers) -> None:
     before = set(Path("/dev/shm").iterdir())
-    case = {"trainer__max_steps": 30, "trainer__eval_every": 10}
+    case = {"trainer__max_steps": 30, "optim__lr": 0.003}
     ddp = workers.train(2, **case)
     hogwild = workers.train(4, **HOGWILD, **case)
     last = hogwild.evaluations()[30]

@@ -68,17 +68,6 @@ def test_asynchronous_applies_at_once_a_share_of_the_rate() -> None:
     assert made.staleness.tolist() == [2, 1, 1]
 
 
-def test_adamw_reaches_as_far_back_in_tokens() -> None:
-    from hpcdl.distributed.server import Server
-
-    made = Server(
-        [nn.Parameter(torch.zeros(2))], lambda p: torch.optim.AdamW(p, betas=(0.9, 0.95)), 4,
-        asynchronous=True, max_staleness=0,
-    )  # fmt: skip
-    betas = made.optimizer.param_groups[0]["betas"]
-    assert [beta**4 for beta in betas] == pytest.approx([0.9, 0.95])
-
-
 def test_who_is_ahead_waits_for_the_slowest() -> None:
     """Stale synchronous parallel: after s + 1 steps that another has not done, no weights are given out."""
     made = server(2, asynchronous=True, max_staleness=1)
@@ -130,7 +119,7 @@ def test_one_worker_needs_no_rendezvous_of_its_own(workers: Workers) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_asynchronous_converges_on_a_convex_problem(workers: Workers, optimizer: str) -> None:
-    how = {"optimizer": optimizer, "rate": 0.5 if optimizer == "sgd" else 0.05, "max_norm": 1.0}
+    how = {"optimizer": optimizer, "rate": 0.5 if optimizer == "sgd" else 0.05, "max_norm": 1.0, "steps": 200}
     one = convex(workers, "one", 1, **how)
     settings = {"asynchronous": True, "max_staleness": 2, "timeout_s": 60}
     served = convex(workers, "param_server", 4, settings=settings, **how)
@@ -150,7 +139,7 @@ def test_a_slow_worker_stays_within_the_bound(workers: Workers, max_staleness: i
 
 
 def test_asynchronous_llama_comes_close_to_ddp(workers: Workers) -> None:
-    case = {"trainer__max_steps": 30, "trainer__eval_every": 10}
+    case = {"trainer__max_steps": 30, "optim__lr": 0.003}
     ddp = workers.train(2, **case)
     served = workers.train(4, **ASYNC, **case)
     last = served.evaluations()[30]
