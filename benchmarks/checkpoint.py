@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, processes: int, scratch: Path) -> dict[str, An
         **found,
         "processes": processes,
         "ratio": ratio.median,
-        "ratio_text": str(ratio),
+        "ratio_text": f"{ratio.median:.3f} ({ratio.low:.3f}–{ratio.high:.3f})",
         "slowed_s": [round(seconds, 3) for seconds in slowed],
     }
 
