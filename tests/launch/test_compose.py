@@ -176,7 +176,7 @@ def test_every_file_of_a_group_has_every_key(composer: Composer, group: str, opt
     section = ours(composer, [f"{group}={option}"])[group]
     hint = sections.top_level()[group]
     if hint in sections.FOUND_BY_NAME:
-        hint = sections.FOUND_BY_NAME[hint].get(section["name"]).Config
+        hint = sections.FOUND_BY_NAME[hint].get(section[sections.NAMED_BY.get(hint, "name")]).Config
     assert set(section) == set(words.hints(hint))
 
 
