@@ -358,7 +358,7 @@ class ServerEngine(Engine):
         if self._server is None:
             return {}
         count, total, most = self._server.staleness.tolist()
-        return {"staleness_mean": round(total / max(1.0, count), 4), "staleness_max": most}
+        return {"staleness_mean": round(total / max(1.0, count), 4), "staleness_max": int(most)}
 
     def close(self) -> None:
         """Leaves the server's weights in rank 0's model, and ends RPC."""
