@@ -1,4 +1,4 @@
-"""The torch side of the strategies: what `apply()` and `build()` of hpcdl/parallel/ call on compute nodes.
+"""The torch side of the strategies: what `build()` of hpcdl/parallel/ calls on compute nodes.
 
 mesh.py           this rank's place in the device mesh
 decoder.py        a Llama-like decoder as stages: blocks, cuts, names that stay the whole model's
@@ -9,4 +9,8 @@ tensor.py         tensor and sequence parallel
 context.py        attention over a sequence that several ranks share
 stages.py         how a pipeline is laid out: blocks by cost, stages on ranks, what schedules ask for (no torch)
 pipeline.py       pipeline schedules
+local.py          copies that are averaged now and then: local SGD, DiLoCo
+server.py         parameter server over RPC
+hogwild.py        one copy in shared memory, no locks
+collectives.py    many tensors in few collectives
 """

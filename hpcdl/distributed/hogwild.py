@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpcdl.distributed.collectives import average
 from hpcdl.distributed.engine import Batch, Engine
-from hpcdl.distributed.local import average, root_mean_square
+from hpcdl.distributed.local import root_mean_square
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
 from hpcdl.errors import HpcdlError

@@ -8,20 +8,18 @@ tied weights when it saves the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpcdl.distributed.collectives import average
 from hpcdl.distributed.decoder import Stage, blocks
 from hpcdl.distributed.engine import Batch, Engine, prime
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job, checkpoint_activations
 
-BUCKET_BYTES = 64 * 2**20
-"""How much is averaged at a time."""
 MOST_LAG = 8
 """Between averages ranks needn't wait for one another, but a stop is heard this many steps late."""
 
@@ -39,32 +37,6 @@ def alone(model: nn.Module, grid: Grid, job: Job) -> Stage:
 def root_mean_square(norms: Tensor) -> float:
     """Of the norms of ranks that each have a gradient of their own, `(ranks,)`."""
     return math.sqrt(math.fsum(norms.square().tolist()) / len(norms))
-
-
-def average(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Sets tensors to their mean over a group's ranks, in place; the same to the last bit on each."""
-    ranks = dist.get_world_size(group)
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        dist.all_reduce(flat, group=group)
-        flat.div_(ranks)
-        parts = torch.split(flat, [tensor.numel() for tensor in bucket])
-        for tensor, part in zip(bucket, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for same in by_dtype.values():
-        bucket: list[Tensor] = []
-        for tensor in same:
-            if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket = []
-            bucket.append(tensor)
-        yield bucket
 
 
 class LocalEngine(Engine):
@@ -166,9 +138,11 @@ class LocalEngine(Engine):
             for name, value in live.items()
             if self._apart or not (self._with_optimizer or name.startswith("model."))
         }
+        # Copies: an evaluation puts other weights into the live ones for a while, and a save may still read.
+        own = {name: value.clone() for name, value in differing.items()}
         averages = {name: value.clone() for name, value in differing.items()}
         average(averages.values(), self._group)
-        return live | averages | self._rows(differing)
+        return live | averages | self._rows(own)
 
     def _rows(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         from torch.distributed.tensor import DTensor, Shard

@@ -19,6 +19,7 @@ from torch.distributed import pipelining
 from torch.distributed.fsdp import FSDPModule
 
 from hpcdl.distributed import stages as layout
+from hpcdl.distributed.collectives import average
 from hpcdl.distributed.decoder import Stage, cut, inner, is_tied, named_parameters, trunk
 from hpcdl.distributed.engine import Batch, Engine, local, settle
 from hpcdl.distributed.mesh import Grid
@@ -338,28 +339,3 @@ class Tie:
 def _gradient(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None, "checked after the backward passes"
     return local(parameter.grad)
-
-
-def average(grads: Iterable[Tensor], group: dist.ProcessGroup, bucket_bytes: int) -> None:
-    """Sets gradients to their mean over a group's ranks, many in one collective."""
-    under_way: list[tuple[list[Tensor], Tensor, Any]] = []
-    for bucket in _buckets(grads, bucket_bytes):
-        flat = torch.cat([grad.flatten() for grad in bucket]).div_(group.size())
-        under_way.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
-    for bucket, flat, work in under_way:
-        work.wait()
-        sums = torch.split(flat, [grad.numel() for grad in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(sums, bucket, strict=True)])
-
-
-def _buckets(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one dtype, together no more than `size` bytes unless one alone is."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        full = sum(each.nbytes for each in bucket) + tensor.nbytes > size
-        if bucket and (full or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket

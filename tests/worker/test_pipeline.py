@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.pipelining import schedules
 
-from hpcdl.distributed import pipeline
+from hpcdl.distributed import collectives, pipeline
 from hpcdl.distributed import stages as layout
 from hpcdl.distributed.decoder import Stage, named_parameters
 from hpcdl.errors import HpcdlError
@@ -170,7 +170,7 @@ def test_torch_can_schedule_whatever_is_let_through(name: str) -> None:
 def test_buckets_hold_one_dtype_and_no_more_than_their_size() -> None:
     tensors = [torch.zeros(n, dtype=d) for n, d in [(4, torch.float32), (4, torch.float32), (2, torch.float32),
                (8, torch.bfloat16), (100, torch.bfloat16), (1, torch.float32)]]  # fmt: skip
-    sizes = [[t.numel() for t in bucket] for bucket in pipeline._buckets(tensors, 32)]
+    sizes = [[t.numel() for t in bucket] for bucket in collectives.buckets(tensors, 32)]
     assert sizes == [[4, 4], [2], [8], [100], [1]]
 
 
