@@ -59,7 +59,8 @@ test-fast: $(READY) ## logic only: seconds, no torch processes, no cluster
 test-slurm: $(READY) ## only the tests on the cluster in Docker
 	@$(BIN)/python -m pytest tests/slurm
 
-test-all: test ## test, then tests/slurm on each Slurm that Debian has (22.05 was run by test)
+test-all: test ## test, then the slow tests, and tests/slurm on each Slurm that Debian has (22.05 was run by test)
+	@HPCDL_SLOW=1 $(BIN)/python -m pytest -m slow
 	@for release in trixie sid; do \
 	    echo "== tests/slurm on Debian $$release"; \
 	    COMPOSE_PROJECT_NAME=hpcdl-$$release DEBIAN_RELEASE=$$release HPCDL_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest tests/slurm; \

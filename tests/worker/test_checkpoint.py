@@ -73,7 +73,12 @@ def under(strategy: Strategy) -> dict[str, Any]:
     return {f"parallel__{key}": value for key, value in strategy[1].items()}
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+QUICK = {"ddp4-fsdp2-ddp3-one", "pp2-fsdp3-tp2-ddp1", "tp2-pp2-cp2-fsdp3-lora"}
+
+
+@pytest.mark.parametrize(
+    "chain", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CHAINS]
+)
 def test_a_chain_of_strategies_and_world_sizes_is_one_curve(workers: Workers, chain: str) -> None:
     """Each goes on from the checkpoint that the one before it made in the middle of its training."""
     more, strategies = CHAINS[chain]
