@@ -160,8 +160,9 @@ def run(parts: Parts, totals: Totals) -> str | None:
             watch.start()
             under.append(train_step(parts, step))
             totals.step = parts.progress.step = step
+            # Of the step that takes this time, though the others may report theirs later.
+            tokens = under[-1].tokens
             outcomes = _reached(parts, under, step)
-            tokens = sum(outcome.tokens for outcome in outcomes)
             # Where ranks meet every few steps, the measured steps are no others' like: they count too.
             apart = profiled is not None and parts.engine.period == 1
             took = watch.stop(tokens, profiled=apart)

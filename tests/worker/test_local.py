@@ -77,6 +77,15 @@ def test_rarer_averages_still_converge(workers: Workers) -> None:
         assert local["losses"] != pytest.approx(one["losses"], rel=1e-3)
 
 
+def test_speed_is_that_of_the_steps_which_took_the_time(workers: Workers) -> None:
+    """Numbers of a step come in later than it is done: neither its tokens nor its seconds count twice."""
+    done = workers.train(2, **{**LOCAL, "parallel__sync_every": 5, "trainer__max_steps": 12})
+    lines = [m for m in done.run.metrics() if "loss" in m]
+    assert [m["step"] for m in lines] == list(range(1, 13))
+    for line in lines:
+        assert line["tokens_per_s"] * line["step_s"] == pytest.approx(lines[-1]["tokens"] / 12, rel=0.2)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "local_sgd": {**LOCAL, "parallel__sync_every": 7},
     "local_sgd with optimizer": {
