@@ -30,7 +30,7 @@ COMMON: dict[str, Any] = {
     "model__shape__num_hidden_layers": 4,
     "model__shape__max_position_embeddings": 80,
 }
-LORA = {"peft__name": "lora", "peft__rank": 4, "optim__lr": 0.002}
+LORA = {"peft__name": "lora", "peft__rank": 4, "optim__lr": 0.001}
 VARIANTS: dict[str, dict[str, Any]] = {
     "packed": {},
     "untied": {"model__shape__tie_word_embeddings": False, "model__shape__vocab_size": 261},
