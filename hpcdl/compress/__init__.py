@@ -6,12 +6,10 @@ A method's file holds `Config` (a frozen dataclass below `PeftSpec`), `check(con
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hpcdl.byname import Folder
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, PeftSpec
 
@@ -33,19 +31,5 @@ class Method(Protocol):
         ...
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Names of all methods: the files of this folder."""
-    modules = pkgutil.iter_modules(__path__)
-    return tuple(sorted(m.name for m in modules if not m.ispkg and not m.name.startswith("_")))
-
-
-def get(name: str) -> Method:
-    """The method called `name`.
-
-    Raises:
-        KeyError: there is no such file.
-    """
-    if name not in names():
-        raise KeyError(name)
-    return cast(Method, importlib.import_module(f"{__name__}.{name}"))
+_folder: Folder[Method] = Folder(__name__, __path__)
+names, get = _folder.names, _folder.get

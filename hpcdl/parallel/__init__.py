@@ -11,12 +11,10 @@ These files are read on the login node too: torch, and hpcdl.distributed, are im
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hpcdl.byname import Folder
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, ParallelSpec
 
@@ -40,18 +38,5 @@ class Strategy(Protocol):
         ...
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Names of all strategies: the files of this folder."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
-
-
-def get(name: str) -> Strategy:
-    """The strategy called `name`.
-
-    Raises:
-        KeyError: there is no such file.
-    """
-    if name not in names():
-        raise KeyError(name)
-    return cast(Strategy, importlib.import_module(f"{__name__}.{name}"))
+_folder: Folder[Strategy] = Folder(__name__, __path__)
+names, get = _folder.names, _folder.get

@@ -7,14 +7,12 @@ inside `apply` only.
 
 from __future__ import annotations
 
-import importlib
 import logging
-import pkgutil
 import sys
 from collections.abc import Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hpcdl.byname import Folder
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, QuantSpec
 
@@ -41,21 +39,8 @@ class Scheme(Protocol):
         ...
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Names of all schemes: the files of this folder."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
-
-
-def get(name: str) -> Scheme:
-    """The scheme called `name`.
-
-    Raises:
-        KeyError: there is no such file.
-    """
-    if name not in names():
-        raise KeyError(name)
-    return cast(Scheme, importlib.import_module(f"{__name__}.{name}"))
+_folder: Folder[Scheme] = Folder(__name__, __path__)
+names, get = _folder.names, _folder.get
 
 
 def hide_unused(name: str) -> None:
