@@ -9,7 +9,7 @@ inherit from it and change what differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -140,14 +140,7 @@ class Engine:
         A checkpoint is copied from it while training goes on: what anything but this rank's own `step`
         changes is to be given as a copy.
         """
-        prime(self.optimizer)
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.trainable.items():
-            found[f"model.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                if key != "step":
-                    found[f"optimizer.{name}.{key}"] = value
-        return found
+        return live_state(self.trainable, self.optimizer)
 
     def restored(self, step: int, keys: frozenset[str]) -> None:
         """Called after a checkpoint was loaded into `state()`.
@@ -156,9 +149,7 @@ class Engine:
             step: the step that it was saved at.
             keys: the names that it had; `own.…` of another strategy or world size are not among them.
         """
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(float(step))
+        set_steps(self.optimizer, step)
 
     # --- what it measured ---------------------------------------------------------------------------------
 
@@ -268,6 +259,36 @@ def clip(parameters: Iterable[nn.Parameter], norm: float, max_norm: float | None
         return
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+
+
+def live_state(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and their optimizer's state by the names of `Engine.state`: the very tensors."""
+    prime(optimizer)
+    found: dict[str, Tensor] = {}
+    for name, parameter in named.items():
+        found[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            if key != "step":
+                found[f"optimizer.{name}.{key}"] = value
+    return found
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Tells the optimizer how many steps its state is of."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(float(steps))
+
+
+def staleness_report(updates: float, total: float, most: float) -> dict[str, float]:
+    """What an asynchronous engine reports: mean and maximum over all updates so far.
+
+    Args:
+        updates: how many there were.
+        total: the sum of their staleness.
+        most: its maximum.
+    """
+    return {"staleness_mean": round(total / max(1.0, updates), 4), "staleness_max": int(most)}
 
 
 def prime(optimizer: torch.optim.Optimizer) -> None:

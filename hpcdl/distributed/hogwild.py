@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpcdl.distributed.collectives import average
-from hpcdl.distributed.engine import Batch, Engine
+from hpcdl.distributed.engine import Batch, Engine, staleness_report
 from hpcdl.distributed.local import root_mean_square
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
@@ -95,11 +95,12 @@ class HogwildEngine(Engine):
 
     def report(self) -> dict[str, float]:
         """Mean and maximum of all updates' staleness, in updates of other processes."""
+        return staleness_report(*self._staleness())
+
+    def _staleness(self) -> tuple[int, int, int]:
+        """Of all processes together: updates, sum and maximum of their staleness."""
         updates, total = self._counters[:, :2].sum(dim=0).tolist()
-        return {
-            "staleness_mean": round(total / max(1, updates), 4),
-            "staleness_max": int(self._counters[:, 2].max()),
-        }
+        return updates, total, int(self._counters[:, 2].max())
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -112,9 +113,7 @@ class HogwildEngine(Engine):
         if self._begun:
             found = {name: value.clone() for name, value in found.items()}
             average([v for name, v in found.items() if name.startswith("optimizer.")], self._group)
-        count, total = self._counters[:, :2].sum(dim=0).tolist()
-        most = int(self._counters[:, 2].max())
-        self._loaded = torch.tensor([count, total, most], dtype=torch.int64)
+        self._loaded = torch.tensor(self._staleness(), dtype=torch.int64)
         dist.barrier()
         return found | {STALENESS: self._loaded} if self._rank == 0 else {}
 

@@ -22,7 +22,16 @@ from torch.autograd.profiler import record_function
 from torch.distributed import rpc
 from torch.futures import Future
 
-from hpcdl.distributed.engine import Batch, Engine, MakeOptimizer, clip, prime, squares
+from hpcdl.distributed.engine import (
+    Batch,
+    Engine,
+    MakeOptimizer,
+    clip,
+    live_state,
+    set_steps,
+    squares,
+    staleness_report,
+)
 from hpcdl.distributed.local import root_mean_square
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
@@ -333,32 +342,21 @@ class ServerEngine(Engine):
         return found
 
     def _of(self, server: Server) -> dict[str, Tensor]:
-        prime(server.optimizer)
-        found = {STALENESS: server.staleness}
-        for name, parameter in zip(self.trainable, server.parameters, strict=True):
-            found[f"model.{name}"] = parameter.detach()
-            for key, value in server.optimizer.state[parameter].items():
-                if key != "step":
-                    found[f"optimizer.{name}.{key}"] = value
-        return found
+        named = dict(zip(self.trainable, server.parameters, strict=True))
+        return live_state(named, server.optimizer) | {STALENESS: server.staleness}
 
     def restored(self, step: int, keys: frozenset[str]) -> None:
         """The server's optimizer has made more steps where each push is one; workers are to fetch."""
         if self._server is not None:
-            steps = step * (self.grid.dims.dp_replicate if self._asynchronous else 1)
-            for state in self._server.optimizer.state.values():
-                if "step" in state:
-                    state["step"].fill_(float(steps))
+            updates = self.grid.dims.dp_replicate if self._asynchronous else 1
+            set_steps(self._server.optimizer, step * updates)
             self._server.forget()
         self._newest = False
         dist.barrier()
 
     def report(self) -> dict[str, float]:
         """Mean and maximum of all pushes' staleness, in updates."""
-        if self._server is None:
-            return {}
-        count, total, most = self._server.staleness.tolist()
-        return {"staleness_mean": round(total / max(1.0, count), 4), "staleness_max": int(most)}
+        return {} if self._server is None else staleness_report(*self._server.staleness.tolist())
 
     def close(self) -> None:
         """Leaves the server's weights in rank 0's model, and ends RPC."""
