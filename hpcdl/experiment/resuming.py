@@ -45,19 +45,15 @@ def goes_on(trainer: TrainerSpec, seed: int) -> Iterator[Fault]:
             nearest=str(found.step),
             fix=f"trainer.max_steps={2 * found.step}",
         )
-    for key, theirs, ours in (
-        ("seed", found.seed, seed),
-        ("trainer.global_batch_size", found.global_batch_size, trainer.global_batch_size),
-    ):
-        if theirs is not None and theirs != ours:
-            yield Fault(
-                key=key,
-                value=str(ours),
-                problem=f"the run that trainer.resume_from names has {theirs}: other batches would come next",
-                allowed=str(theirs),
-                nearest=str(theirs),
-                fix=f"{key}={theirs}",
-            )
+    for key, theirs, ours in found.other_batches(seed, trainer.global_batch_size):
+        yield Fault(
+            key=key,
+            value=str(ours),
+            problem=f"the run that trainer.resume_from names has {theirs}: other batches would come next",
+            allowed=str(theirs),
+            nearest=str(theirs),
+            fix=f"{key}={theirs}",
+        )
 
 
 def _place(given: str, runs_dir: Path) -> Path | Fault:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,14 @@ class Found:
     def step(self) -> int:
         """Steps done."""
         return self.totals.step
+
+    def other_batches(self, seed: int, global_batch_size: int) -> Iterator[tuple[str, int, int]]:
+        """Why a run would not get the batches that come next: keys, the checkpoint's value, the run's."""
+        if self.seed != seed:
+            yield "seed", self.seed, seed
+        known = self.global_batch_size
+        if known is not None and known != global_batch_size:
+            yield "trainer.global_batch_size", known, global_batch_size
 
 
 def name_of(step: int) -> str:

@@ -266,7 +266,6 @@ class Checkpointer:
             rng.seed_all(found.seed, self._who.rank, found.step)
 
     def _must_go_on_alike(self, found: Found) -> None:
-        size = self._spec.trainer.global_batch_size
         if found.data_digest != self._data_digest:
             if found.path.parent == self._run.checkpoints:
                 raise HpcdlError(
@@ -278,15 +277,11 @@ class Checkpointer:
                 " tokenizer): a run goes on with the very batches that come next; to train on from its"
                 " weights alone, give its result as model.path"
             )
-        for key, theirs, ours in (
-            ("seed", found.seed, self._spec.seed),
-            ("trainer.global_batch_size", found.global_batch_size, size),
-        ):
-            if theirs is not None and theirs != ours:
-                raise HpcdlError(
-                    f"{found.path} was saved with {key}={theirs}, and this run has {ours}:"
-                    f" it would get other batches; set {key}={theirs}"
-                )
+        for key, theirs, ours in found.other_batches(self._spec.seed, self._spec.trainer.global_batch_size):
+            raise HpcdlError(
+                f"{found.path} was saved with {key}={theirs}, and this run has {ours}:"
+                f" it would get other batches; set {key}={theirs}"
+            )
 
     def _prune(self, newest_name: str) -> None:
         # Later ones than this were torn, and passed over at the resume.
