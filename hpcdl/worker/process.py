@@ -63,9 +63,15 @@ def die_with_parent() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    kill_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # torchrun died before the call above, so the kernel won't tell
+
+
+def kill_with_parent() -> None:
+    """Asks the kernel for SIGKILL when this process's parent dies (prctl(2), PR_SET_PDEATHSIG; Linux only)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def set_threads(spec: ExperimentSpec, who: Process, device: torch.device) -> threads.Plan:

@@ -18,9 +18,7 @@ A worker that dies is an error of its rank: torch raises it from SIGCHLD, wherev
 
 from __future__ import annotations
 
-import ctypes
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,18 +26,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hpcdl.distributed.engine import Batch
 from hpcdl.errors import HpcdlError
 from hpcdl.worker.data.batches import Order, batch, share
 from hpcdl.worker.data.prepare import Rows
+from hpcdl.worker.process import kill_with_parent
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Batch = dict[str, torch.Tensor]
-"""As `hpcdl.worker.data.batches.batch` makes it."""
-
-PR_SET_PDEATHSIG = 1
 NOT_MINE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Slurm and terminals send these to every process of a step; the rank saves and stops, and closes its workers."""
 
@@ -183,5 +179,4 @@ def _begin(number: int) -> None:
     """A worker's first act."""
     for asked in NOT_MINE:
         signal.signal(asked, signal.SIG_IGN)
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    kill_with_parent()
