@@ -24,7 +24,7 @@ from hpcdl.runs.files import read_lines
 from hpcdl.runs.reconcile import View, read, reconcile
 from hpcdl.runs.scheduler import Slurm
 from hpcdl.runs.store import RunDir
-from hpcdl.spec.parallel import DIMENSIONS
+from hpcdl.spec.parallel import DIMENSIONS, ParallelDims, ParallelSpec
 from hpcdl.spec.plain import load_yaml
 
 LEADERS = ("parallel.name", "model.name", "data.kind", "peft.name", "optim.name", "task.name")
@@ -275,12 +275,12 @@ def speed(steps: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | Non
 
 def filled(parallel: Mapping[str, Any], world_size: int) -> dict[str, int]:
     """The degrees above 1, the one that is -1 filled with what the others leave."""
-    degrees = {name: parallel.get(name) for name in DIMENSIONS}
-    known = {name: int(d) for name, d in degrees.items() if isinstance(d, int) and d > 0}
-    free = [name for name, degree in degrees.items() if degree == -1]
-    if len(free) == 1:
-        known[free[0]] = world_size // math.prod(known.values())
-    return {name: known[name] for name in DIMENSIONS if known.get(name, 1) > 1}
+    given = {name: parallel[name] for name in DIMENSIONS if isinstance(parallel.get(name), int)}
+    try:
+        dims = ParallelDims.fill(ParallelSpec(name="", **{"dp_replicate": 1, **given}), world_size)
+    except ValueError:  # a spec that somebody has edited
+        return {}
+    return {name: degree for name, degree in dataclasses.asdict(dims).items() if degree > 1}
 
 
 def _peak(run: RunDir, steps: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> int | None:
