@@ -45,10 +45,14 @@ def test_a_slow_process_stays_within_the_bound(workers: Workers, max_staleness: 
 
 
 def test_momentum_adds_up_to_the_synchronous_one(workers: Workers) -> None:
-    """In lock-step, where every gradient is of the same weights but for others' updates of the same step."""
-    one = convex(workers, "one", 1, momentum=0.9, rate=0.02)
+    """In lock-step, where every gradient is of the same weights but for others' updates of the same step.
+
+    Two updates at the same moment may be lost, and were seen to cost 2 %; half the rate costs far more.
+    """
+    one, half = (convex(workers, "one", 1, momentum=0.9, rate=rate) for rate in (0.02, 0.01))
     hogwild = convex(workers, "hogwild", 2, momentum=0.9, rate=0.02, settings={"max_staleness": 0})
-    assert hogwild["final"] == pytest.approx(one["final"], rel=0.01)
+    assert hogwild["final"] == pytest.approx(one["final"], rel=0.05)
+    assert half["final"] > 1.1 * one["final"]
 
 
 def test_llama_comes_close_to_ddp(workers: Workers) -> None:
