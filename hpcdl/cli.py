@@ -21,6 +21,8 @@ SORTS = (
     *("strategy", "processes", "state", "run"),
 )
 """What `compare --sort` takes: the keys of hpcdl.runs.compare.SORTS, which this file doesn't import."""
+TOOLS = {"eval": "perplexity, size, memory and speed of a model (hpcdl eval --help)"}
+"""Commands of hpcdl.launch.tools, which composes configs and is imported only for them."""
 CONFIRM_FROM = 10
 """Cancelling so many runs asks first."""
 EXAMPLES = """\
@@ -84,6 +86,10 @@ def _run(arguments: list[str]) -> int:
         from hpcdl.launch.__main__ import main as launch
 
         return int(launch(arguments[1:]))
+    if arguments and arguments[0] in TOOLS:
+        from hpcdl.launch import tools
+
+        return tools.main(arguments[0], arguments[1:])
     options = _parser().parse_args(arguments or ["--help"])
     verb: Callable[[argparse.Namespace], int] = options.verb
     return verb(options)
@@ -103,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser(
         "launch", help="validate, submit or run an experiment (hpcdl launch --help)", add_help=False
     )
+    for name, summary in TOOLS.items():
+        verbs.add_parser(name, help=summary, add_help=False)
     _add_status(verbs)
     _add_logs(verbs)
     _add_follow(verbs)

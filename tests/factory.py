@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from hpcdl import compress, parallel
-from hpcdl.compress import quant
+from hpcdl.compress import prune, quant
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import from_plain
 
@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
     "parallel": {"name": "ddp"},
     "peft": {"name": "none"},
     "quant": {"scheme": "none"},
+    "prune": {"name": "none"},
     "task": {"name": "pretrain", "sample_prompt": ""},
     "optim": {"lr": 0.01},
     "trainer": {"max_steps": 6, "global_batch_size": 8, "micro_batch_size": 2},
@@ -61,5 +62,6 @@ def tiny_spec(**dotted: Any) -> ExperimentSpec:
             "parallel": parallel.get(plain["parallel"]["name"]).Config,
             "peft": compress.get(plain["peft"]["name"]).Config,
             "quant": quant.get(plain["quant"]["scheme"]).Config,
+            "prune": prune.get(plain["prune"]["name"]).Config,
         },
     )

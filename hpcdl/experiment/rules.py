@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hpcdl import compress, parallel
-from hpcdl.compress import quant
+from hpcdl.compress import prune, quant
 from hpcdl.errors import Fault
 from hpcdl.experiment import resources, resuming
 from hpcdl.spec import (
@@ -53,6 +53,7 @@ def refused(spec: ExperimentSpec) -> Iterator[Fault]:
     yield from parallel.get(spec.parallel.name).check(spec.parallel, spec)
     yield from compress.get(spec.peft.name).check(spec.peft, spec)
     yield from quant.get(spec.quant.scheme).check(spec.quant, spec)
+    yield from prune.get(spec.prune.name).check(spec.prune, spec)
 
 
 def name_is_a_folder(name: str) -> Iterator[Fault]:

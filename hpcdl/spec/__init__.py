@@ -1,10 +1,11 @@
 """Frozen dataclasses of everything that a user may configure; standard library only, quick to import."""
 
 from hpcdl.spec.cluster import ClusterSpec, PartitionLimits
+from hpcdl.spec.compress import PeftSpec, PruneSpec, QuantSpec
 from hpcdl.spec.data import DataSpec
 from hpcdl.spec.experiment import ExperimentSpec, LaunchOptions
 from hpcdl.spec.model import ModelShape, ModelSpec
-from hpcdl.spec.parallel import ParallelSpec, PeftSpec, QuantSpec
+from hpcdl.spec.parallel import ParallelSpec
 from hpcdl.spec.train import OptimSpec, TaskSpec, TrainerSpec
 from hpcdl.spec.watch import MonitorSpec, TrackerSpec
 
@@ -20,6 +21,7 @@ __all__ = [
     "ParallelSpec",
     "PartitionLimits",
     "PeftSpec",
+    "PruneSpec",
     "QuantSpec",
     "TaskSpec",
     "TrackerSpec",

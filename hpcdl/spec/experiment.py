@@ -9,9 +9,10 @@ from typing import Annotated
 from annotated_types import Ge
 
 from hpcdl.spec.cluster import ClusterSpec
+from hpcdl.spec.compress import PeftSpec, PruneSpec, QuantSpec
 from hpcdl.spec.data import DataSpec
 from hpcdl.spec.model import ModelSpec
-from hpcdl.spec.parallel import ParallelSpec, PeftSpec, QuantSpec
+from hpcdl.spec.parallel import ParallelSpec
 from hpcdl.spec.train import OptimSpec, TaskSpec, TrainerSpec
 from hpcdl.spec.watch import MonitorSpec, TrackerSpec
 
@@ -29,6 +30,7 @@ class ExperimentSpec:
     parallel: ParallelSpec
     peft: PeftSpec
     quant: QuantSpec
+    prune: PruneSpec
     task: TaskSpec
     optim: OptimSpec
     trainer: TrainerSpec

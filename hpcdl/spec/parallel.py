@@ -79,19 +79,3 @@ class ParallelDims:
     def gradient_ranks(self) -> int:
         """Ranks whose gradients of the same parameter differ, and are averaged: other data or other tokens."""
         return self.data_ranks * self.cp
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeftSpec:
-    """Base of the fine-tuning methods; `hpcdl.compress.<name>.Config` is what a config becomes."""
-
-    name: str
-    """The method: `none`, or the name of a file in hpcdl/compress/."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantSpec:
-    """How frozen weights are held; `hpcdl.compress.quant.<scheme>.Config` is what a config becomes."""
-
-    scheme: str
-    """`none`: weights stay in the training precision; else the name of a file in hpcdl/compress/quant/."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpcdl import compress, parallel
-from hpcdl.compress import quant
+from hpcdl.compress import prune, quant
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import from_plain, load_yaml
 
@@ -20,5 +20,6 @@ def read_spec(path: Path) -> ExperimentSpec:
             "parallel": parallel.get(plain["parallel"]["name"]).Config,
             "peft": compress.get(plain["peft"]["name"]).Config,
             "quant": quant.get(plain["quant"]["scheme"]).Config,
+            "prune": prune.get(plain["prune"]["name"]).Config,
         },
     )

@@ -1,0 +1,28 @@
+"""No pruning: every weight stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hpcdl.errors import Fault
+from hpcdl.spec import ExperimentSpec, PruneSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(PruneSpec):
+    """Nothing to configure."""
+
+
+def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
+    """Fits everything."""
+    return iter(())
+
+
+def apply(config: Config, model: nn.Module) -> nn.Module:
+    """The model as it is."""
+    return model

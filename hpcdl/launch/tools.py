@@ -1,0 +1,136 @@
+"""Commands that work on a model, not on a run: `hpcdl eval MODEL …`, and others of hpcdl/worker/tools.
+
+They are configured as experiments are, composed and validated here, and done by a process of the compute side:
+what it needs of torch is not this process's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcdl.errors import UsageError, nearest_name
+from hpcdl.experiment.resolve import absolute
+from hpcdl.launch import sweep
+from hpcdl.launch.compose import Composer, config_folder
+from hpcdl.runs import query
+from hpcdl.runs.files import write_atomic
+from hpcdl.spec.plain import dump_yaml, to_plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """One such command."""
+
+    summary: str
+    """What it does, for `--help`."""
+    base: tuple[str, ...] = ()
+    """Overrides that come before the user's."""
+    writes: bool = False
+    """Whether it makes a folder: `--out` is needed."""
+
+
+TOOLS = {
+    "eval": Tool(
+        summary="held-out perplexity, size, peak memory and tokens/s of a model", base=("data=pydoc",)
+    ),
+}
+"""By name: a file of hpcdl/worker/tools each."""
+
+
+def main(verb: str, argv: Sequence[str]) -> int:
+    """Runs the tool; returns its exit code.
+
+    Raises:
+        UsageError: it was called wrongly.
+        ConfigError: the config has faults.
+    """
+    tool = TOOLS[verb]
+    options = _parser(verb, tool).parse_args(argv)
+    model = find_model(options.model)
+    asked = sweep.read(Composer(), (*tool.base, *model.overrides, *options.overrides), multirun=False)
+    flags = ["--json"] * options.json
+    if model.adapter is not None:
+        flags += ["--adapter", str(model.adapter)]
+    if tool.writes:
+        out = Path(absolute(options.out))
+        if out.exists() and not options.force:
+            raise UsageError(f"--out {out} is there already: another folder, or --force to write over it")
+        flags += ["--out", str(out)]
+    with tempfile.TemporaryDirectory(prefix="hpcdl-") as folder:
+        spec = Path(folder) / "spec.yaml"
+        write_atomic(spec, dump_yaml(to_plain(asked.points[0].spec)))
+        command = [sys.executable, "-m", "hpcdl.worker.tools", verb, str(spec), *flags]
+        return subprocess.run(command, check=False).returncode
+
+
+def _parser(verb: str, tool: Tool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"hpcdl {verb}",
+        description=tool.summary,
+        epilog="MODEL is a folder that from_pretrained reads, an adapter's folder, a run, or a file of"
+        " conf/model (smollm2_135m). Overrides are those of hpcdl launch: data=pydoc, quant=nf4, …",
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("overrides", nargs="*", metavar="GROUP=OPTION|KEY=VALUE")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    if tool.writes:
+        parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+        parser.add_argument("--force", action="store_true", help="write over what is there")
+    return parser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What MODEL stands for."""
+
+    overrides: tuple[str, ...]
+    adapter: Path | None = None
+    """Folder of an adapter that goes on top."""
+
+
+def find_model(given: str) -> Model:
+    """A model from what a user calls it.
+
+    Raises:
+        UsageError: nothing is called so.
+    """
+    names = sorted(path.stem for path in (config_folder() / "model").glob("*.yaml"))
+    if given in names:
+        return Model(overrides=(f"model={given}",))
+    folder = Path(absolute(given))
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        folder = _of_run(given, names)
+    if not (folder / "adapter_config.json").is_file():
+        return Model(overrides=_at(folder))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = Path(config["base_model_name_or_path"])
+    if not base.is_dir():
+        raise UsageError(f"{folder}: its base {base} is no folder here")
+    return Model(overrides=_at(base), adapter=folder)
+
+
+def _at(folder: Path) -> tuple[str, ...]:
+    return ("model=custom", f"model.path='{folder}'", f"model.name='{folder.name}'")
+
+
+def _of_run(given: str, names: Sequence[str]) -> Path:
+    """The model or adapter that a run has left."""
+    try:
+        run = query.find_one(given, query.runs_dir())
+    except UsageError as error:
+        near = nearest_name(given, names)
+        hint = f"; nearest name: {near}" if near else ""
+        raise UsageError(
+            f"no model is called {given}{hint}\na folder with config.json, a run, or one of {', '.join(names)}"
+        ) from error
+    for name in ("model", "adapter"):
+        if (run.path / name).is_dir():
+            return run.path / name
+    raise UsageError(f"{run.path} has left no model and no adapter (hpcdl status says why)")

@@ -1,0 +1,24 @@
+"""Commands on a model, done on the compute side: one file each, found by name (hpcdl.launch.tools starts them).
+
+A tool's file holds `run(request) -> dict`: what it says, printed as a table or as JSON. It shows progress on
+standard error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcdl.spec import ExperimentSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a tool is asked to do."""
+
+    spec: ExperimentSpec
+    """Which model, data, precision, method: validated."""
+    adapter: Path | None = None
+    """Folder of an adapter that goes on the model."""
+    out: Path | None = None
+    """Folder to write, for tools that write one. It is made whole beside it and renamed (hpcdl.worker.cache)."""

@@ -1,0 +1,61 @@
+"""`python -m hpcdl.worker.tools TOOL SPEC_FILE [--json] [--adapter DIR] [--out DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hpcdl.compress import quant
+from hpcdl.errors import HpcdlError
+from hpcdl.worker.process import kill_with_parent
+from hpcdl.worker.spec import read_spec
+from hpcdl.worker.tools import Request
+
+
+def main() -> int:
+    """Runs the tool and prints what it found."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("tool")
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    request = Request(spec=read_spec(given.spec), adapter=given.adapter, out=given.out)
+    quant.hide_unused(request.spec.quant.scheme)
+    try:
+        found = importlib.import_module(f"{__package__}.{given.tool}").run(request)
+    except HpcdlError as error:
+        print(f"hpcdl: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(found, indent=1) if given.json else as_text(found))
+    return 0
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Keys and values, a line each."""
+    width = max(map(len, found), default=0)
+    return "\n".join(f"{key:<{width}}  {_shown(key, value)}" for key, value in found.items())
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key.endswith("_bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    kill_with_parent()
+    sys.exit(main())
