@@ -1,0 +1,171 @@
+"""A run's training from its data to its result: every part made, put together and driven, in that order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpcdl.distributed.engine import Engine
+from hpcdl.distributed.mesh import Grid
+from hpcdl.runs.files import write_json
+from hpcdl.runs.store import RunDir, now
+from hpcdl.spec import ExperimentSpec
+from hpcdl.spec.checkpoint import Found, Totals
+from hpcdl.spec.parallel import ParallelDims
+from hpcdl.worker import communication, control, loop, metrics, model, network, result, resume, rng, trackers
+from hpcdl.worker.checkpoint import Checkpointer
+from hpcdl.worker.data.loader import Loader, Reading
+from hpcdl.worker.data.prepare import Dataset, open_dataset
+from hpcdl.worker.errors import Progress
+from hpcdl.worker.process import Process, bf16_is_slow
+from hpcdl.worker.signals import Stop
+from hpcdl.worker.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What is there when the first step can begin."""
+
+    place: str | None
+    """Where the base weights came from; None: random."""
+    tokenizer: Tokenizer
+    data: Dataset
+    grid: Grid
+    net: network.Network
+    """The whole model; taken apart by strategies that leave each rank a part."""
+    size: network.Size
+    engine: Engine
+    saver: Checkpointer
+    found: Found | None
+    """The checkpoint that this try goes on from."""
+    first_step: int
+    """The step that the run began with: 0, or that of another run's checkpoint."""
+    totals: Totals
+
+
+def train(
+    spec: ExperimentSpec, run: RunDir, who: Process, device: torch.device, stop: Stop, progress: Progress
+) -> None:
+    """Trains until the last step or the order to stop; the first rank leaves the result and the outcome."""
+    ready = prepare(spec, run, who, device)
+    progress.step = ready.totals.step
+    tracker = trackers.start(spec, run, who.attempt, active=who.is_first)
+    lines = metrics.Metrics(run, tracker, active=who.is_first)
+    if who.is_first:
+        announce(spec, run, who, ready)
+        ready.saver.clean()
+        lines.rewind(ready.totals.step)
+    mfu_of = network.seconds_at_peak(spec, ready.size, device, who.world_size)
+    reason = drive(spec, run, who, ready, lines, stop, progress, mfu_of)
+    if who.is_first:
+        summary = finish(spec, run, who, ready, lines, mfu_of) if reason is None else {}
+        tracker.finish(summary)
+        write_outcome(run, who, ready.totals.step, reason)
+
+
+def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.device) -> Ready:
+    """Data, model, strategy and the state to go on from; the same steps on every rank."""
+    grid = Grid(ParallelDims.fill(spec.parallel, who.world_size), device)
+    place = model.weights_place(spec.model)
+    tokenizer = model.tokenizer_for(spec.model, place)
+    data = open_dataset(spec, tokenizer)
+    net = network.prepare(spec, model.load(spec, place), device)
+    size = network.size_of(net.model)
+    found = resume.choose(run, who, control.fingerprint(net.trainable()), device, spec.trainer.resume_from)
+    first_step = resume.first_step(run, found)
+    if grid.dims.world_size == grid.dims.dp_replicate:  # else a part of it will be enough for the device
+        net.model.to(device)
+    if who.is_first and found is None:
+        result.sample_before(spec, run, net, tokenizer)
+    engine = network.parallelize(spec, net, grid)
+    saver = Checkpointer(run, who, engine, spec, data_digest=data.digest, first_step=first_step)
+    rng.seed_all(spec.seed, who.rank)
+    totals = resume.totals_from(run, found)
+    if found is not None:
+        saver.load(found)
+    return Ready(
+        place=place, tokenizer=tokenizer, data=data, grid=grid, net=net, size=size, engine=engine, saver=saver,
+        found=found, first_step=first_step, totals=totals,
+    )  # fmt: skip
+
+
+def announce(spec: ExperimentSpec, run: RunDir, who: Process, ready: Ready) -> None:
+    """Events that only the workers know of: a restart in place by torchrun, a resume, what will be slow."""
+    if who.restart:
+        run.event("restarted", restart=who.restart)
+    if ready.found is not None:
+        run.event("resumed", step=ready.found.step, **{"from": str(ready.found.path)})
+    device = ready.net.device
+    if ready.net.autocast and bf16_is_slow(device):
+        run.event("warning", message="this CPU has no bf16 instructions: trainer.precision=fp32 is quicker")
+    if device.type == "cpu" and (spec.cluster.gres or "").startswith("gpu"):
+        run.event(
+            "warning", message=f"gres {spec.cluster.gres} gave no GPU that torch sees: training on the CPU"
+        )
+
+
+def drive(
+    spec: ExperimentSpec,
+    run: RunDir,
+    who: Process,
+    ready: Ready,
+    lines: metrics.Metrics,
+    stop: Stop,
+    progress: Progress,
+    mfu_of: float | None,
+) -> str | None:
+    """The loop over the batches that are left; why it was left before its last step, or None."""
+    data_rank, data_ranks = ready.grid.data_place
+    reading = Reading(
+        seed=spec.seed, global_batch_size=spec.trainer.global_batch_size,
+        micro_batch_size=spec.trainer.micro_batch_size, rank=data_rank, ranks=data_ranks,
+        last_step=spec.trainer.max_steps,
+    )  # fmt: skip
+    workers, prefetch = spec.data.workers, spec.data.prefetch
+    loader = Loader(ready.data.train, reading, ready.net.device, workers=workers, prefetch=prefetch)
+    reason = loop.run(
+        loop.Parts(
+            spec=spec, run=run, who=who, engine=ready.engine, data=ready.data, loader=loader,
+            data_rank=data_rank, data_ranks=data_ranks, checkpointer=ready.saver, first_step=ready.first_step,
+            metrics=lines, stop=stop, progress=progress, mfu_of=mfu_of,
+        ),
+        ready.totals,
+    )  # fmt: skip
+    loader.close()
+    ready.engine.close()
+    return reason
+
+
+def finish(
+    spec: ExperimentSpec,
+    run: RunDir,
+    who: Process,
+    ready: Ready,
+    lines: metrics.Metrics,
+    mfu_of: float | None,
+) -> dict[str, Any]:
+    """Saves the result, and returns what stands in result.json."""
+    net, totals = ready.net, ready.totals
+    if not ready.engine.is_whole:
+        net = network.from_checkpoint(spec, ready.place, ready.saver.path_of(totals.step), net.device)
+    cost = communication.summary(run.metrics(), spec.trainer.max_steps, ready.engine.period)
+    return result.save(
+        result.Finished(
+            spec=spec, run=run, who=who, net=net, size=ready.size, tokenizer=ready.tokenizer, metrics=lines,
+            totals=totals, place=ready.place, mfu_of=mfu_of, measured={**ready.engine.report(), **cost},
+        )
+    )  # fmt: skip
+
+
+def write_outcome(run: RunDir, who: Process, step: int, reason: str | None) -> None:
+    """Tells the agent how the loop ended: rank 0's last act."""
+    outcome = {
+        "try": who.attempt,
+        "status": "finished" if reason is None else "stopped",
+        "reason": reason or "",
+        "step": step,
+        "time": now(),
+    }
+    write_json(run.outcome_file, outcome)
