@@ -21,6 +21,7 @@ from hpcdl.launch import sweep
 from hpcdl.launch.compose import Composer, config_folder
 from hpcdl.runs import query
 from hpcdl.runs.files import write_atomic
+from hpcdl.spec.model import BYTE_TOKENIZER
 from hpcdl.spec.plain import dump_yaml, to_plain
 
 
@@ -36,10 +37,10 @@ class Tool:
     """Whether it makes a folder: `--out` is needed."""
 
 
+UNTRAINED = ("data=pydoc", "peft=lora")
+"""A frozen base, which may be held in few bits; these tools make no adapter of their own."""
 TOOLS = {
-    "eval": Tool(
-        summary="held-out perplexity, size, peak memory and tokens/s of a model", base=("data=pydoc",)
-    ),
+    "eval": Tool(summary="held-out perplexity, size, peak memory and tokens/s of a model", base=UNTRAINED),
 }
 """By name: a file of hpcdl/worker/tools each."""
 
@@ -113,11 +114,13 @@ def find_model(given: str) -> Model:
     base = Path(config["base_model_name_or_path"])
     if not base.is_dir():
         raise UsageError(f"{folder}: its base {base} is no folder here")
-    return Model(overrides=_at(base), adapter=folder)
+    return Model(overrides=_at(base, folder), adapter=folder)
 
 
-def _at(folder: Path) -> tuple[str, ...]:
-    return ("model=custom", f"model.path='{folder}'", f"model.name='{folder.name}'")
+def _at(folder: Path, adapter: Path | None = None) -> tuple[str, ...]:
+    byte = any((beside / BYTE_TOKENIZER).is_file() for beside in (folder, adapter) if beside)
+    tokenizer = ("model.tokenizer=byte",) * byte
+    return ("model=custom", f"model.path='{folder}'", f"model.name='{folder.name}'", *tokenizer)
 
 
 def _of_run(given: str, names: Sequence[str]) -> Path:

@@ -10,6 +10,9 @@ from annotated_types import Ge, Gt
 MOVING_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary scalings whose frequencies depend on the longest position in sight."""
 
+BYTE_TOKENIZER = "byte_tokenizer.json"
+"""Lies beside weights that were trained on bytes: transformers has no such tokenizer."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:

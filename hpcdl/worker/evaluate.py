@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
-from hpcdl.distributed.engine import Engine
+from hpcdl.distributed.engine import Batch, Engine
 from hpcdl.distributed.losses import IGNORE
 from hpcdl.spec import ExperimentSpec
 from hpcdl.worker.control import gather
@@ -26,6 +27,24 @@ def heldout_loss(spec: ExperimentSpec, engine: Engine, heldout: Rows, rank: int,
         rank: this rank among those that read different data.
         ranks: how many those are.
     """
+    batches, targets = heldout_batches(spec, heldout, engine.device, rank, ranks)
+    total = engine.evaluate(batches)
+    sums = gather([total], engine.device)[:, 0].tolist()
+    return math.fsum(sums) / targets
+
+
+def heldout_batches(
+    spec: ExperimentSpec, heldout: Rows, device: torch.device, rank: int = 0, ranks: int = 1
+) -> tuple[list[Batch], int]:
+    """This rank's batches of an evaluation, as many on every rank, and the target tokens of all ranks together.
+
+    Args:
+        spec: the experiment.
+        heldout: held-out rows.
+        device: where the batches go.
+        rank: this rank among those that read different data.
+        ranks: how many those are.
+    """
     count = min(spec.trainer.eval_samples, len(heldout))
     rows = Order(len(heldout), spec.seed).rows(0, count)
     size = spec.trainer.micro_batch_size
@@ -34,9 +53,7 @@ def heldout_loss(spec: ExperimentSpec, engine: Engine, heldout: Rows, rank: int,
     # rank gets as many whole batches as any other, filled up with rows that have no targets.
     mine = rows[rank::ranks]
     filled = np.concatenate([mine, np.repeat(rows[:1], most * size - len(mine))])
-    batches = [batch(heldout, filled[at : at + size], engine.device) for at in range(0, len(filled), size)]
+    batches = [batch(heldout, filled[at : at + size], device) for at in range(0, len(filled), size)]
     for number, made in enumerate(batches):
         made["labels"][max(0, len(mine) - number * size) :] = IGNORE
-    total = engine.evaluate(batches)
-    sums = gather([total], engine.device)[:, 0].tolist()
-    return math.fsum(sums) / int(heldout.counts[rows, 0].sum())
+    return batches, int(heldout.counts[rows, 0].sum())

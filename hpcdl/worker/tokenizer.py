@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpcdl.errors import HpcdlError
+from hpcdl.spec.model import BYTE_TOKENIZER
 
 Message = Mapping[str, str]
 """One turn of a conversation: `{"role": "user" | "assistant" | "system", "content": …}`."""
@@ -88,9 +89,9 @@ class ByteTokenizer:
         return plain_chat(messages, answer_next=answer_next, end=self._turn)
 
     def save(self, folder: Path) -> None:
-        """Says in byte_tokenizer.json which id is what: transformers has no such tokenizer."""
+        """Says in a file which id is what."""
         ids = {"bytes": "0-255", "bos": 256, "eos": 257, "pad": 258, "end_of_turn": 259}
-        (folder / "byte_tokenizer.json").write_text(json.dumps(ids, indent=1) + "\n")
+        (folder / BYTE_TOKENIZER).write_text(json.dumps(ids, indent=1) + "\n")
 
 
 class HfTokenizer:
