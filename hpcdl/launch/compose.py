@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hpcdl.errors import ConfigError, Fault
 from hpcdl.experiment import sections, words
-from hpcdl.launch import hydra_faults
+from hpcdl.launch import hydra_faults, interpolations
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
@@ -202,7 +202,7 @@ class Composer:
                 faults.append(fault)
                 incomplete.add(override.key_or_group if "." not in override.key_or_group else "")
         HydraConfig.instance().cfg = files.hydra  # type: ignore[assignment]
-        plain, unresolved = hydra_faults.resolved(config)
+        plain, unresolved = interpolations.resolved(config)
         faults += unresolved
         incomplete |= {fault.key.split(".")[0] for fault in unresolved}
         faults += self._misplaced(plain)
@@ -261,7 +261,7 @@ def _independent(config: DictConfig) -> dict[str, Any] | None:
     without_environment = re.sub(r"\$\{oc\.env:[^${}]*\}", "", text)
     if "${" in without_environment or "???" in text or "experiment" in config:
         return None
-    plain, faults = hydra_faults.resolved(config)
+    plain, faults = interpolations.resolved(config)
     return None if faults else plain
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, Quote
 from hydra.errors import MissingConfigException
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf._utils import split_key
 from omegaconf.errors import (
-    InterpolationKeyError,
-    InterpolationToMissingValueError,
     OmegaConfBaseException,
 )
 
@@ -157,7 +155,7 @@ def broken_file(error: Exception, lines: Sequence[str], loader: ConfigLoaderImpl
         place = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a config file"
         problem = f"is no YAML: {cause.problem or cause.context}"
         return Fault(key=place, value="", problem=problem, fix="correct the file at that place")
-    told = _plain(str(error)) or (_plain(str(error.__cause__)) if error.__cause__ else "")
+    told = in_one_line(str(error)) or (in_one_line(str(error.__cause__)) if error.__cause__ else "")
     where = re.search(r"In '?([\w./-]+)'?:", told)
     key = f"{where.group(1)}.yaml" if where else _unreadable_file(loader) or " ".join(lines) or "config"
     if isinstance(error, UnicodeDecodeError):
@@ -224,7 +222,7 @@ def _missing_file(error: Exception, told: str) -> Fault | None:
     )
 
 
-def _plain(text: str) -> str:
+def in_one_line(text: str) -> str:
     """One line, without addresses, tabs and the list of folders."""
     text = re.sub(r"See https?://\S+[^\n]*|https?://\S+", "", text)
     text = text.split("\nConfig search path:")[0].split("\nSearch path:")[0]
@@ -302,7 +300,7 @@ def unfit(override: Override, config: DictConfig, error: Exception) -> Fault:
         )
     if override.is_delete():
         near = nearest_name(key, sections.every_key().values())
-        told = _plain(str(error))
+        told = in_one_line(str(error))
         problem = "can't be taken away: it is not there" if "does not exist" in told else told
         return Fault(
             key=f"~{key}", value=value, problem=problem, nearest=near, fix=f"~{near}" if near else ""
@@ -310,86 +308,8 @@ def unfit(override: Override, config: DictConfig, error: Exception) -> Fault:
     if override.is_add() and "already at" in str(error):
         problem = "can't be added: the config has it already"
         return Fault(key=f"+{key}", value=value, problem=problem, fix=words.shell(line.lstrip("+")))
-    told = _plain(str(error.__cause__ or error))
+    told = in_one_line(str(error.__cause__ or error))
     return Fault(key=key, value=value, problem=f"can't be set: {told}", fix="see the config with --cfg job")
-
-
-def resolved(config: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
-    """The config as plain data without interpolations, and what could not be resolved or is missing."""
-    try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, ValueError, RecursionError):
-        faults = list(_unresolved(config, ""))
-        with_holes = _without(config, {fault.key for fault in faults}, "")
-        return dict(with_holes), faults
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}, []
-
-
-def _unresolved(node: Container, prefix: str) -> Iterator[Fault]:
-    keys: Any = list(node.keys()) if isinstance(node, DictConfig) else range(len(node))  # type: ignore[arg-type]
-    for key in keys:
-        full = f"{prefix}{key}"
-        child = node._get_node(key)
-        written = child._value() if child is not None else None  # type: ignore[union-attr]
-        if OmegaConf.is_missing(node, key):
-            yield Fault(
-                key=full,
-                value="???",
-                problem="must be given: the file leaves it open with ???",
-                allowed=words.allowed(hint) if (hint := sections.type_of(full)) else "",
-                fix=f"{full}=VALUE",
-            )
-        elif isinstance(child, Container) and not OmegaConf.is_interpolation(node, key):
-            if not child._is_none():
-                yield from _unresolved(child, f"{full}.")
-        else:
-            try:
-                OmegaConf.to_container(OmegaConf.create({"x": node[key]}), resolve=True)
-            except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-                yield _bad_interpolation(full, str(written), error)
-
-
-def _bad_interpolation(key: str, written: str, error: Exception) -> Fault:
-    names = re.findall(r"\$\{\s*([\w.]+)\s*\}", written)
-    near = ""
-    if isinstance(error, InterpolationToMissingValueError):
-        problem = "points to a key that is missing"
-    elif isinstance(error, InterpolationKeyError):
-        problem = "points to a key that is not there"
-        leaf = names[0].rpartition(".")[2] if names else ""
-        known = sections.every_key()
-        near = known.get(leaf) or nearest_name(names[0] if names else "", known.values())
-    elif isinstance(error, RecursionError) or "Recursive" in str(error):
-        problem = "points to itself"
-    else:
-        told = _plain(str(error))
-        told = re.sub(r"^\w*Error raised while resolving interpolation: ", "", told)
-        problem = f"can't be resolved: {told}"
-    return Fault(
-        key=key,
-        value=written,
-        problem=problem,
-        allowed="${KEY} with a dotted key of this config, or ${oc.env:VARIABLE,DEFAULT}",
-        nearest="${" + near + "}" if near else "",
-        fix=words.shell(f"{key}=" + ("${" + near + "}" if near else "VALUE")),
-    )
-
-
-def _without(node: Container, broken: set[str], prefix: str) -> Any:
-    """Plain data less the keys that could not be resolved."""
-    if isinstance(node, ListConfig):
-        kept = [i for i in range(len(node)) if f"{prefix}{i}" not in broken]
-        return [_value(node, i, broken, prefix) for i in kept]
-    assert isinstance(node, DictConfig)
-    return {str(k): _value(node, k, broken, prefix) for k in node if f"{prefix}{k!s}" not in broken}
-
-
-def _value(node: Container, key: Any, broken: set[str], prefix: str) -> Any:
-    value = node[key]
-    if not isinstance(value, Container):
-        return value
-    return _without(value, broken, f"{prefix}{key}.")
 
 
 def lacks_package(content: dict[str, Any]) -> Fault:
