@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from hpcdl import compress, parallel
+from hpcdl import compress, parallel, tasks
 from hpcdl.compress import prune, quant
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import from_plain
@@ -63,5 +63,6 @@ def tiny_spec(**dotted: Any) -> ExperimentSpec:
             "peft": compress.get(plain["peft"]["name"]).Config,
             "quant": quant.get(plain["quant"]["scheme"]).Config,
             "prune": prune.get(plain["prune"]["name"]).Config,
+            "task": tasks.get(plain["task"]["name"]).Config,
         },
     )

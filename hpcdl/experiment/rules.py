@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hpcdl import compress, parallel
+from hpcdl import compress, parallel, tasks
 from hpcdl.compress import prune, quant
 from hpcdl.errors import Fault
 from hpcdl.experiment import resources, resuming
@@ -18,7 +18,6 @@ from hpcdl.spec import (
     ModelSpec,
     OptimSpec,
     ParallelSpec,
-    TaskSpec,
     TrainerSpec,
 )
 from hpcdl.spec.parallel import ParallelDims
@@ -49,11 +48,12 @@ def malformed(parts: dict[str, Any]) -> bool:
 
 
 def refused(spec: ExperimentSpec) -> Iterator[Fault]:
-    """What the strategy, the method and the scheme say of the experiment."""
+    """What the strategy, the methods, the scheme and the task say of the experiment."""
     yield from parallel.get(spec.parallel.name).check(spec.parallel, spec)
     yield from compress.get(spec.peft.name).check(spec.peft, spec)
     yield from quant.get(spec.quant.scheme).check(spec.quant, spec)
     yield from prune.get(spec.prune.name).check(spec.prune, spec)
+    yield from tasks.get(spec.task.name).check(spec.task, spec)
 
 
 def name_is_a_folder(name: str) -> Iterator[Fault]:
@@ -203,18 +203,6 @@ def data_has_a_source(data: DataSpec) -> Iterator[Fault]:
         )
 
 
-def answers_are_marked(task: TaskSpec, data: DataSpec) -> Iterator[Fault]:
-    """The loss on answers needs data that says what an answer is."""
-    if task.name == "sft" and data.kind not in ("jsonl", "hf"):
-        yield Fault(
-            key="task.name",
-            value="sft",
-            problem=f"takes the loss on answers only, and data={data.kind} has no answers",
-            allowed="task=sft with data=jsonl or data=hf",
-            fix="data=jsonl, or task=pretrain",
-        )
-
-
 def warm_up_ends(optim: OptimSpec, trainer: TrainerSpec) -> Iterator[Fault]:
     """The learning rate must reach its peak."""
     if optim.warmup_steps > trainer.max_steps:
@@ -329,7 +317,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model",), random_weights_have_a_tokenizer),
     (("data", "model"), sequence_fits_the_model),
     (("data",), data_has_a_source),
-    (("task", "data"), answers_are_marked),
     (("optim", "trainer"), warm_up_ends),
     (("trainer", "seed"), resuming.goes_on),
     (("parallel",), degrees_count_ranks),

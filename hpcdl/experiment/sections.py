@@ -10,17 +10,18 @@ from typing import Any
 
 from pydantic_core import ValidationError
 
-from hpcdl import compress, parallel
+from hpcdl import compress, parallel, tasks
 from hpcdl.compress import prune, quant
 from hpcdl.errors import Fault, nearest_name
 from hpcdl.experiment import schema, words
-from hpcdl.spec import ExperimentSpec, LaunchOptions, ParallelSpec, PeftSpec, PruneSpec, QuantSpec
+from hpcdl.spec import ExperimentSpec, LaunchOptions, ParallelSpec, PeftSpec, PruneSpec, QuantSpec, TaskSpec
 
 FOUND_BY_NAME: dict[type, Any] = {
     ParallelSpec: parallel,
     PeftSpec: compress,
     QuantSpec: quant,
     PruneSpec: prune,
+    TaskSpec: tasks,
 }
 """Sections whose own keys are told by the file that their `name` names."""
 NAMED_BY: dict[type, str] = {QuantSpec: "scheme"}

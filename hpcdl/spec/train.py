@@ -10,10 +10,13 @@ from annotated_types import Ge, Gt, Interval
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSpec:
-    """What the loss is taken over, and which text the result card shows before and after."""
+    """What the loss is taken over, and which text the result card shows before and after.
 
-    name: Literal["pretrain", "sft"]
-    """`pretrain`: next token on all text; `sft`: on the answers of conversations only."""
+    Base class: `hpcdl.tasks.<name>.Config` is what a config becomes.
+    """
+
+    name: str
+    """The task: the name of a file in hpcdl/tasks/."""
     sample_prompt: str = "The Python statement"
     """Text that the model continues before and after training; empty for none."""
     sample_tokens: Annotated[int, Ge(0)] = 40
