@@ -20,9 +20,8 @@ from hpcdl.spec import (
     ParallelSpec,
     TrainerSpec,
 )
-from hpcdl.spec.parallel import ParallelDims
+from hpcdl.spec.parallel import DIMENSIONS, ParallelDims
 
-DEGREES = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
 BYTE_VOCABULARY = 260
 """256 bytes and the tokenizer's four special tokens."""
 
@@ -218,7 +217,7 @@ def warm_up_ends(optim: OptimSpec, trainer: TrainerSpec) -> Iterator[Fault]:
 
 def degrees_count_ranks(parallel: ParallelSpec) -> Iterator[Fault]:
     """No rank at all can't share anything."""
-    for name in DEGREES:
+    for name in DIMENSIONS:
         if getattr(parallel, name) == 0:
             yield Fault(
                 key=f"parallel.{name}",
@@ -231,7 +230,7 @@ def degrees_count_ranks(parallel: ParallelSpec) -> Iterator[Fault]:
 
 def degrees_make_the_world(parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:
     """The product of the degrees is the number of processes; one degree may be -1 and takes what is left."""
-    degrees = {name: getattr(parallel, name) for name in DEGREES}
+    degrees = {name: getattr(parallel, name) for name in DIMENSIONS}
     free = [name for name, degree in degrees.items() if degree == -1]
     if len(free) > 1:
         yield Fault(

@@ -56,23 +56,14 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
             nearest="1",
             fix="cluster.nodes=1",
         )
-    if cluster.gpus_per_node:
-        yield Fault(
-            key="cluster.gpus_per_node",
-            value=str(cluster.gpus_per_node),
-            problem="hogwild's weights are in the host's shared memory: it trains on the CPU",
-            allowed="0",
-            nearest="0",
-            fix="cluster.gpus_per_node=0",
-        )
+    problem = "hogwild's weights are in the host's shared memory: it trains on the CPU"
+    gpus = cluster.gpus_per_node
+    if gpus:
+        key, fix = "cluster.gpus_per_node", "cluster.gpus_per_node=0"
+        yield Fault(key=key, value=str(gpus), problem=problem, allowed="0", nearest="0", fix=fix)
     elif (cluster.gres or "").startswith("gpu"):
-        yield Fault(
-            key="cluster.gres",
-            value=str(cluster.gres),
-            problem="hogwild's weights are in the host's shared memory: it trains on the CPU",
-            allowed="no GPUs",
-            fix="cluster.gres=null",
-        )
+        key, fix = "cluster.gres", "cluster.gres=null"
+        yield Fault(key=key, value=str(cluster.gres), problem=problem, allowed="no GPUs", fix=fix)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:
