@@ -1,7 +1,7 @@
 """Methods that make training or the model cheaper: one file each, found by name.
 
 A method's file holds `Config` (a frozen dataclass below `PeftSpec`), `check(config, spec)` and
-`apply(config, model)`; torch and peft are imported inside `apply` only. Quantization has a folder of its own.
+`memory(config, matrix)` and `apply(config, model)`; torch and peft are imported inside `apply` only. Quantization has a folder of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hpcdl.byname import Folder
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, PeftSpec
+from hpcdl.spec.layout import Beside, Matrix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,10 @@ class Method(Protocol):
 
     def check(self, config: Any, spec: ExperimentSpec) -> Iterator[Fault]:
         """Faults of this method with this experiment."""
+        ...
+
+    def memory(self, config: Any, matrix: Matrix) -> Beside:
+        """What it puts beside a matrix."""
         ...
 
     def apply(self, config: Any, model: nn.Module) -> nn.Module:

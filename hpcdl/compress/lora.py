@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Interval
 
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, PeftSpec
+from hpcdl.spec.layout import Beside, Matrix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +56,15 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
             allowed=f"1 to {shape.hidden_size}",
             fix="peft.rank=16",
         )
+
+
+def memory(config: Config, matrix: Matrix) -> Beside:
+    """A and B beside a target; B's input, A's result, is kept for the backward pass."""
+    linear = matrix.role == "block"
+    if not linear or not (config.targets == ("all-linear",) or matrix.name in config.targets):
+        return Beside()
+    dropped = matrix.columns if config.dropout else 0
+    return Beside(parameters=config.rank * (matrix.rows + matrix.columns), kept=config.rank + dropped)
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, PeftSpec
+from hpcdl.spec.layout import Beside, Matrix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +22,11 @@ class Config(PeftSpec):
 def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     """Fits everything."""
     return iter(())
+
+
+def memory(config: Config, matrix: Matrix) -> Beside:
+    """Nothing beside any matrix."""
+    return Beside()
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """How frozen weights are held in fewer bits: one file a scheme, found by name.
 
-A scheme's file holds `Config` (a frozen dataclass below `QuantSpec`), `check(config, spec)` and
-`apply(config, model)`, which comes before the fine-tuning method; torch and what quantizes are imported
-inside `apply` only.
+A scheme's file holds `Config` (a frozen dataclass below `QuantSpec`), `check(config, spec)`,
+`memory(config, matrix, plain, compute)` and `apply(config, model)`, which comes before the fine-tuning method;
+torch and what quantizes are imported inside `apply` only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hpcdl.byname import Folder
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, QuantSpec
+from hpcdl.spec.layout import Held, Matrix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +33,17 @@ class Scheme(Protocol):
 
     def check(self, config: Any, spec: ExperimentSpec) -> Iterator[Fault]:
         """Faults of this scheme with this experiment."""
+        ...
+
+    def memory(self, config: Any, matrix: Matrix, plain: int, compute: int) -> Held:
+        """How many bytes one matrix takes.
+
+        Args:
+            config: the scheme's.
+            matrix: any of the model's weights: a block's, a norm's, the embedding, the head.
+            plain: bytes of a number that isn't quantized.
+            compute: bytes of a number in a product.
+        """
         ...
 
     def apply(self, config: Any, model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, QuantSpec
+from hpcdl.spec.layout import Held, Matrix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,11 @@ class Config(QuantSpec):
 def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     """Fits everything."""
     return iter(())
+
+
+def memory(config: Config, matrix: Matrix, plain: int, compute: int) -> Held:
+    """As it is."""
+    return Held(bytes=plain * matrix.numel)
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:
