@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from hpcdl import compress, parallel, tasks
-from hpcdl.compress import prune, quant
+from hpcdl.compress import offload, prune, quant
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import from_plain
 
@@ -31,6 +31,7 @@ TINY: dict[str, Any] = {
     "peft": {"name": "none"},
     "quant": {"scheme": "none"},
     "prune": {"name": "none"},
+    "offload": {"name": "none"},
     "task": {"name": "pretrain", "sample_prompt": ""},
     "optim": {"lr": 0.01},
     "trainer": {"max_steps": 6, "global_batch_size": 8, "micro_batch_size": 2},
@@ -63,6 +64,7 @@ def tiny_spec(**dotted: Any) -> ExperimentSpec:
             "peft": compress.get(plain["peft"]["name"]).Config,
             "quant": quant.get(plain["quant"]["scheme"]).Config,
             "prune": prune.get(plain["prune"]["name"]).Config,
+            "offload": offload.get(plain["offload"]["name"]).Config,
             "task": tasks.get(plain["task"]["name"]).Config,
         },
     )

@@ -26,6 +26,7 @@ LEFT_OUT = {
         *("setup", "extra", "srun_args", "python", "partitions"),
         *("max_restarts", "max_requeues", "array_parallelism", "max_array_size"),
     ),
+    "offload": ("folder",),
 }
 """What changes neither the result nor what is measured. kind, nodes and processes stay in, so that a sweep
 over them makes different runs."""

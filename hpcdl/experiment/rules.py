@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hpcdl import compress, parallel, tasks
-from hpcdl.compress import prune, quant
+from hpcdl.compress import offload, prune, quant
 from hpcdl.errors import Fault
 from hpcdl.experiment import resources, resuming
 from hpcdl.spec import (
@@ -18,6 +18,7 @@ from hpcdl.spec import (
     ModelSpec,
     OptimSpec,
     ParallelSpec,
+    PeftSpec,
     TrainerSpec,
 )
 from hpcdl.spec.parallel import DIMENSIONS, ParallelDims
@@ -52,6 +53,7 @@ def refused(spec: ExperimentSpec) -> Iterator[Fault]:
     yield from compress.get(spec.peft.name).check(spec.peft, spec)
     yield from quant.get(spec.quant.scheme).check(spec.quant, spec)
     yield from prune.get(spec.prune.name).check(spec.prune, spec)
+    yield from offload.get(spec.offload.name).check(spec.offload, spec)
     yield from tasks.get(spec.task.name).check(spec.task, spec)
 
 
@@ -202,6 +204,18 @@ def data_has_a_source(data: DataSpec) -> Iterator[Fault]:
         )
 
 
+def full_trains_all(train: str, peft: PeftSpec) -> Iterator[Fault]:
+    """`train=full` leaves nothing frozen."""
+    if train == "full" and peft.name != "none":
+        yield Fault(
+            key="train",
+            value="full",
+            problem=f"trains every weight, and peft={peft.name} freezes the model's own",
+            allowed="auto, or full with peft=none",
+            fix="peft=none",
+        )
+
+
 def warm_up_ends(optim: OptimSpec, trainer: TrainerSpec) -> Iterator[Fault]:
     """The learning rate must reach its peak."""
     if optim.warmup_steps > trainer.max_steps:
@@ -316,6 +330,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model",), random_weights_have_a_tokenizer),
     (("data", "model"), sequence_fits_the_model),
     (("data",), data_has_a_source),
+    (("train", "peft"), full_trains_all),
     (("optim", "trainer"), warm_up_ends),
     (("trainer", "seed"), resuming.goes_on),
     (("parallel",), degrees_count_ranks),

@@ -11,16 +11,26 @@ from typing import Any
 from pydantic_core import ValidationError
 
 from hpcdl import compress, parallel, tasks
-from hpcdl.compress import prune, quant
+from hpcdl.compress import offload, prune, quant
 from hpcdl.errors import Fault, nearest_name
 from hpcdl.experiment import schema, words
-from hpcdl.spec import ExperimentSpec, LaunchOptions, ParallelSpec, PeftSpec, PruneSpec, QuantSpec, TaskSpec
+from hpcdl.spec import (
+    ExperimentSpec,
+    LaunchOptions,
+    OffloadSpec,
+    ParallelSpec,
+    PeftSpec,
+    PruneSpec,
+    QuantSpec,
+    TaskSpec,
+)
 
 FOUND_BY_NAME: dict[type, Any] = {
     ParallelSpec: parallel,
     PeftSpec: compress,
     QuantSpec: quant,
     PruneSpec: prune,
+    OffloadSpec: offload,
     TaskSpec: tasks,
 }
 """Sections whose own keys are told by the file that their `name` names."""

@@ -1,7 +1,7 @@
 """Frozen dataclasses of everything that a user may configure; standard library only, quick to import."""
 
 from hpcdl.spec.cluster import ClusterSpec, PartitionLimits
-from hpcdl.spec.compress import PeftSpec, PruneSpec, QuantSpec
+from hpcdl.spec.compress import OffloadSpec, PeftSpec, PruneSpec, QuantSpec
 from hpcdl.spec.data import DataSpec
 from hpcdl.spec.experiment import ExperimentSpec, LaunchOptions
 from hpcdl.spec.model import ModelShape, ModelSpec
@@ -17,6 +17,7 @@ __all__ = [
     "ModelShape",
     "ModelSpec",
     "MonitorSpec",
+    "OffloadSpec",
     "OptimSpec",
     "ParallelSpec",
     "PartitionLimits",

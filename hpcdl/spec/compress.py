@@ -27,3 +27,11 @@ class PruneSpec:
 
     name: str
     """`none`: no weight is taken out; else the name of a file in hpcdl/compress/prune/."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadSpec:
+    """Where weights lie between their turns; `hpcdl.compress.offload.<name>.Config` is what a config becomes."""
+
+    name: str
+    """`none`: where the strategy puts them; else the name of a file in hpcdl/compress/offload/."""

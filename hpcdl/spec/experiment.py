@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 
 from hpcdl.spec.cluster import ClusterSpec
-from hpcdl.spec.compress import PeftSpec, PruneSpec, QuantSpec
+from hpcdl.spec.compress import OffloadSpec, PeftSpec, PruneSpec, QuantSpec
 from hpcdl.spec.data import DataSpec
 from hpcdl.spec.model import ModelSpec
 from hpcdl.spec.parallel import ParallelSpec
@@ -25,12 +25,15 @@ class ExperimentSpec:
     """Name of the experiment: a folder below `runs_dir`."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the split, the order of the data, the initial weights and dropout."""
+    train: Literal["auto", "full"] = "auto"
+    """`full`: every weight is trained, and a method that freezes some is refused; `auto`: what `peft` says."""
     model: ModelSpec
     data: DataSpec
     parallel: ParallelSpec
     peft: PeftSpec
     quant: QuantSpec
     prune: PruneSpec
+    offload: OffloadSpec
     task: TaskSpec
     optim: OptimSpec
     trainer: TrainerSpec

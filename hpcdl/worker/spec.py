@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpcdl import compress, parallel, tasks
-from hpcdl.compress import prune, quant
+from hpcdl.compress import offload, prune, quant
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import from_plain, load_yaml
 
@@ -21,6 +21,7 @@ def read_spec(path: Path) -> ExperimentSpec:
             "peft": compress.get(plain["peft"]["name"]).Config,
             "quant": quant.get(plain["quant"]["scheme"]).Config,
             "prune": prune.get(plain["prune"]["name"]).Config,
+            "offload": offload.get(plain["offload"]["name"]).Config,
             "task": tasks.get(plain["task"]["name"]).Config,
         },
     )
