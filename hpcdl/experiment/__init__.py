@@ -5,6 +5,7 @@ sections.py   one section against its dataclass: unknown keys, wrong types, boun
 schema.py     the dataclasses as schemas of pydantic-core
 words.py      what pydantic found, in words of ours: what is allowed, the nearest name, the fix
 resolve.py    what a config leaves to be looked up: absolute paths, the shape in a model's config.json
+places.py     keys that name a model, an adapter or a run, of methods and tasks
 resuming.py   the checkpoint of another run that this one goes on from
 rules.py      rules between sections: batch and ranks, degrees and processes
 resources.py  rules of the cluster: what a partition has, what Slurm's options look like

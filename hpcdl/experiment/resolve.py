@@ -12,8 +12,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hpcdl import compress, tasks
 from hpcdl.errors import Fault, nearest_name
-from hpcdl.experiment import resuming
+from hpcdl.experiment import places, resuming
 from hpcdl.spec import DataSpec, ModelShape, ModelSpec
 
 
@@ -30,6 +31,11 @@ def resolve(parts: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
         folder = Path(absolute(parts["runs_dir"]))
         parts["trainer"], found = resuming.resolve(parts["trainer"], folder)
         faults += found
+        for section, folder_of_files in (("peft", compress), ("task", tasks)):
+            if section in parts:
+                module = folder_of_files.get(parts[section].name)
+                parts[section], found = places.resolve(section, parts[section], module, folder)
+                faults += found
     return parts, faults
 
 

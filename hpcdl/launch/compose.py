@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hpcdl.errors import ConfigError, Fault
 from hpcdl.experiment import sections, words
 from hpcdl.launch import hydra_faults, interpolations
+from hpcdl.spec import options
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
@@ -45,10 +46,9 @@ def config_folder() -> Path:
     Raises:
         ConfigError: neither is there.
     """
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package.parent / "conf", package / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
+    folder = options.config_folder()
+    if folder is not None:
+        return folder
     raise ConfigError([Fault(key="conf/config.yaml", value="", problem="hpcdl's own configs are missing")])
 
 

@@ -14,7 +14,7 @@ from hpcdl.errors import HpcdlError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.checkpoint import Totals
-from hpcdl.worker import communication
+from hpcdl.worker import communication, tasks
 from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.control import Gathering
 from hpcdl.worker.data.loader import Loader
@@ -48,6 +48,8 @@ class Parts:
     metrics: Metrics
     stop: Stop
     progress: Progress
+    lesson: tasks.Lesson | None
+    """What the task does to the loss, where it isn't the text's cross-entropy."""
     mfu_of: float | None
     """Seconds that a token would take at the devices' peak, over all ranks; None where that isn't known."""
 
@@ -81,6 +83,8 @@ class StepOutcome:
     """Highest of any rank so far in this try."""
     stop: str | None
     """Why to stop after this step."""
+    parts: dict[str, float]
+    """What the task measures besides the loss: means over the same tokens."""
 
 
 @dataclass(slots=True)
@@ -214,7 +218,10 @@ def train_step(parts: Parts, step: int) -> Under:
     total = engine.accumulate(parts.loader.micro_batches(step), targets)
     parts.checkpointer.settle()  # what is being saved must be copied before it changes
     norm = engine.step(lr, spec.trainer.max_grad_norm)
-    numbers = Gathering([total, norm, peak_memory_bytes(engine.device), *parts.stop.flags()], engine.device)
+    own = [] if parts.lesson is None else list(parts.lesson.measured())
+    numbers = Gathering(
+        [total, norm, peak_memory_bytes(engine.device), *parts.stop.flags(), *own], engine.device
+    )
     return Under(step, targets, tokens, lr, numbers)
 
 
@@ -230,6 +237,8 @@ def _outcome(parts: Parts, under: Under) -> StepOutcome:
         raise HpcdlError(
             f"the loss is {mean} at step {under.step}: lower optim.lr, or longer optim.warmup_steps"
         )
+    names = () if parts.lesson is None else parts.lesson.names
+    own = everyone[:, 3 + Stop.WIDTH :].T.tolist()
     return StepOutcome(
         step=under.step,
         loss=mean,
@@ -237,7 +246,8 @@ def _outcome(parts: Parts, under: Under) -> StepOutcome:
         lr=under.lr,
         tokens=under.tokens,
         peak_memory_bytes=int(everyone[:, 2].max()),
-        stop=parts.stop.reason(everyone[:, 3:].sum(dim=0).tolist()),
+        stop=parts.stop.reason(everyone[:, 3 : 3 + Stop.WIDTH].sum(dim=0).tolist()),
+        parts={name: math.fsum(sums) / under.targets for name, sums in zip(names, own, strict=True)},
     )
 
 
@@ -262,6 +272,7 @@ def _log(parts: Parts, totals: Totals, outcome: StepOutcome, watch: Stopwatch) -
         {
             "step": outcome.step,
             "loss": outcome.loss,
+            **outcome.parts,
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,
             "tokens": totals.tokens,

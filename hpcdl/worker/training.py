@@ -14,7 +14,19 @@ from hpcdl.runs.store import RunDir, now
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.checkpoint import Found, Totals
 from hpcdl.spec.parallel import ParallelDims
-from hpcdl.worker import communication, control, loop, metrics, model, network, result, resume, rng, trackers
+from hpcdl.worker import (
+    communication,
+    control,
+    loop,
+    metrics,
+    model,
+    network,
+    result,
+    resume,
+    rng,
+    tasks,
+    trackers,
+)
 from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.data.loader import Loader, Reading
 from hpcdl.worker.data.prepare import Dataset, open_dataset
@@ -37,6 +49,8 @@ class Ready:
     """The whole model; taken apart by strategies that leave each rank a part."""
     size: network.Size
     engine: Engine
+    lesson: tasks.Lesson | None
+    """What the task does to the loss."""
     saver: Checkpointer
     found: Found | None
     """The checkpoint that this try goes on from."""
@@ -80,14 +94,15 @@ def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.devic
     if who.is_first and found is None:
         result.sample_before(spec, run, net, tokenizer)
     engine = network.parallelize(spec, net, grid)
+    lesson = tasks.attach(spec, engine)
     saver = Checkpointer(run, who, engine, spec, data_digest=data.digest, first_step=first_step)
     rng.seed_all(spec.seed, who.rank)
     totals = resume.totals_from(run, found)
     if found is not None:
         saver.load(found)
     return Ready(
-        place=place, tokenizer=tokenizer, data=data, grid=grid, net=net, size=size, engine=engine, saver=saver,
-        found=found, first_step=first_step, totals=totals,
+        place=place, tokenizer=tokenizer, data=data, grid=grid, net=net, size=size, engine=engine,
+        lesson=lesson, saver=saver, found=found, first_step=first_step, totals=totals,
     )  # fmt: skip
 
 
@@ -129,7 +144,7 @@ def drive(
         loop.Parts(
             spec=spec, run=run, who=who, engine=ready.engine, data=ready.data, loader=loader,
             data_rank=data_rank, data_ranks=data_ranks, checkpointer=ready.saver, first_step=ready.first_step,
-            metrics=lines, stop=stop, progress=progress, mfu_of=mfu_of,
+            metrics=lines, stop=stop, progress=progress, lesson=ready.lesson, mfu_of=mfu_of,
         ),
         ready.totals,
     )  # fmt: skip

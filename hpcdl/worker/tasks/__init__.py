@@ -4,16 +4,26 @@ A task's file holds
 
 - `CUTS_DOCUMENTS`: whether a document may be cut where a sequence is full;
 - `example(record, tokenizer) -> Example | None`: a document as tokens, and which of them are targets;
-- `prompt(text, tokenizer) -> list[int]`: the tokens that the sample on the result card starts from.
+- `prompt(text, tokenizer) -> list[int]`: the tokens that the sample on the result card starts from;
+- where the loss is not the text's cross-entropy: `attach(spec, engine) -> Lesson`, which changes it.
+
+Its light side, with its own keys, is the file of the same name in hpcdl/tasks/.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
+from hpcdl.spec import ExperimentSpec
 from hpcdl.worker.data.records import Example, Record
 from hpcdl.worker.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hpcdl.distributed.engine import Engine
 
 
 class Task(Protocol):
@@ -28,6 +38,25 @@ class Task(Protocol):
     def prompt(self, text: str, tokenizer: Tokenizer) -> list[int]:
         """Tokens that a sample starts from."""
         ...
+
+
+class Lesson(Protocol):
+    """What a task does to the loss while the model trains."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What it measures, by the names that metrics.jsonl has."""
+        ...
+
+    def measured(self) -> Tensor:
+        """This rank's sums over target tokens since the last call, fp64 `(len(names),)`."""
+        ...
+
+
+def attach(spec: ExperimentSpec, engine: Engine) -> Lesson | None:
+    """Has the task change the loss; None where it is the text's cross-entropy. On all ranks together."""
+    change: Callable[[ExperimentSpec, Engine], Lesson] | None = getattr(get(spec.task.name), "attach", None)
+    return None if change is None else change(spec, engine)
 
 
 def get(name: str) -> Task:
