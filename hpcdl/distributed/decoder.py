@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpcdl.distributed.held import HeldLinear
 from hpcdl.distributed.losses import IGNORE, linear_cross_entropy
 from hpcdl.errors import HpcdlError
 
@@ -82,8 +83,8 @@ class Stage(nn.Module):
         """Makes of what another stage sent what the blocks take."""
         self.leave: Callable[[Tensor], Tensor] = _as_it_is
         """Makes of what the last block gave a tensor to send."""
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
-        """Summed loss from hidden states, the head's weight and labels."""
+        self.loss: Callable[[Tensor, Any, Tensor], Tensor] = linear_cross_entropy
+        """Summed loss from hidden states, the head's weight (or its held matrix) and labels."""
         self.tied: str | None = None
         """Name of the trained embedding that is the head too, where one is here and the other isn't."""
 
@@ -107,7 +108,9 @@ class Stage(nn.Module):
             return self.leave(hidden)
         assert labels is not None, "the last stage has the loss"
         # stacked: FSDP warns of a view, which reshape() gives
-        return torch.stack([self.loss(hidden, self.head().weight, labels)])
+        head = self.head()
+        matrix = head.matrix if isinstance(head, HeldLinear) else head.weight
+        return torch.stack([self.loss(hidden, matrix, labels)])
 
     def _general(
         self, inputs: Tensor, position_ids: Tensor, labels: Tensor | None, more: dict[str, Any]
@@ -127,7 +130,7 @@ class Stage(nn.Module):
         """Whether logits are the head's matrix times the hidden states and nothing more."""
         head = self.head()
         return (
-            type(head) is nn.Linear
+            type(head) in (nn.Linear, HeldLinear)
             and getattr(head, "bias", None) is None
             and inner(self.model).config.model_type in PLAIN_HEADS
         )
@@ -151,6 +154,8 @@ def cut(model: Any, first_block: int, last_block: int, *, is_first: bool, is_las
     if not is_last:
         base.norm = nn.Identity()
         causal.lm_head = None
+    elif isinstance(causal.lm_head, HeldLinear):
+        pass  # frozen: each stage may have its own
     elif not is_first and causal.lm_head.weight is base.embed_tokens.weight:
         own = nn.Parameter(causal.lm_head.weight.detach().clone(), causal.lm_head.weight.requires_grad)
         causal.lm_head.weight = own

@@ -8,6 +8,7 @@ some rows of the vocabulary each: Shoeybi et al., "Megatron-LM", 2019, section 3
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hpcdl.distributed.held import Matrix
+
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that are held at a time, in fp32: 64 MiB on a CPU, 512 MiB on a GPU."""
+
+HELD_WEIGHTS = {"cpu": 2**25, "cuda": 2**27}
+"""Weights of a held head that are made whole at a time: 64 MiB in bf16 on a CPU."""
 
 IGNORE = -100
 """Label of a position that is no target."""
@@ -112,12 +118,75 @@ class LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, part: Part | None = None) -> Tensor:
+class HeldCrossEntropy(torch.autograd.Function):
+    """Sum over tokens of cross-entropy(hidden @ matrix.T, labels), a part of the vocabulary at a time.
+
+    The softmax's sum is carried from part to part, and what was added up so far is scaled down when a larger
+    logit comes: one pass gives the loss and the gradient, and the head is never whole in 16 bits.
+
+    Source: Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; as in FlashAttention (Dao
+    et al., NeurIPS 2022), with the head's rows in the place of keys and values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, matrix: Matrix, labels: Tensor, train: bool) -> Tensor:
+        """Loss and, where `train`, the gradient of `hidden`.
+
+        Args:
+            ctx: autograd's.
+            hidden: `(tokens, width)`, in the dtype of the matmuls.
+            matrix: the frozen head, `(vocabulary, width)`.
+            labels: `(tokens,)`, none ignored.
+            train: whether a backward pass will follow.
+
+        Returns:
+            fp32 scalar; summed in fp64.
+        """
+        gradient = torch.empty_like(hidden) if train and ctx.needs_input_grad[0] else None
+        parts = list(matrix.slices(HELD_WEIGHTS[hidden.device.type]))
+        chunk = max(64, CHUNK_LOGITS[hidden.device.type] // (parts[0][1] - parts[0][0]))
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for at in range(0, len(labels), chunk):
+            states, target = hidden[at : at + chunk], labels[at : at + chunk]
+            of_targets = matrix.pick(target, hidden.dtype)
+            aim = (states.float() * of_targets.float()).sum(-1, keepdim=True)
+            top = torch.full_like(aim, -math.inf)
+            norm = torch.zeros_like(aim)
+            pull = None if gradient is None else states.new_zeros(states.shape, dtype=torch.float32)
+            for first, last in parts:
+                rows = matrix.rows(first, last, hidden.dtype)
+                logits = (states @ rows.T).float()
+                higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+                shrink = (top - higher).exp_()
+                weights = logits.sub_(higher).exp_()
+                norm = norm * shrink + weights.sum(-1, keepdim=True)
+                if pull is not None:
+                    pull.mul_(shrink).add_(weights.to(hidden.dtype) @ rows)
+                top = higher
+                del rows, logits, weights  # before the next part is made
+            total += (top + norm.log() - aim).sum(dtype=torch.float64)
+            if gradient is not None and pull is not None:
+                # d loss / d hidden = the rows' mean under the softmax, less the target's row
+                gradient[at : at + chunk] = pull.div_(norm).sub_(of_targets)
+        ctx.save_for_backward(gradient)
+        return total.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """The gradient of the forward pass, times the scalar that came back."""
+        (gradient,) = ctx.saved_tensors
+        return None if gradient is None else gradient * grad.to(gradient.dtype), None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor | Matrix, labels: Tensor, part: Part | None = None
+) -> Tensor:
     """Summed cross-entropy over the positions whose label isn't IGNORE.
 
     Args:
         hidden: `(batch, seq, width)`.
-        weight: `(vocabulary, width)`, or this rank's rows of it.
+        weight: `(vocabulary, width)`, or this rank's rows of it, or a held matrix (whole).
         labels: `(batch, seq)`, already shifted.
         part: which rows these are; None: all.
     """
@@ -125,5 +194,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, part: P
     rows = hidden[kept]
     if torch.is_autocast_enabled(hidden.device.type):
         rows = rows.to(torch.get_autocast_dtype(hidden.device.type))
-    result: Tensor = LinearCrossEntropy.apply(rows, weight, labels[kept], torch.is_grad_enabled(), part)  # type: ignore[no-untyped-call]
+    train = torch.is_grad_enabled()
+    if isinstance(weight, Matrix):
+        assert part is None, "a held head is whole on every rank"
+        held: Tensor = HeldCrossEntropy.apply(rows, weight, labels[kept], train)  # type: ignore[no-untyped-call]
+        return held
+    result: Tensor = LinearCrossEntropy.apply(rows, weight, labels[kept], train, part)  # type: ignore[no-untyped-call]
     return result

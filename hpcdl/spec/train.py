@@ -27,8 +27,8 @@ class TaskSpec:
 class OptimSpec:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """`adamw` (Loshchilov & Hutter, 2019) or `sgd` with momentum."""
+    name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
+    """`adamw` (Loshchilov & Hutter, 2019), the same with its moments in 8 bits, or `sgd` with momentum."""
     lr: Annotated[float, Gt(0)] = 1e-3
     """Peak learning rate."""
     weight_decay: Annotated[float, Ge(0)] = 0.0

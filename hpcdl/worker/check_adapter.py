@@ -40,7 +40,7 @@ def plain_loss(spec: ExperimentSpec, adapter: Path) -> float:
     config = json.loads((adapter / "adapter_config.json").read_text())
     dtype = torch.bfloat16 if spec.trainer.precision == "bf16" else torch.float32
     base: Any = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=dtype)
-    base = quant.get(spec.quant.scheme).apply(spec.quant, base)
+    base = quant.hold(spec, base)
     tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
     tokenizer = model.tokenizer_for(spec.model, model.weights_place(spec.model))
     heldout = open_dataset(spec, tokenizer).heldout

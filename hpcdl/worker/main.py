@@ -38,7 +38,7 @@ def main(run: RunDir) -> None:
 def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> None:
     """Joins the other ranks with the threads and cores that are this one's, then trains."""
     spec = read_spec(run.spec_file)
-    quant.hide_unused(spec.quant.scheme)
+    quant.hide_unused(quant.needs(spec))
     device = process.choose_device(spec, who)
     threads = process.set_threads(spec, who, device)
     process.join(who, device)

@@ -14,6 +14,7 @@ from hpcdl import compress, parallel
 from hpcdl.compress import quant
 from hpcdl.distributed.decoder import inner
 from hpcdl.distributed.engine import Engine
+from hpcdl.distributed.held import parameter_count
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
 from hpcdl.spec import ExperimentSpec
@@ -56,7 +57,7 @@ def prepare(spec: ExperimentSpec, model: Any, device: torch.device) -> Network:
     """The loaded model, its weights held as asked for, under the fine-tuning method; the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)  # LoRA's A starts random: the same on every rank
-        model = quant.get(spec.quant.scheme).apply(spec.quant, model)
+        model = quant.hold(spec, model)
         model = compress.get(spec.peft.name).apply(spec.peft, model)
     return Network(model=model, autocast=spec.trainer.precision == "bf16", device=device)
 
@@ -88,10 +89,10 @@ def from_checkpoint(spec: ExperimentSpec, place: str | None, path: Path, device:
 
 def size_of(model: Any) -> Size:
     """Counts a whole model."""
-    parameters, config = list(model.parameters()), inner(model).config
+    config = inner(model).config
     return Size(
-        parameters=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        parameters=parameter_count(model),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
     )

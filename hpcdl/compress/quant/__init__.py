@@ -2,14 +2,20 @@
 
 A scheme's file holds `Config` (a frozen dataclass below `QuantSpec`), `check(config, spec)`,
 `memory(config, matrix, plain, compute)` and `apply(config, model)`, which comes before the fine-tuning method;
-torch and what quantizes are imported inside `apply` only.
+torch and what quantizes are imported inside functions only.
+
+A scheme that takes one matrix at a time has two functions more, and a model under it is read from disk tensor by
+tensor, never whole in 16 bits (hpcdl.worker.streaming): `pack(config, weight)` and `layer(config, linear, packed)`.
+`hold_linears` of `_hold.py` is then all that its `apply` needs. A layer is best an HeldLinear over a Matrix of its
+own (hpcdl.distributed.held): `_rows8.py` is the shortest example.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpcdl.byname import Folder
@@ -18,9 +24,9 @@ from hpcdl.spec import ExperimentSpec, QuantSpec
 from hpcdl.spec.layout import Held, Matrix
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-OPTIONAL = ("torchao",)
+OPTIONAL = ("torchao", "bitsandbytes")
 """Packages that quantize. transformers and peft import them wherever they are installed: seconds a process."""
 
 
@@ -47,7 +53,29 @@ class Scheme(Protocol):
         ...
 
     def apply(self, config: Any, model: nn.Module) -> nn.Module:
-        """The model with its weights held so."""
+        """The model with its weights held so; layers that are held already stay."""
+        ...
+
+
+class Streaming(Scheme, Protocol):
+    """What a scheme's module offers besides where it takes one matrix at a time."""
+
+    def pack(self, config: Any, weight: Tensor) -> dict[str, Tensor]:
+        """What is kept of a matrix `(rows, columns)` in 16 or 32 bits; new tensors.
+
+        Raises:
+            HpcdlError: it can't be held so; says why, not which matrix it is.
+        """
+        ...
+
+    def layer(self, config: Any, linear: nn.Linear, packed: Mapping[str, Tensor]) -> nn.Linear:
+        """The layer that holds what `pack` gave, kept as it is: it may be mmapped.
+
+        Args:
+            config: the scheme's.
+            linear: the layer whose place it takes; its weight may be on the meta device.
+            packed: what `pack` gave, from memory or from a file.
+        """
         ...
 
 
@@ -55,17 +83,46 @@ _folder: Folder[Scheme] = Folder(__name__, __path__)
 names, get = _folder.names, _folder.get
 
 
-def hide_unused(name: str) -> None:
-    """Has this process do as if quantizers that `name` doesn't need weren't installed (torchao: 2.8 s).
+def resolved(spec: ExperimentSpec) -> QuantSpec:
+    """The experiment's scheme with what it leaves to the strategy filled in (`backend: auto`)."""
+    fill = getattr(get(spec.quant.scheme), "fill", None)
+    return spec.quant if fill is None else replace(spec.quant, **fill(spec.quant, spec))
+
+
+def hold(spec: ExperimentSpec, model: Any) -> Any:
+    """The model with its weights held as the experiment says."""
+    return get(spec.quant.scheme).apply(resolved(spec), model)
+
+
+def why_whole(spec: ExperimentSpec) -> str | None:
+    """Why a model can't be read tensor by tensor under this scheme; None where it can."""
+    scheme = get(spec.quant.scheme)
+    if not hasattr(scheme, "pack") or not hasattr(scheme, "layer"):
+        return f"quant={spec.quant.scheme} takes whole models only"
+    why = getattr(scheme, "why_whole", None)
+    return None if why is None else why(resolved(spec))
+
+
+def needs(spec: ExperimentSpec) -> Iterable[str]:
+    """Packages of OPTIONAL that the experiment uses."""
+    asked = getattr(get(spec.quant.scheme), "needs", None)
+    used = get(spec.quant.scheme).NEEDS if asked is None else asked(resolved(spec))
+    return {*used, "bitsandbytes"} if spec.optim.name == "adamw8bit" else used
+
+
+def hide_unused(used: Iterable[str]) -> None:
+    """Has this process do as if quantizers that aren't among `used` weren't installed (torchao: 2.8 s).
 
     Those that it needs come without their warnings at import. To be called before transformers is imported;
     what is imported already stays.
     """
+    used = set(used)
     for package in OPTIONAL:
-        if package in get(name).NEEDS:
+        if package in used:
             for logger in (
                 package,
                 "torch.utils._pytree",
+                "bitsandbytes.backends.cpu.ops",
             ):  # tell of other devices' kernels, of names to come
                 logging.getLogger(logger).setLevel(logging.ERROR)
         else:

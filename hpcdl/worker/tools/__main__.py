@@ -28,7 +28,7 @@ def main() -> int:
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     request = Request(spec=read_spec(given.spec), adapter=given.adapter, out=given.out)
-    quant.hide_unused(request.spec.quant.scheme)
+    quant.hide_unused(quant.needs(request.spec))
     try:
         found = importlib.import_module(f"{__package__}.{given.tool}").run(request)
     except HpcdlError as error:
