@@ -1,0 +1,184 @@
+"""Files of safetensors, read a tensor at a time: little memory, and errors that name the file and the tensor.
+
+A file is 8 bytes with the length of a header, the header (JSON: each tensor's dtype, shape and place), and the
+tensors' bytes one after another. Source: the format's own description, huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hpcdl.errors import HpcdlError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""The format's names of torch's dtypes."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MOST_HEADER = 100_000_000
+"""Bytes of a header at most, as in the format's description."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    first: int
+    """Its first byte in the file."""
+    end: int
+    """The byte after its last."""
+
+
+class TensorFile:
+    """A file's header, checked against its size; tensors are read when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header.
+
+        Raises:
+            HpcdlError: the file isn't there, is cut off, or is no such file.
+        """
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = file.read(length) if length <= min(size, MOST_HEADER) else b""
+        except OSError as error:
+            raise HpcdlError(f"{path} can't be read: {error.strerror}") from error
+        if size < 8 or len(header) < length:
+            raise HpcdlError(f"{path} is torn, or no safetensors file: its {size} bytes hold no whole header")
+        self.head = length.to_bytes(8, "little") + header
+        """Everything before the tensors' bytes."""
+        try:
+            told: dict[str, Any] = json.loads(header)
+            told.pop("__metadata__", None)
+            entries = [self._entry(name, each) for name, each in told.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise HpcdlError(f"{path} is torn, or no safetensors file: {error}") from error
+        self.entries = {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.first)}
+        """By name, in the order of their bytes."""
+        self._check(size)
+
+    def _entry(self, name: str, told: dict[str, Any]) -> Entry:
+        first, end = told["data_offsets"]
+        if told["dtype"] not in DTYPES:
+            raise HpcdlError(f"{self.path}: {name} has a dtype that isn't known here: {told['dtype']}")
+        start = len(self.head)
+        return Entry(name, DTYPES[told["dtype"]], tuple(told["shape"]), start + first, start + end)
+
+    def _check(self, size: int) -> None:
+        at = len(self.head)
+        for entry in self.entries.values():
+            wanted = math.prod(entry.shape) * entry.dtype.itemsize
+            if entry.first != at or entry.end - entry.first != wanted:
+                raise HpcdlError(
+                    f"{self.path} is damaged: {entry.name} {entry.shape} takes {wanted} bytes from {at},"
+                    f" and the header says {entry.first} to {entry.end}"
+                )
+            at = entry.end
+            if at > size:
+                raise HpcdlError(
+                    f"{self.path} is cut off: its {size} bytes end before {entry.name} does, at {at};"
+                    " copy it anew"
+                )
+        if at != size:
+            raise HpcdlError(f"{self.path} is damaged: {size - at} bytes come after its last tensor")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            HpcdlError: the file has become shorter, or the disk fails.
+        """
+        entry = self.entries[name]
+        data = bytearray(entry.end - entry.first)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(entry.first)
+                view, done = memoryview(data), 0
+                while done < len(data):  # a read gives 2 GiB at most
+                    got = file.readinto(view[done:])
+                    if not got:
+                        raise HpcdlError(f"{self.path} is cut off in {name}; copy it anew")
+                    done += got
+        except OSError as error:
+            raise HpcdlError(f"{self.path}: {name} can't be read: {error.strerror}") from error
+        if not data:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
+
+
+def of_folder(folder: Path) -> list[TensorFile]:
+    """The files of a model's folder that hold its weights, each checked.
+
+    Raises:
+        HpcdlError: there are none, one is missing or torn, or a tensor isn't where the index says.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise HpcdlError(f"{folder} holds no safetensors (neither {SINGLE} nor {INDEX})")
+        return [TensorFile(folder / SINGLE)]
+    try:
+        where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise HpcdlError(f"{index} can't be read: {error}") from error
+    for name, file in where.items():
+        if not (folder / file).exists():
+            raise HpcdlError(f"{folder / file} is missing: {index.name} says that it holds {name}")
+    files = {file: TensorFile(folder / file) for file in sorted(set(where.values()))}
+    for name, file in where.items():
+        if name not in files[file].entries:
+            raise HpcdlError(f"{folder / file} does not hold {name}, though {index.name} says so")
+    return list(files.values())
+
+
+def write_like(source: TensorFile, target: Path, change: Any) -> None:
+    """Writes a file with the same names, dtypes and shapes, a tensor at a time.
+
+    Args:
+        source: the file that it is like.
+        target: the new one.
+        change: given an Entry, the tensor to write, or None to copy the source's.
+
+    Raises:
+        HpcdlError: the source fails, or the disk is full.
+    """
+    try:
+        with target.open("wb") as file:
+            file.write(source.head)
+            for entry in source.entries.values():
+                made = change(entry)
+                tensor = source.read(entry.name) if made is None else made
+                assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry
+                raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+                file.write(memoryview(cast(Any, raw.numpy())))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise HpcdlError(f"{target} can't be written: {error.strerror}") from error
