@@ -18,8 +18,9 @@ from hpcdl.distributed.held import parameter_count
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
 from hpcdl.spec import ExperimentSpec
-from hpcdl.worker import optim
+from hpcdl.worker import optim, pruning
 from hpcdl.worker.checkpoint import load_weights
+from hpcdl.worker.data.prepare import Rows
 from hpcdl.worker.metrics import flops_per_token, peak_flops
 from hpcdl.worker.model import load
 
@@ -53,12 +54,21 @@ class Size:
     hidden_size: int
 
 
-def prepare(spec: ExperimentSpec, model: Any, device: torch.device) -> Network:
-    """The loaded model, its weights held as asked for, under the fine-tuning method; the same on every rank."""
+def prepare(spec: ExperimentSpec, model: Any, device: torch.device, text: Rows | None = None) -> Network:
+    """The loaded model pruned, its weights held as asked for, under the fine-tuning method; the same on every rank.
+
+    Args:
+        spec: the experiment.
+        model: as loaded.
+        device: where text is run through it.
+        text: training rows, for pruning that looks at text.
+    """
+    zeros = pruning.apply(spec, model, device, text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)  # LoRA's A starts random: the same on every rank
         model = quant.hold(spec, model)
         model = compress.get(spec.peft.name).apply(spec.peft, model)
+    pruning.keep(model, zeros)
     return Network(model=model, autocast=spec.trainer.precision == "bf16", device=device)
 
 
@@ -79,9 +89,11 @@ def parallelize(spec: ExperimentSpec, net: Network, grid: Grid) -> Engine:
     return parallel.get(spec.parallel.name).build(spec.parallel, net.model, grid, job)
 
 
-def from_checkpoint(spec: ExperimentSpec, place: str | None, path: Path, device: torch.device) -> Network:
+def from_checkpoint(
+    spec: ExperimentSpec, place: str | None, path: Path, device: torch.device, text: Rows | None = None
+) -> Network:
     """The trained model, whole, on this rank alone: loaded anew, with a checkpoint's weights."""
-    net = prepare(spec, load(spec, place), device)
+    net = prepare(spec, load(spec, place), device, text)
     load_weights(path, net.model)
     net.model.to(device)
     return net

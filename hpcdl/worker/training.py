@@ -85,7 +85,7 @@ def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.devic
     place = model.weights_place(spec.model)
     tokenizer = model.tokenizer_for(spec.model, place)
     data = open_dataset(spec, tokenizer)
-    net = network.prepare(spec, model.load(spec, place), device)
+    net = network.prepare(spec, model.load(spec, place), device, data.train)
     size = network.size_of(net.model)
     found = resume.choose(run, who, control.fingerprint(net.trainable()), device, spec.trainer.resume_from)
     first_step = resume.first_step(run, found)
@@ -164,7 +164,8 @@ def finish(
     """Saves the result, and returns what stands in result.json."""
     net, totals = ready.net, ready.totals
     if not ready.engine.is_whole:
-        net = network.from_checkpoint(spec, ready.place, ready.saver.path_of(totals.step), net.device)
+        path = ready.saver.path_of(totals.step)
+        net = network.from_checkpoint(spec, ready.place, path, net.device, ready.data.train)
     cost = communication.summary(run.metrics(), spec.trainer.max_steps, ready.engine.period)
     return result.save(
         result.Finished(

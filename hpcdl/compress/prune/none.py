@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,10 @@ from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, PruneSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+CALIBRATED = False
+REWEIGHTS = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,11 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     return iter(())
 
 
-def apply(config: Config, model: nn.Module) -> nn.Module:
+def memory(config: Config, spec: ExperimentSpec) -> dict[str, int]:
+    """Nothing."""
+    return {}
+
+
+def apply(config: Config, model: nn.Module, text: Sequence[Mapping[str, Tensor]] = ()) -> nn.Module:
     """The model as it is."""
     return model
