@@ -36,6 +36,9 @@ class Engine:
     period = 1
     """Steps from one synchronisation of the ranks to the next: what they send is measured over as many."""
 
+    staged = True
+    """Whether a checkpoint is copied in memory before it is written: else training waits for the writing."""
+
     def __init__(
         self, stages: Sequence[nn.Module], grid: Grid, make_optimizer: MakeOptimizer, *, autocast: bool
     ) -> None:
@@ -82,6 +85,7 @@ class Engine:
                     loss = self._forward(batch)
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach().reshape(())
+            del loss  # with it goes what is left of its graph: not beside the next one's
         return total if self.reports else torch.zeros_like(total)
 
     def step(self, learning_rate: float, max_norm: float | None) -> float:
@@ -150,6 +154,9 @@ class Engine:
             keys: the names that it had; `own.…` of another strategy or world size are not among them.
         """
         set_steps(self.optimizer, step)
+
+    def let_go(self, tensor: Tensor) -> None:
+        """A tensor of `state()` has been written or read, and is not looked at for now; this rank alone."""
 
     # --- what it measured ---------------------------------------------------------------------------------
 

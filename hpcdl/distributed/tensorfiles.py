@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,10 @@ DTYPES = {
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PIECE = 2**23
+"""Numbers that `fill` reads and `write` writes at a time."""
+SHARD_BYTES = 5 * 10**9
+"""Of a file that `write` makes, at most; a larger tensor has a file to itself."""
 MOST_HEADER = 100_000_000
 """Bytes of a header at most, as in the format's description."""
 
@@ -132,6 +137,36 @@ class TensorFile:
             return torch.empty(entry.shape, dtype=entry.dtype)
         return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
 
+    def fill(self, name: str, target: Tensor, done: Callable[[Tensor], None]) -> None:
+        """One tensor into another of its shape and any dtype, piece by piece: never whole in memory.
+
+        Args:
+            name: which.
+            target: contiguous.
+            done: is called with each piece of it once it is filled.
+
+        Raises:
+            HpcdlError: the shape is another, the file has become shorter, or the disk fails.
+        """
+        entry = self.entries[name]
+        if tuple(target.shape) != entry.shape:
+            raise HpcdlError(
+                f"{self.path}: {name} is {entry.shape}, and the model wants {tuple(target.shape)}"
+            )
+        at = entry.first
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for part in _pieces(target):
+                    data = bytearray(part.numel() * entry.dtype.itemsize)
+                    file.seek(at)
+                    if file.readinto(data) != len(data):
+                        raise HpcdlError(f"{self.path} is cut off in {name}; copy it anew")
+                    part.copy_(torch.frombuffer(data, dtype=entry.dtype))
+                    done(part)
+                    at += len(data)
+        except OSError as error:
+            raise HpcdlError(f"{self.path}: {name} can't be read: {error.strerror}") from error
+
 
 def of_folder(folder: Path) -> list[TensorFile]:
     """The files of a model's folder that hold its weights, each checked.
@@ -182,3 +217,68 @@ def write_like(source: TensorFile, target: Path, change: Any) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise HpcdlError(f"{target} can't be written: {error.strerror}") from error
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], done: Callable[[Tensor], None]) -> None:
+    """Writes a model's weights under the names that transformers looks for, piece by piece.
+
+    Args:
+        folder: is there.
+        tensors: by name, on the CPU, contiguous.
+        done: is called with each piece of a tensor that has been written.
+
+    Raises:
+        HpcdlError: the disk is full.
+    """
+    shards = list(_in_shards(tensors))
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        where.update(dict.fromkeys(names, file))
+        try:
+            _write_one(folder / file, {name: tensors[name] for name in names}, done)
+        except OSError as error:
+            raise HpcdlError(f"{folder / file} can't be written: {error.strerror}") from error
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
+        (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _in_shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def _write_one(path: Path, tensors: Mapping[str, Tensor], done: Callable[[Tensor], None]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    known = {dtype: name for name, dtype in DTYPES.items()}
+    at = 0
+    for name, tensor in tensors.items():
+        end = at + tensor.nbytes
+        header[name] = {
+            "dtype": known[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for part in _pieces(tensor.detach()):
+                file.write(memoryview(cast(Any, part.view(torch.uint8).numpy())))
+                done(part)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.view(-1)
+    return (flat[at : at + PIECE] for at in range(0, flat.numel(), PIECE))

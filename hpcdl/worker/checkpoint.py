@@ -70,7 +70,8 @@ class Checkpointer:
 
     With `trainer.checkpoint_async` a thread writes while training goes on. It copies this rank's share
     during the next step's passes, which change no weight; `settle`, called before what changes them, waits
-    for the copy. One save is under way at a time.
+    for the copy; for the writing itself where the engine's state is too large for a copy. One save is under way
+    at a time.
     """
 
     def __init__(
@@ -174,7 +175,8 @@ class Checkpointer:
 
             if after is not None:
                 torch.cuda.set_device(self._engine.device)  # each thread has its own
-            self._write(saving, StagedPlanner(self._buffers, saving.copied, after))
+            staged = self._engine.staged
+            self._write(saving, StagedPlanner(self._buffers, saving.copied, after) if staged else None)
         finally:
             saving.copied.set()  # after a failure nobody must wait
 
@@ -182,6 +184,8 @@ class Checkpointer:
         """Writes all of it. Rank 0 renames; the others may go on meanwhile: all their parts are written."""
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
+
+        from hpcdl.worker.staging import PassingSaver
 
         saving.temporary.mkdir(parents=True, exist_ok=True)
         random_states = saving.temporary / f"rng-{self._who.rank:05d}.pt"
@@ -191,7 +195,7 @@ class Checkpointer:
         save(
             saving.state,
             storage_writer=FileSystemWriter(saving.temporary, sync_files=True),
-            planner=planner,
+            planner=planner or PassingSaver(self._engine.let_go),
             process_group=self._group,
         )
         if self._who.is_first:
@@ -243,6 +247,8 @@ class Checkpointer:
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
+        from hpcdl.worker.staging import PassingLoader
+
         self._must_go_on_alike(found)
         state, saved = self._engine.state(), saved_tensors(found.path)
         missing = [key for key in state if key not in saved and not key.startswith(OWN)]
@@ -258,7 +264,8 @@ class Checkpointer:
                     f"{key} is {tuple(saved[key].size)} in {found.path.name}, and {tuple(tensor.shape)} here:"
                     " it is of another model"
                 )
-        load(fitting, storage_reader=FileSystemReader(found.path))
+        reader = FileSystemReader(found.path)
+        load(fitting, storage_reader=reader, planner=PassingLoader(self._engine.let_go))
         self._engine.restored(found.step, frozenset(saved))
         if found.world_size == self._who.world_size:
             rng.load(found.path / f"rng-{self._who.rank:05d}.pt")

@@ -5,14 +5,15 @@ Imported with torch.distributed.checkpoint, which takes half a second: not befor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 
 class StagedPlanner(DefaultSavePlanner):
@@ -53,6 +54,36 @@ class StagedPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """What is written for an item of the plan: the copy."""
         return self._buffers[write_item.index]
+
+
+class PassingSaver(DefaultSavePlanner):
+    """Writes tensor by tensor, and lets each go when the next one's turn has come."""
+
+    def __init__(self, let_go: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._let_go = let_go
+        self._last: Tensor | None = None
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """What is written for an item of the plan."""
+        if self._last is not None:
+            self._let_go(self._last)
+        found = super().resolve_data(write_item)
+        self._last = found if isinstance(found, Tensor) else None
+        return found
+
+
+class PassingLoader(DefaultLoadPlanner):
+    """Reads tensor by tensor, and lets each go."""
+
+    def __init__(self, let_go: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._let_go = let_go
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """A tensor has been read."""
+        super().commit_tensor(read_item, tensor)
+        self._let_go(tensor)
 
 
 def _buffer(source: Tensor, known: Tensor | None) -> Tensor:

@@ -27,18 +27,13 @@ from typing import Literal
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, ModelShape, OffloadSpec
 from hpcdl.spec.parallel import DIMENSIONS, ParallelDims
+from hpcdl.spec.streaming import CHUNK_LOGITS, PIECE, SLICE
 
 STREAMS = True
 STATE = {"adamw": 2, "sgd": 1}
 """Numbers of optimizer state a weight, by optimizer; those that can be stepped a few rows at a time."""
 TASKS = ("pretrain", "sft")
 """Tasks whose loss is the cross-entropy of the next token and nothing more."""
-PIECE = 2**22
-"""Weights that are updated at a time: 16 MiB in fp32."""
-SLICE = 2**25
-"""Weights of the output head that are in use at a time: 8,192 rows of 4,096."""
-CHUNK_LOGITS = 2**23
-"""Logits that are held at a time, in fp32: 32 MiB."""
 PROCESS_BYTES = 520 * 2**20
 """A process that has imported torch and transformers and joined its group, as seen on Linux."""
 
