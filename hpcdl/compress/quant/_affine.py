@@ -1,0 +1,106 @@
+"""int4: whole numbers times a scale, and back. Also what turns inputs into int8, and rounding that can be trained.
+
+A scale and a zero point a group of columns: w ≈ s·(q - z), q and z in 0 … 15, packed two a byte. Groups are
+asymmetric since four bits have no level to waste on a sign that a group doesn't use. Scales are rounded to what
+they are kept in *before* weights are divided by them: no error is added by keeping them so.
+
+Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", CVPR 2018, section 2; the same numbers as torchao's IntxWeightOnlyConfig(int4, PerGroup, ASYMMETRIC)
+but for the scales, which are bf16 here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TINY = 1e-8
+"""Least scale: rows and groups that are all zero have one too."""
+LEVELS = 15
+"""Highest int4."""
+
+
+def groups4(weight: Tensor, group: int, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of each group of `group` columns, from its least and greatest weight.
+
+    Args:
+        weight: `(rows, columns)`, `columns` a multiple of `group`.
+        group: columns that share a scale.
+        shrink: part of the range that is kept; what lies beyond it is cut off.
+
+    Returns:
+        Scales `(rows, groups)` bf16, and zero points `(rows, groups)` uint8 in 0 … 15.
+    """
+    grouped = weight.float().reshape(len(weight), -1, group)
+    low, high = grouped.amin(-1).clamp_(max=0) * shrink, grouped.amax(-1).clamp_(min=0) * shrink
+    scale = ((high - low) / LEVELS).clamp_(min=TINY).to(torch.bfloat16)
+    zero = (-low / scale.float()).round_().clamp_(0, LEVELS)
+    return scale, zero.to(torch.uint8)
+
+
+def nearest4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Each weight's nearest level.
+
+    Args:
+        weight: `(rows, columns)`.
+        scale: `(rows, groups)`; any float.
+        zero: `(rows, groups)`.
+
+    Returns:
+        `(rows, columns)` uint8 in 0 … 15.
+    """
+    grouped = weight.float().reshape(*scale.shape, -1)
+    level = (grouped / scale.float().unsqueeze(-1)).round_() + zero.unsqueeze(-1)
+    return level.clamp_(0, LEVELS).to(torch.uint8).flatten(1)
+
+
+def from_levels4(level: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """s·(q - z), `(rows, columns)`: the same in bf16 as in fp32 rounded to bf16, as both factors are exact."""
+    grouped = level.reshape(*scale.shape, -1).to(dtype)
+    return ((grouped - zero.unsqueeze(-1).to(dtype)) * scale.unsqueeze(-1).to(dtype)).flatten(1)
+
+
+def pack4(level: Tensor) -> Tensor:
+    """Two levels a byte, the even column in the low half: `(rows, columns)` uint8 → `(rows, columns / 2)` uint8."""
+    return level[:, 0::2] | level[:, 1::2] << 4
+
+
+def unpack4(packed: Tensor) -> Tensor:
+    """What `pack4` took: `(rows, columns / 2)` uint8 → `(rows, columns)` uint8 in 0 … 15."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+
+
+class _Straight(torch.autograd.Function):
+    """A rounded value forward; backward as if nothing had been rounded (Bengio et al., 2013: straight-through)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        """`rounded`."""
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The gradient of `rounded` as that of `value`."""
+        return grads[0], None
+
+
+def straight(value: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient going to `value`."""
+    result: Tensor = _Straight.apply(value, rounded)  # type: ignore[no-untyped-call]
+    return result
+
+
+def fake4(weight: Tensor, group: int) -> Tensor:
+    """What `weight` is after a turn through int4, with a straight-through gradient."""
+    with torch.no_grad():
+        scale, zero = groups4(weight, group)
+        rounded = from_levels4(nearest4(weight, scale, zero), scale, zero, weight.dtype)
+    return straight(weight, rounded)
+
+
+def tokens8(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8, a scale a token: `(tokens, width)` → int8, and scales `(tokens, 1)` fp32."""
+    scale = (states.abs().amax(-1, keepdim=True).float() / 127).clamp_(min=TINY)
+    return (states / scale).round_().clamp_(-127, 127).to(torch.int8), scale
