@@ -1,7 +1,8 @@
 """Methods that make training or the model cheaper: one file each, found by name.
 
-A method's file holds `Config` (a frozen dataclass below `PeftSpec`), `check(config, spec)` and
-`memory(config, matrix)` and `apply(config, model)`; torch and peft are imported inside `apply` only. Quantization has a folder of its own.
+A method's file holds `Config` (a frozen dataclass below `PeftSpec`), `check(config, spec)`,
+`memory(config, matrix)` and `apply(config, model)`; torch and peft are imported inside `apply` only.
+Quantization has a folder of its own.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hpcdl import compress
-from hpcdl.compress import quant
+from hpcdl.compress import offload, quant
 from hpcdl.parallel._mesh import MeshConfig
 from hpcdl.spec import ExperimentSpec, ModelShape
 from hpcdl.spec.layout import Held, Matrix, head_dim, matrices
@@ -61,9 +61,20 @@ def memory(spec: ExperimentSpec, device: str = "cpu") -> dict[str, int] | None:
     shape = spec.model.shape
     if shape is None or not isinstance(spec.parallel, MeshConfig) or spec.optim.name not in STATE_BYTES:
         return None
+    streamed = offload.get(spec.offload.name).memory(spec.offload, spec)
+    if streamed is not None:
+        return _of_a_way(streamed)
     if spec.model.attention != "sdpa" or spec.trainer.compile:
         return None
     return _Step(spec, shape, device).bytes()
+
+
+def _of_a_way(streamed: dict[str, int]) -> dict[str, int]:
+    """What a way of offloading says of itself adds up to the peak."""
+    runtime = streamed.get("process", RUNTIME_BYTES)
+    found = {name: streamed.get(name, 0) for name in CATEGORIES}
+    tensors = sum(found.values())
+    return {**found, "tensors": tensors, "runtime": runtime, "peak": tensors + runtime}
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,13 @@ class _Step:
         inputs += self._inputs(("gate_proj", "up_proj"), width)
         if self.bf16 and self.frozen:  # what went into o_proj is cast to fp32 and back, by peft and autocast
             inputs += e * queries * len(self.trains("o_proj"))
-        attention = e * (2 * queries + 2 * keys) + 4 * shape.num_attention_heads / tp
+        if (
+            self.spec.data.packing
+        ):  # documents in a row: a mask of numbers, and keys repeated for each query head
+            keys, mask = queries, e * self.spec.data.seq_len
+        else:
+            mask = 0
+        attention = e * (2 * queries + 2 * keys) + 4 * shape.num_attention_heads / tp + mask
         mlp = e * inner * (3 + len(self.trains("down_proj")))
         beside = sum(
             method.memory(self.spec.peft, matrix).kept * e
@@ -230,16 +247,23 @@ class _Step:
         each = {
             "none": self.layers * whole,
             "full": self.layers * self.between,
-            "selective": self.layers / 2 * (whole + self.between),
+            "selective": self.layers // 2 * whole + (self.layers - self.layers // 2) * self.between,
         }[how]
         under = min(self.dims.pp, self.micro_batches)
-        ends = 0.0
-        if self.dims.pp == 1:
-            ends = self.tokens * (4 * self.shape.hidden_size + 4)
-            ends += 0 if self.frozen else self.between
+        found = under * each + self.ends
         if how != "full":
-            ends += self.rotary
-        return under * each + ends
+            found += self.rotary
+            # nothing before the first block's matrices is trained: its first norm keeps nothing
+            if self.frozen and how == "none":
+                found -= self.tokens * (4 * self.shape.hidden_size + 4)
+        return found
+
+    @property
+    def ends(self) -> float:
+        """What the last norm keeps."""
+        if self.dims.pp > 1:
+            return 0.0
+        return self.tokens * (4 * self.shape.hidden_size + 4) + (0 if self.frozen else self.between)
 
     @property
     def rotary(self) -> float:
@@ -281,10 +305,25 @@ class _Step:
 
     @property
     def temporary(self) -> float:
-        """The backward pass of the MLP: three gradients of its width; where peft casts, one in fp32 more."""
+        """The backward pass of the MLP: a few gradients of its width, and one of a matrix."""
         inner, width, e = self.shape.intermediate_size / self.dims.tp, self.shape.hidden_size, self.compute
-        mlp = inner * (2 * e + 4) if self.frozen and self.bf16 else 3 * e * inner
-        return self.tokens * (mlp + width * self.residual) + self.rotary
+        passing = self.tokens * (3 * e * inner + self.residual * width)
+        if not self.frozen:
+            passing += inner * width * (6 if self.bf16 else 4)
+        elif self.beside_mlp:  # one way back through the base, one beside it, which peft casts to fp32
+            passing = self.tokens * (12 * inner if self.bf16 else 16 * inner + 4 * width)
+        return passing + self.rotary
+
+    @property
+    def beside_mlp(self) -> bool:
+        return self.frozen and bool(self.trains("gate_proj", "up_proj", "down_proj"))
+
+    @property
+    def first_gradients(self) -> float:
+        """Of them what is there while all of the block's activations still are."""
+        inner, width, e = self.shape.intermediate_size / self.dims.tp, self.shape.hidden_size, self.compute
+        passing = 8 * inner + 4 * width if self.beside_mlp else 3 * e * inner + e * width * self.frozen
+        return self.tokens * passing + self.rotary
 
     # --- together -----------------------------------------------------------------------------------------
 
@@ -304,11 +343,13 @@ class _Step:
         }
         always = self.weights + adapters + self.optimizer
         before = gradients if self.micro_batches > 1 else 0.0
-        passing = self.recomputed + self.buffers + self.temporary
+        full = self.spec.trainer.activation_checkpointing == "full"
+        buffers = self.buffers - self._cast * (1 - 1 / self.layers) if full else self.buffers
+        passing = self.recomputed + buffers + self.first_gradients
         one = self.block if self.spec.trainer.activation_checkpointing == "none" else 0.0
         moments = {
             "loss": before + self.activations + self.logits + self._cast + self.between,
-            "backward of the last block": before + self.activations + passing,
+            "backward of the last block": before + self.activations - self.ends + passing,
             "backward of the first block": gradients + one + self.between + passing,
             "optimizer's step": gradients,
         }

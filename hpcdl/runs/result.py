@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcdl.errors import RunFailedError, UsageError
-from hpcdl.runs import words
+from hpcdl.runs import memory, words
 from hpcdl.runs.reconcile import View
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir
@@ -54,6 +54,7 @@ def print_result(console: Console, view: View, record: dict[str, Any]) -> None:
     console.print(grid)
     for line in _facts(record):
         console.print(Text(line), soft_wrap=True)
+    _print_memory(console, view.run)
     _print_sample(console, record.get("sample") or {})
     for label, path in files(view.run, record):
         console.print(Text.assemble((f"{label:<9}", "dim"), str(path)), soft_wrap=True)
@@ -98,6 +99,27 @@ def _facts(record: dict[str, Any]) -> list[str]:
     if trained and total:
         lines.append(f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
     return [line for line in lines if line]
+
+
+def _print_memory(console: Console, run: RunDir) -> None:
+    """Where the bytes went, and where they were planned to go; nothing where that wasn't measured."""
+    from rich.table import Table
+    from rich.text import Text
+
+    found = memory.load(run.path)
+    if found is None:
+        return
+    console.print()
+    (title,) = memory.notes(found)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    grid.add_column(title, no_wrap=True)
+    for name in ("planned", "measured", "plan is off by"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for row in memory.rows(found):
+        grid.add_row(*row)
+    console.print(grid)
+    for line in memory.remarks(found):
+        console.print(Text(line, "dim"), soft_wrap=True)
 
 
 def _print_sample(console: Console, sample: dict[str, Any]) -> None:

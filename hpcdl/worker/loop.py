@@ -21,6 +21,7 @@ from hpcdl.worker.data.loader import Loader
 from hpcdl.worker.data.prepare import Dataset
 from hpcdl.worker.errors import Progress
 from hpcdl.worker.evaluate import heldout_loss
+from hpcdl.worker.memory import Meter, step_to_measure
 from hpcdl.worker.metrics import Metrics, evaluation, peak_memory_bytes
 from hpcdl.worker.optim import learning_rate
 from hpcdl.worker.process import Process
@@ -50,6 +51,8 @@ class Parts:
     progress: Progress
     lesson: tasks.Lesson | None
     """What the task does to the loss, where it isn't the text's cross-entropy."""
+    meter: Meter | None = None
+    """Tells in one step where memory goes; None: nobody wants to know."""
     mfu_of: float | None
     """Seconds that a token would take at the devices' peak, over all ranks; None where that isn't known."""
 
@@ -149,6 +152,7 @@ def run(parts: Parts, totals: Totals) -> str | None:
     costs: dict[int, Gathering] = {}
     first = totals.step + 1
     profile = communication.chosen_steps(first, trainer.max_steps, parts.spec.monitor, parts.engine.period)
+    weighed = step_to_measure(first, trainer.max_steps, profile) if parts.meter else None
     parts.engine.stages.train()
     while True:
         if _evaluation_due(parts, totals.step):
@@ -160,7 +164,8 @@ def run(parts: Parts, totals: Totals) -> str | None:
         if step in profile:
             warm = step >= first + communication.WARM_UP
             profiled = communication.Measurement(parts.engine.device, warm=warm)
-        with profiled or nullcontext():
+        meter = parts.meter if step == weighed else None
+        with profiled or (meter.during() if meter else nullcontext()):
             watch.start()
             under.append(train_step(parts, step))
             totals.step = parts.progress.step = step
@@ -168,9 +173,11 @@ def run(parts: Parts, totals: Totals) -> str | None:
             tokens = under[-1].tokens
             outcomes = _reached(parts, under, step)
             # Where ranks meet every few steps, the measured steps are no others' like: they count too.
-            apart = profiled is not None and parts.engine.period == 1
+            apart = (profiled is not None or meter is not None) and parts.engine.period == 1
             took = watch.stop(tokens, profiled=apart)
         totals.add_time(took, tokens, profiled=apart)
+        if meter is not None:
+            meter.report(step)
         if profiled is not None:
             costs[step] = Gathering(profiled.cost.numbers(), parts.engine.device)
         stop = next((outcome.stop for outcome in outcomes if outcome.stop), None)

@@ -40,10 +40,12 @@ Storage = torch.UntypedStorage
 
 def storages(tensor: Tensor) -> Iterator[Storage]:
     """The storages of a tensor; of a tensor made of tensors (DTensor, quantized) those of its parts."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from storages(getattr(tensor, name))
+    parts: Any = tensor
+    if is_traceable_wrapper_subclass(parts):
+        names, _ = parts.__tensor_flatten__()
+        for part in (getattr(parts, name) for name in names):
+            if isinstance(part, Tensor):  # beside them a DTensor has its mesh
+                yield from storages(part)
     elif tensor.layout == torch.strided and not tensor.is_meta:
         yield tensor.untyped_storage()
     # what bitsandbytes hangs on a parameter: its scales, and the scales' own
@@ -136,7 +138,7 @@ class Tracker:
                 self.peak, self.at_peak = self.total, dict(self.live)
 
 
-class Watching(TorchDispatchMode):
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fills a Tracker while it is on; for one step."""
 
     def __init__(self, tracker: Tracker, stages: nn.ModuleList, trainable: Iterable[nn.Parameter]) -> None:
@@ -147,7 +149,7 @@ class Watching(TorchDispatchMode):
             stages: whose losses are told from the rest.
             trainable: parameters whose gradients are.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracker = tracker
         self._stages = [module for module in stages.modules() if isinstance(module, Stage)]
         self._trainable = list(trainable)
@@ -173,10 +175,10 @@ class Watching(TorchDispatchMode):
         if self._in_loss and not backward:
             return "logits"
         given = [
-            self.tracker.kind(tensor.untyped_storage())
+            self.tracker.kind(tensor.untyped_storage()) or ("weights" if tensor.is_floating_point() else "")
             for tensor in tree_iter((args, kwargs))
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        ]
+        ]  # numbers that were there before and that nobody knows of: a quantizer's tables
         return "buffers" if given and all(kind in ("weights", "buffers") for kind in given) else "temporary"
 
     def _recomputing(self) -> bool:
@@ -186,7 +188,7 @@ class Watching(TorchDispatchMode):
 
     def _keep(self, tensor: Tensor) -> Tensor:
         for storage in storages(tensor):
-            self.tracker.turn(storage, "activations", of=("temporary", "logits"))
+            self.tracker.turn(storage, "activations")
         return tensor
 
     def __enter__(self) -> Watching:
@@ -196,11 +198,12 @@ class Watching(TorchDispatchMode):
             stage.loss = self._told(stage.loss)
         for parameter in self._trainable:
             if parameter.requires_grad:
-                handle = parameter.register_post_accumulate_grad_hook(self._gradient)
+                hooked: Any = parameter
+                handle = hooked.register_post_accumulate_grad_hook(self._gradient)
                 undo.callback(handle.remove)
         undo.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
-        undo.enter_context(_resizing(self.tracker))
-        super().__enter__()
+        undo.enter_context(_Resizing(self.tracker))
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -209,7 +212,7 @@ class Watching(TorchDispatchMode):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._undo.close()
 
     def _told(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -225,10 +228,10 @@ class Watching(TorchDispatchMode):
     def _gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             for storage in storages(parameter.grad):
-                self.tracker.turn(storage, "gradients", of=("temporary", "activations", "buffers", "logits"))
+                self.tracker.turn(storage, "gradients", of=tuple(KINDS))
 
 
-class _resizing:  # noqa: N801
+class _Resizing:
     """FSDP lets gathered parameters go by resizing their storage to nothing."""
 
     def __init__(self, tracker: Tracker) -> None:
