@@ -81,6 +81,18 @@ def load(spec: ExperimentSpec, place: str | None) -> Any:
     if place is None:
         assert spec.model.shape is not None, "checked before submission"
         return from_shape(spec.model.shape, spec.model.attention, spec.seed).to(dtype)
+    from hpcdl.worker import shards, streaming
+
+    whole = streaming.why_whole(spec, place)
+    if whole is None:
+        try:
+            return streaming.load(spec, place, dtype)
+        except streaming.CannotStream as error:
+            whole = str(error)
+    if spec.quant.scheme != "none":
+        print(f"quant={spec.quant.scheme}: the model is loaded whole first: {whole}", flush=True)
+    if shards.files(Path(place)):
+        shards.pieces(Path(place))  # tells of a broken file by its name
     from transformers import AutoModelForCausalLM
 
     try:

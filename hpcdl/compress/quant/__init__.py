@@ -58,7 +58,10 @@ class Scheme(Protocol):
 
 
 class Streaming(Scheme, Protocol):
-    """What a scheme's module offers besides where it takes one matrix at a time."""
+    """What a scheme's module offers besides where it takes one matrix at a time.
+
+    With `ANY_DTYPE = True` it says that `pack` gives the same for bf16 weights and for those numbers in fp32.
+    """
 
     def pack(self, config: Any, weight: Tensor) -> dict[str, Tensor]:
         """What is kept of a matrix `(rows, columns)` in 16 or 32 bits; new tensors.
@@ -96,6 +99,8 @@ def hold(spec: ExperimentSpec, model: Any) -> Any:
 
 def why_whole(spec: ExperimentSpec) -> str | None:
     """Why a model can't be read tensor by tensor under this scheme; None where it can."""
+    if spec.prune.name != "none":
+        return f"prune={spec.prune.name} looks at the whole model before it is quantized"
     scheme = get(spec.quant.scheme)
     if not hasattr(scheme, "pack") or not hasattr(scheme, "layer"):
         return f"quant={spec.quant.scheme} takes whole models only"

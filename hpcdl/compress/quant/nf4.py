@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Config", "apply", "check", "fill", "layer", "memory", "needs", "pack", "why_whole"]
 
 NEEDS = ("torchao", "bitsandbytes")
+ANY_DTYPE = True
+"""`pack` gives the same for bf16 weights and for the same numbers in fp32."""
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:
