@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from hpcdl.distributed.decoder import PLAIN_HEADS, Stage, inner, trunk
 from hpcdl.distributed.losses import Part, linear_cross_entropy
 from hpcdl.distributed.mesh import Grid
+from hpcdl.distributed.zeros import KeepsZeros, keep_zeros
 from hpcdl.errors import HpcdlError
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -138,14 +139,16 @@ class Placer:
         self, module: nn.Module, kind: type[nn.Module], weight: Placement, bias: Placement | None = None
     ) -> None:
         """Places the weight (and bias) and has the module compute as `kind` does."""
-        if type(module) not in (nn.Linear, nn.Embedding):
+        if type(module) not in (nn.Linear, nn.Embedding, KeepsZeros):
             raise HpcdlError(
                 f"parallel.tp={self.mesh.size()} can't split a {type(module).__module__}.{type(module).__name__}:"
                 " it takes plain matrices and LoRA's; parallel=fsdp shards others"
             )
         for name, parameter in list(module.named_parameters(recurse=False)):
             self._place(module, name, parameter, weight if name == "weight" else cast(Placement, bias))
+        keeps_zeros = type(module) is KeepsZeros
         module.__class__ = kind
+        module.keeps_zeros = keeps_zeros  # type: ignore[assignment]
         module.mesh, module.stream = self.mesh, self.stream  # type: ignore[assignment]
 
     def copies(self, module: nn.Module) -> None:
@@ -195,7 +198,7 @@ class Column(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The gradient of the input is this rank's summand of the whole one."""
         bias = None if self.bias is None else _local(self.bias)
-        return nn.functional.linear(input, _local(self.weight), bias)
+        return nn.functional.linear(input, _used(self), bias)
 
 
 class WholeIn(nn.Linear):
@@ -214,7 +217,7 @@ class Row(nn.Linear):
 
     def forward(self, input: Tensor) -> DTensor:
         """`(batch, seq, width / tp)` plain → `(batch, seq, width)` on the stream."""
-        summand = nn.functional.linear(input, _local(self.weight))
+        summand = nn.functional.linear(input, _used(self))
         out = DTensor.from_local(summand, self.mesh, [Partial()], run_check=False)
         out = out.redistribute(placements=[self.stream])
         return out if self.bias is None else cast(DTensor, out + self.bias)
@@ -256,6 +259,12 @@ class VocabularyEmbedding(nn.Embedding):
 def _local(parameter: Tensor, grad: Placement | None = None) -> Tensor:
     """This rank's part; `grad` says what its gradient here is, where that isn't the parameter's own placement."""
     return cast(DTensor, parameter).to_local(grad_placements=None if grad is None else [grad])
+
+
+def _used(module: nn.Module) -> Tensor:
+    """This rank's part of a split weight; a pruned one's zeros get no gradient."""
+    weight = _local(cast(Tensor, module.weight))
+    return keep_zeros(weight) if module.keeps_zeros else weight
 
 
 # --- the stream's edges -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,21 @@ class Network:
     """Whether passes run in bf16 (`trainer.precision`)."""
     device: torch.device
 
-    def trainable(self) -> list[nn.Parameter]:
+    def trainable(self) -> Iterator[nn.Parameter]:
         """Parameters that are trained."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def to_device(self) -> None:
+        """Moves the whole model to the device."""
+        self.model.to(self.device)
+
+    def engine(self, spec: ExperimentSpec, grid: Grid, job: Job) -> Engine:
+        """The strategy's engine."""
+        return parallel.get(spec.parallel.name).build(spec.parallel, self.model, grid, job)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes a whole model, mostly this network's own, as transformers' `from_pretrained` reads it."""
+        model.save_pretrained(folder)
 
     def context(self) -> AbstractContextManager[Any]:
         """bf16 autocast, or nothing."""
@@ -86,7 +99,7 @@ def parallelize(spec: ExperimentSpec, net: Network, grid: Grid) -> Engine:
         seed=spec.seed,
         max_steps=spec.trainer.max_steps,
     )
-    return parallel.get(spec.parallel.name).build(spec.parallel, net.model, grid, job)
+    return net.engine(spec, grid, job)
 
 
 def from_checkpoint(
@@ -97,6 +110,29 @@ def from_checkpoint(
     load_weights(path, net.model)
     net.model.to(device)
     return net
+
+
+def merged(spec: ExperimentSpec, net: Network, place: str | None, text: Rows | None = None) -> Any:
+    """The whole model with its adapter in its weights, in the precision of the base before quantization.
+
+    Where the base is held in fewer bits, it is loaded (and pruned) anew: an update is merged into plain weights.
+
+    Args:
+        spec: the experiment.
+        net: the trained model under peft; taken apart where its base is plain.
+        place: what the base was loaded from.
+        text: training rows, for pruning that looks at text.
+    """
+    whole = net.model
+    if spec.quant.scheme != "none":
+        plain = pruning.unquantized(spec)
+        whole = prepare(plain, load(plain, place), net.device, text).model
+        trained = dict(net.model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in whole.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(trained[name])
+    return whole.merge_and_unload()
 
 
 def size_of(model: Any) -> Size:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hpcdl.compress import prune, quant
 from hpcdl.compress.prune import _masks, _zeros
+from hpcdl.distributed import zeros as zeros_kept
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
 from hpcdl.spec import ExperimentSpec
@@ -160,7 +161,7 @@ def keep(model: Any, zeros: Zeros) -> None:
         if hasattr(module, "lora_A"):
             _zeros.mask_update(module, zeros[plain])
         elif module.weight.requires_grad:
-            _zeros.keep(module)
+            zeros_kept.keep(module)
 
 
 def sparsity(model: Any) -> dict[str, float]:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl import __version__
+from hpcdl.distributed.held import Matrix
+from hpcdl.runs import memory as memory_report
 from hpcdl.runs.files import last_line, write_atomic, write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.checkpoint import Totals
+from hpcdl.worker import pruning
 from hpcdl.worker.cache import make_readable
+from hpcdl.worker.data.prepare import Rows
 from hpcdl.worker.metrics import Metrics
-from hpcdl.worker.network import Network, Size
+from hpcdl.worker.network import Network, Size, merged
 from hpcdl.worker.plot import draw_loss
 from hpcdl.worker.process import Process
 from hpcdl.worker.sample import has_adapter, write
@@ -40,6 +44,8 @@ class Finished:
     """Where the base weights came from; None: random."""
     mfu_of: float | None
     """As in hpcdl.worker.loop.Parts."""
+    text: Rows | None = None
+    """Training rows, where a model must be pruned once more to be saved."""
     measured: dict[str, float] = field(default_factory=dict)
     """What only the strategy measures (Engine.report)."""
 
@@ -52,9 +58,9 @@ def sample_before(spec: ExperimentSpec, run: RunDir, net: Network, tokenizer: To
 
 def save(finished: Finished) -> dict[str, Any]:
     """Writes everything and returns what stands in result.json."""
-    weights = _save_weights(finished)
     before, after = _samples(finished)
-    result = {**_figures(finished), "adapter": str(weights) if weights.name == "adapter" else None}
+    weights, zeros = _save_weights(finished)
+    result = {**_figures(finished), **zeros, "adapter": str(weights) if weights.name == "adapter" else None}
     result["model"] = None if result["adapter"] else str(weights)
     result["sample"] = {"prompt": finished.spec.task.sample_prompt, "before": before, "after": after}
     draw_loss(
@@ -62,7 +68,7 @@ def save(finished: Finished) -> dict[str, Any]:
         finished.run.path / "loss.png",
         title=f"{finished.spec.name}: {finished.spec.model.name} on {finished.spec.data.kind}",
     )
-    write_atomic(finished.run.path / "card.md", card(finished.spec, result))
+    write_atomic(finished.run.path / "card.md", card(finished.spec, result, memory_report.load(finished.run.path)))
     write_json(finished.run.result_file, result)
     return result
 
@@ -103,15 +109,23 @@ def _samples(finished: Finished) -> tuple[str, str]:
     return (kept.read_text(encoding="utf-8") if kept.exists() else ""), after
 
 
-def _save_weights(finished: Finished) -> Path:
-    """The adapter, as `peft.PeftModel.from_pretrained(base, adapter)` reads it; else the whole model."""
-    model, run = finished.net.model, finished.run
+def _save_weights(finished: Finished) -> tuple[Path, dict[str, float]]:
+    """The adapter, as `peft.PeftModel.from_pretrained(base, adapter)` reads it; else the whole model.
+
+    An update that keeps a pruned base's zeros is merged into it: without the mask, which peft doesn't know, it
+    would be another update. Also gives the share of zeros of a pruned model that is saved.
+    """
+    model, run, zeros = finished.net.model, finished.run, {}
+    if finished.spec.prune.name != "none":
+        if has_adapter(model):
+            model = merged(finished.spec, finished.net, finished.place, finished.text)
+        zeros = pruning.sparsity(model)
     if not has_adapter(model):
         folder = run.path / "model"
-        model.save_pretrained(folder)
+        finished.net.save(model, folder)
         finished.tokenizer.save(folder)
         make_readable(folder)
-        return folder
+        return folder, zeros
     base = finished.place
     if base is None:  # random weights lie nowhere yet, and an adapter is worth nothing without its base
         base = str(run.path / "base")
@@ -124,26 +138,38 @@ def _save_weights(finished: Finished) -> Path:
     model.save_pretrained(folder, save_embedding_layers=False)
     finished.tokenizer.save(folder)
     make_readable(folder)
-    return folder
+    return folder, zeros
 
 
 def _save_base(model: Any, folder: Path) -> None:
     """Takes the adapter's layers off a copy of the state dict and saves what is underneath."""
     base = model.get_base_model()
+    held = {name for name, module in base.named_modules() if isinstance(module, Matrix)}
     plain = {
-        # whole again where it is held in fewer bits: what the adapter was trained beside
         name.replace(".base_layer.", "."): tensor.to(base.dtype)
         for name, tensor in base.state_dict().items()
-        if ".lora_" not in name
+        if ".lora_" not in name and name.rpartition(".")[0] not in held
     }
+    for name in held:  # whole again: what the adapter was trained beside
+        layer = name.removesuffix(".matrix").replace(".base_layer", "")
+        plain[f"{layer}.weight"] = base.get_submodule(name).whole(base.dtype)
     fresh = type(base)(base.config)
     fresh.to(base.dtype).load_state_dict(plain)
     fresh.save_pretrained(folder)
     make_readable(folder)
 
 
-def card(spec: ExperimentSpec, result: dict[str, Any]) -> str:
-    """The result as a page of Markdown."""
+def _zeros(spec: ExperimentSpec, result: dict[str, Any]) -> list[str]:
+    if "sparsity" not in result:
+        return []
+    return [
+        f"| zeros | {result['sparsity']:.2%} of the blocks' linear layers, {result['sparsity_of_model']:.2%} of"
+        f" the model (prune={spec.prune.name}) |"
+    ]
+
+
+def card(spec: ExperimentSpec, result: dict[str, Any], memory: dict[str, Any] | None = None) -> str:
+    """The result as a page of Markdown; `memory`: the run's memory.json, where it has one."""
     change = result["eval_perplexity_after"] / result["eval_perplexity_before"] - 1
     share = result["trainable_parameters"] / result["parameters"]
     mfu = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
@@ -168,7 +194,9 @@ def card(spec: ExperimentSpec, result: dict[str, Any]) -> str:
         f"| training | {result['train_s']:.1f} s, {result['tokens']:,} tokens,"
         f" {result['tokens_per_s']:,.0f} tokens/s{mfu} |",
         f"| peak memory | {result['peak_memory_bytes'] / 2**30:.2f} GiB a process |",
+        *([f"| memory | {memory_report.in_short(memory)} |"] if memory else []),
         f"| parameters | {result['trainable_parameters']:,} of {result['parameters']:,} trained ({share:.2%}) |",
+        *_zeros(spec, result),
         f"| precision | {spec.trainer.precision} |",
         f"| optimizer | {spec.optim.name}, lr {spec.optim.lr:g}, {spec.optim.schedule},"
         f" {spec.optim.warmup_steps} warm-up steps |",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hpcdl.compress import offload
 from hpcdl.distributed.engine import Engine
 from hpcdl.distributed.mesh import Grid
 from hpcdl.runs.files import write_json
@@ -24,6 +25,7 @@ from hpcdl.worker import (
     result,
     resume,
     rng,
+    streamed,
     tasks,
     trackers,
 )
@@ -31,6 +33,7 @@ from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.data.loader import Loader, Reading
 from hpcdl.worker.data.prepare import Dataset, open_dataset
 from hpcdl.worker.errors import Progress
+from hpcdl.worker.memory import Meter
 from hpcdl.worker.process import Process, bf16_is_slow
 from hpcdl.worker.signals import Stop
 from hpcdl.worker.tokenizer import Tokenizer
@@ -85,12 +88,16 @@ def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.devic
     place = model.weights_place(spec.model)
     tokenizer = model.tokenizer_for(spec.model, place)
     data = open_dataset(spec, tokenizer)
-    net = network.prepare(spec, model.load(spec, place), device, data.train)
+    if offload.streams(spec):
+        net: network.Network = streamed.prepare(spec, place, run.path, device)
+    else:
+        net = network.prepare(spec, model.load(spec, place), device, data.train)
     size = network.size_of(net.model)
-    found = resume.choose(run, who, control.fingerprint(net.trainable()), device, spec.trainer.resume_from)
+    weights = control.fingerprint(net.trainable() if who.world_size > 1 else ())
+    found = resume.choose(run, who, weights, device, spec.trainer.resume_from)
     first_step = resume.first_step(run, found)
     if grid.dims.world_size == grid.dims.dp_replicate:  # else a part of it will be enough for the device
-        net.model.to(device)
+        net.to_device()
     if who.is_first and found is None:
         result.sample_before(spec, run, net, tokenizer)
     engine = network.parallelize(spec, net, grid)
@@ -140,11 +147,13 @@ def drive(
     )  # fmt: skip
     workers, prefetch = spec.data.workers, spec.data.prefetch
     loader = Loader(ready.data.train, reading, ready.net.device, workers=workers, prefetch=prefetch)
+    meter = None if spec.monitor.name == "none" else Meter(spec, run, who, ready.engine)
     reason = loop.run(
         loop.Parts(
             spec=spec, run=run, who=who, engine=ready.engine, data=ready.data, loader=loader,
             data_rank=data_rank, data_ranks=data_ranks, checkpointer=ready.saver, first_step=ready.first_step,
-            metrics=lines, stop=stop, progress=progress, lesson=ready.lesson, mfu_of=mfu_of,
+            metrics=lines, stop=stop, progress=progress, lesson=ready.lesson, meter=meter,
+            mfu_of=mfu_of,
         ),
         ready.totals,
     )  # fmt: skip
@@ -170,7 +179,8 @@ def finish(
     return result.save(
         result.Finished(
             spec=spec, run=run, who=who, net=net, size=ready.size, tokenizer=ready.tokenizer, metrics=lines,
-            totals=totals, place=ready.place, mfu_of=mfu_of, measured={**ready.engine.report(), **cost},
+            totals=totals, place=ready.place, mfu_of=mfu_of, text=ready.data.train,
+            measured={**ready.engine.report(), **cost},
         )
     )  # fmt: skip
 

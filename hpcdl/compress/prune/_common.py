@@ -16,6 +16,10 @@ GROUPS: dict[str, tuple[int, int]] = {"2:4": (2, 4), "4:8": (4, 8)}
 """Zeros among neighbours of a row, by pattern. 2:4 is what NVIDIA's sparse tensor cores take."""
 
 
+MASKED = ("lora", "rslora")
+"""Methods whose update is one matrix, scale·B·A, which a mask can be laid on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatternConfig(PruneSpec):
     """Keys of every method: how many zeros, and where they may be."""
@@ -32,6 +36,15 @@ def faults(config: PatternConfig, spec: ExperimentSpec) -> Iterator[Fault]:
     """What no method can do."""
     if config.pattern in GROUPS:
         yield from _pattern(config, spec.model.shape)
+    if spec.peft.name not in ("none", *MASKED):
+        yield Fault(
+            key="prune.name",
+            value=spec.prune.name,
+            problem=f"the update of peft={spec.peft.name} can't keep a pruned base's zeros: its other parts would be"
+            " of unmasked weights",
+            allowed=f"peft={', '.join(MASKED)} or none",
+            fix="peft=lora",
+        )
     try:
         dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
     except ValueError:
