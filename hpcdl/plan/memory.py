@@ -46,12 +46,13 @@ STATE_BYTES = {"adamw": 8, "sgd": 4}
 """Of optimizer state a trained number, fp32; without momentum SGD has none."""
 
 
-def memory(spec: ExperimentSpec, device: str = "cpu") -> dict[str, int] | None:
+def memory(spec: ExperimentSpec, device: str = "cpu", world_size: int | None = None) -> dict[str, int] | None:
     """Bytes of one training step on the first rank, by category; `tensors` and `peak` are at the highest moment.
 
     Args:
         spec: the experiment, validated.
         device: `cpu` or `cuda`: how much of the logits is made at a time.
+        world_size: ranks, where they are others than the cluster section says.
 
     Returns:
         CATEGORIES, each at its own highest, `tensors` (the most that is there at once; less than the sum), `runtime`
@@ -66,7 +67,8 @@ def memory(spec: ExperimentSpec, device: str = "cpu") -> dict[str, int] | None:
         return _of_a_way(streamed)
     if spec.model.attention != "sdpa" or spec.trainer.compile:
         return None
-    return _Step(spec, shape, device).bytes()
+    dims = ParallelDims.fill(spec.parallel, world_size or spec.cluster.world_size)
+    return _Step(spec, shape, device, dims).bytes()
 
 
 def _of_a_way(streamed: dict[str, int]) -> dict[str, int]:
@@ -84,12 +86,9 @@ class _Step:
     spec: ExperimentSpec
     shape: ModelShape
     device: str
+    dims: ParallelDims
 
     # --- what the config says -----------------------------------------------------------------------------
-
-    @cached_property
-    def dims(self) -> ParallelDims:
-        return ParallelDims.fill(self.spec.parallel, self.spec.cluster.world_size)
 
     @cached_property
     def frozen(self) -> bool:

@@ -45,7 +45,7 @@ def rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     planned, measured = record.get("planned") or {}, record["measured"]
     for name, label in LABELS.items():
         plan, found = planned.get(name), measured.get(name)
-        if not plan and not found:
+        if (plan or 0) < 1024 and (found or 0) < 1024:
             continue
         off = f"{100 * (plan / found - 1):+.1f} %" if plan is not None and found else ""
         yield label, _amount(plan), _amount(found), off

@@ -95,7 +95,7 @@ class Meter:
             "rank": self._who.rank,
             "world_size": self._who.world_size,
             "device": device,
-            "planned": plan.memory(self._spec, device),
+            "planned": plan.memory(self._spec, device, self._who.world_size),
             "mapped_bytes": sum(weights[at].nbytes() for at in mapped),
             "mapped_resident_bytes": sum(mapped.values()),
             "resident": now,
