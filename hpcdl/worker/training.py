@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +89,13 @@ def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.devic
     place = model.weights_place(spec.model)
     tokenizer = model.tokenizer_for(spec.model, place)
     data = open_dataset(spec, tokenizer)
+    started = time.perf_counter()
     if offload.streams(spec):
         net: network.Network = streamed.prepare(spec, place, run.path, device)
     else:
         net = network.prepare(spec, model.load(spec, place), device, data.train)
+    if who.is_first:
+        run.event("loaded", seconds=round(time.perf_counter() - started, 3))
     size = network.size_of(net.model)
     weights = control.fingerprint(net.trainable() if who.world_size > 1 else ())
     found = resume.choose(run, who, weights, device, spec.trainer.resume_from)
