@@ -21,7 +21,11 @@ SORTS = (
     *("strategy", "processes", "state", "run"),
 )
 """What `compare --sort` takes: the keys of hpcdl.runs.compare.SORTS, which this file doesn't import."""
-TOOLS = {"eval": "perplexity, size, memory and speed of a model (hpcdl eval --help)"}
+TOOLS = {
+    "eval": "perplexity, size, memory and speed of a model (hpcdl eval --help)",
+    "merge": "adapters into their base: a model that needs no peft (hpcdl merge --help)",
+    "prune": "weights of a model taken out: a folder with zeros in it (hpcdl prune --help)",
+}
 """Commands of hpcdl.launch.tools, which composes configs and is imported only for them."""
 CONFIRM_FROM = 10
 """Cancelling so many runs asks first."""

@@ -104,10 +104,10 @@ def begins_alike(config: Config, **variant: bool) -> Iterator[Fault]:
             )
     targets = theirs.get("target_modules")
     if isinstance(targets, list) and config.targets != ("all-linear",):
-        mine, others = ({name.rpartition(".")[2] for name in each} for each in (config.targets, targets))
-        if mine != others:
-            wanted = f"peft.targets=[{','.join(sorted(others))}]"
-            yield _other(config.init_from, f"is of {', '.join(sorted(others))}", wanted)
+        asked, there = ({name.rpartition(".")[2] for name in each} for each in (config.targets, targets))
+        if asked != there:
+            wanted = f"peft.targets=[{','.join(sorted(there))}]"
+            yield _other(config.init_from, f"is of {', '.join(sorted(there))}", wanted)
 
 
 def _other(adapter: str, problem: str, fix: str) -> Fault:

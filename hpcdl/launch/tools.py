@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcdl.errors import UsageError, nearest_name
+from hpcdl.errors import Fault, UsageError, nearest_name
+from hpcdl.experiment import places
 from hpcdl.experiment.resolve import absolute
 from hpcdl.launch import sweep
 from hpcdl.launch.compose import Composer, config_folder
@@ -41,6 +42,21 @@ UNTRAINED = ("data=pydoc", "peft=lora")
 """A frozen base, which may be held in few bits; these tools make no adapter of their own."""
 TOOLS = {
     "eval": Tool(summary="held-out perplexity, size, peak memory and tokens/s of a model", base=UNTRAINED),
+    "quantize": Tool(
+        summary="a model in few bits (quant=int4, nf4, …), in a folder that is loaded again",
+        base=(*UNTRAINED, "trainer.precision=bf16"),
+        writes=True,
+    ),
+    "merge": Tool(
+        summary="adapters into their 16-bit base, a tensor at a time; checked by equal logits",
+        base=UNTRAINED,
+        writes=True,
+    ),
+    "prune": Tool(
+        summary="a model with weights taken out: prune=magnitude, wanda, sparsegpt or obd",
+        base=("data=pydoc",),
+        writes=True,
+    ),
 }
 """By name: a file of hpcdl/worker/tools each."""
 
@@ -57,8 +73,8 @@ def main(verb: str, argv: Sequence[str]) -> int:
     model = find_model(options.model)
     asked = sweep.read(Composer(), (*tool.base, *model.overrides, *options.overrides), multirun=False)
     flags = ["--json"] * options.json
-    if model.adapter is not None:
-        flags += ["--adapter", str(model.adapter)]
+    for path, weight in chosen_adapters(model, options.adapter):
+        flags += ["--adapter", f"{path}={weight!r}"]
     if tool.writes:
         out = Path(absolute(options.out))
         if out.exists() and not options.force:
@@ -81,6 +97,13 @@ def _parser(verb: str, tool: Tool) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("overrides", nargs="*", metavar="GROUP=OPTION|KEY=VALUE")
     parser.add_argument("--json", action="store_true", help="for scripts")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="RUN|DIR[=WEIGHT]",
+        help="an adapter that goes on the model; several act together, each update times its weight (1)",
+    )
     if tool.writes:
         parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
         parser.add_argument("--force", action="store_true", help="write over what is there")
@@ -94,6 +117,27 @@ class Model:
     overrides: tuple[str, ...]
     adapter: Path | None = None
     """Folder of an adapter that goes on top."""
+
+
+def chosen_adapters(model: Model, given: Sequence[str]) -> list[tuple[Path, float]]:
+    """Folders of the adapters and how much each counts: the model's own first.
+
+    Raises:
+        UsageError: one isn't there, or its weight is no number.
+    """
+    found = [] if model.adapter is None else [(model.adapter, 1.0)]
+    for each in given:
+        name, separator, number = each.rpartition("=")
+        try:
+            weight = float(number) if separator else 1.0
+        except ValueError:
+            name, weight = each, 1.0  # a folder may have such a name
+        place = places.adapter("--adapter", name if separator else each, query.runs_dir())
+        if isinstance(place, Fault):
+            near = f"; nearest: {place.nearest}" if place.nearest else ""
+            raise UsageError(f"--adapter {each}: {place.problem}{near} ({place.allowed})")
+        found.append((Path(place), weight))
+    return found
 
 
 def find_model(given: str) -> Model:
@@ -111,7 +155,11 @@ def find_model(given: str) -> Model:
     if not (folder / "adapter_config.json").is_file():
         return Model(overrides=_at(folder))
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = Path(config["base_model_name_or_path"])
+    name = str(config["base_model_name_or_path"])
+    if name.count("/") == 1 and not Path(name).is_absolute():  # organisation/name of the hub
+        hub = ("model=custom", f"model.hub_id={name}", f"model.name={name.partition('/')[2]}")
+        return Model(overrides=hub, adapter=folder)
+    base = Path(name)
     if not base.is_dir():
         raise UsageError(f"{folder}: its base {base} is no folder here")
     return Model(overrides=_at(base, folder), adapter=folder)

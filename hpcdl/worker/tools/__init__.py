@@ -18,7 +18,7 @@ class Request:
 
     spec: ExperimentSpec
     """Which model, data, precision, method: validated."""
-    adapter: Path | None = None
-    """Folder of an adapter that goes on the model."""
+    adapters: tuple[tuple[Path, float], ...] = ()
+    """Folders of adapters that go on the model together, and how much each counts (hpcdl.worker.adapters)."""
     out: Path | None = None
     """Folder to write, for tools that write one. It is made whole beside it and renamed (hpcdl.worker.cache)."""

@@ -1,8 +1,9 @@
-"""`python -m hpcdl.worker.tools TOOL SPEC_FILE [--json] [--adapter DIR] [--out DIR]`."""
+"""`python -m hpcdl.worker.tools TOOL SPEC_FILE [--json] [--adapter DIR=WEIGHT …] [--out DIR]`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -23,14 +24,15 @@ def main() -> int:
     parser.add_argument("tool")
     parser.add_argument("spec", type=Path)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--adapter", action="append", default=[], type=_adapter)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    request = Request(spec=read_spec(given.spec), adapter=given.adapter, out=given.out)
+    request = Request(spec=read_spec(given.spec), adapters=tuple(given.adapter), out=given.out)
     quant.hide_unused(quant.needs(request.spec))
     try:
-        found = importlib.import_module(f"{__package__}.{given.tool}").run(request)
+        with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no part of the answer
+            found = importlib.import_module(f"{__package__}.{given.tool}").run(request)
     except HpcdlError as error:
         print(f"hpcdl: {error}", file=sys.stderr)
         return error.exit_code
@@ -38,6 +40,11 @@ def main() -> int:
         return 130
     print(json.dumps(found, indent=1) if given.json else as_text(found))
     return 0
+
+
+def _adapter(given: str) -> tuple[Path, float]:
+    path, separator, weight = given.rpartition("=")
+    return (Path(path), float(weight)) if separator else (Path(given), 1.0)
 
 
 def as_text(found: dict[str, Any]) -> str:

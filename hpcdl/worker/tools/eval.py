@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from hpcdl.compress import none
 from hpcdl.distributed.decoder import Stage
 from hpcdl.distributed.losses import IGNORE
-from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec
-from hpcdl.worker import model, network, process
+from hpcdl.worker import adapters, model, network, process
 from hpcdl.worker.data.prepare import Rows, open_dataset
 from hpcdl.worker.evaluate import heldout_batches
 from hpcdl.worker.metrics import peak_memory_bytes, resident_peak_bytes
@@ -45,8 +44,8 @@ def run(request: Request) -> dict[str, Any]:
     device = process.choose_device(spec, who)
     process.set_threads(spec, who, device)
     place = model.weights_place(spec.model)
-    heldout = open_dataset(spec, model.tokenizer_for(spec.model, place)).heldout
-    net = load(request, place, device)
+    data = open_dataset(spec, model.tokenizer_for(spec.model, place))
+    net, heldout = load(request, place, device, data.train), data.heldout
     weights = weights_bytes(net.model)
     found = evaluate(spec, net, heldout)
     return {
@@ -57,7 +56,7 @@ def run(request: Request) -> dict[str, Any]:
         "eval_perplexity": math.exp(min(found["loss"], 700.0)),
         "eval_tokens": found["tokens"],
         "parameters": network.size_of(net.model).parameters,
-        "disk_bytes": disk_bytes(place, request.adapter),
+        "disk_bytes": disk_bytes(place, [path for path, _ in request.adapters]),
         "weights_bytes": weights,
         "peak_rss_bytes": resident_peak_bytes(),
         "peak_gpu_bytes": peak_memory_bytes(device) if device.type == "cuda" else None,
@@ -68,23 +67,24 @@ def run(request: Request) -> dict[str, Any]:
     }
 
 
-def load(request: Request, place: str | None, device: torch.device) -> Network:
-    """The model as the spec holds it, with the request's adapter; nothing of it is to be trained.
+def load(request: Request, place: str | None, device: torch.device, text: Rows | None) -> Network:
+    """The model as the spec holds it, with the request's adapters; nothing of it is to be trained.
+
+    Args:
+        request: which model, pruned and held how.
+        place: where its weights are; None: random.
+        device: where it goes.
+        text: training rows, for pruning and rounding that look at text.
 
     Raises:
         HpcdlError: it can't be loaded, or the adapter isn't of this model.
     """
     spec = request.spec
     untrained = replace(spec, peft=none.Config(name="none"))
-    net = network.prepare(untrained, model.load(spec, place), device)
+    net = network.prepare(untrained, model.load(spec, place), device, text)
     made = net.model
-    if request.adapter is not None:
-        from peft import PeftModel
-
-        try:
-            made = PeftModel.from_pretrained(made, str(request.adapter))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise HpcdlError(f"{request.adapter} doesn't go on {spec.model.name}: {error}") from error
+    if request.adapters:
+        made = adapters.put_on(made, adapters.named(request.adapters))
     made.requires_grad_(False)
     made.eval()
     return Network(model=made.to(device), autocast=net.autocast, device=device)
@@ -136,11 +136,11 @@ def decoding_speed(net: Network, heldout: Rows) -> float:
     return (len(clock.times) - 2) / (last - first)
 
 
-def disk_bytes(place: str | None, adapter: Path | None) -> int | None:
-    """Bytes of the files that hold the model's tensors, adapter included; None where no folder holds them."""
+def disk_bytes(place: str | None, on_top: Sequence[Path]) -> int | None:
+    """Bytes of the files that hold the model's tensors, adapters included; None where no folder holds them."""
     if place is None or not Path(place).is_dir():
         return None
-    folders = [Path(place), *([adapter] if adapter else [])]
+    folders = [Path(place), *on_top]
     return sum(file.stat().st_size for folder in folders for kind in WEIGHTS for file in folder.glob(kind))
 
 
