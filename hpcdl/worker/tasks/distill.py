@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hpcdl.distributed.decoder import PLAIN_HEADS, Stage, inner, trunk
 from hpcdl.distributed.distillation import Mix, linear_distillation
 from hpcdl.distributed.engine import Engine
+from hpcdl.distributed.held import Matrix
 from hpcdl.distributed.losses import linear_cross_entropy
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec, ModelSpec
@@ -80,10 +81,12 @@ class Lesson:
             out = self._trunk(input_ids=tokens, position_ids=kwargs["position_ids"], use_cache=False)
         self._taught = out[0]
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """Summed loss from the student's hidden states, its head's weight and labels."""
+    def __call__(self, hidden: Tensor, weight: Tensor | Matrix, labels: Tensor) -> Tensor:
+        """Summed loss from the student's hidden states, its head's weight (or its held matrix) and labels."""
         if not self.student.training:
             return linear_cross_entropy(hidden, weight, labels)
+        if isinstance(weight, Matrix):
+            weight = weight.whole(hidden.dtype)  # as the teacher's is: both make logits of the same tokens
         taught, self._taught = self._taught, None
         assert taught is not None, "the teacher listens before each forward pass"
         total, entropy, divergence = linear_distillation(
