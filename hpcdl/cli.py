@@ -23,7 +23,9 @@ SORTS = (
 """What `compare --sort` takes: the keys of hpcdl.runs.compare.SORTS, which this file doesn't import."""
 TOOLS = {
     "eval": "perplexity, size, memory and speed of a model (hpcdl eval --help)",
+    "generate": "how a model goes on from a text (hpcdl generate --help)",
     "merge": "adapters into their base: a model that needs no peft (hpcdl merge --help)",
+    "quantize": "a model in few bits: a folder that is loaded again (hpcdl quantize --help)",
     "prune": "weights of a model taken out: a folder with zeros in it (hpcdl prune --help)",
 }
 """Commands of hpcdl.launch.tools, which composes configs and is imported only for them."""

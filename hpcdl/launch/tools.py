@@ -11,9 +11,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpcdl.errors import Fault, UsageError, nearest_name
 from hpcdl.experiment import places
@@ -23,7 +24,27 @@ from hpcdl.launch.compose import Composer, config_folder
 from hpcdl.runs import query
 from hpcdl.runs.files import write_atomic
 from hpcdl.spec.model import BYTE_TOKENIZER
-from hpcdl.spec.plain import dump_yaml, to_plain
+from hpcdl.spec.plain import dump_yaml, load_yaml, to_plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """An option of one tool only: `--name VALUE`, handed to it under its name."""
+
+    name: str
+    """Without the dashes, underscores between words."""
+    help: str
+    """For `--help`."""
+    kind: type = str
+    """Of its value; bool: it has none, and is True where it is given."""
+    default: Any = None
+    """None: the tool is told that it wasn't given."""
+    least: float | None = None
+    """Lowest value that makes sense, for numbers."""
+    most: float | None = None
+    """Highest."""
+    required: bool = False
+    """Whether the tool can't do without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +57,49 @@ class Tool:
     """Overrides that come before the user's."""
     writes: bool = False
     """Whether it makes a folder: `--out` is needed."""
+    as_trained: bool = False
+    """Whether a run's adapter goes on its base held as the run held it; else as the overrides say."""
+    options: tuple[Option, ...] = ()
+    """What it is asked besides."""
 
 
 UNTRAINED = ("data=pydoc", "peft=lora")
 """A frozen base, which may be held in few bits; these tools make no adapter of their own."""
 TOOLS = {
     "eval": Tool(summary="held-out perplexity, size, peak memory and tokens/s of a model", base=UNTRAINED),
+    "generate": Tool(
+        summary="how a model goes on from a text; a run's adapter on its base, held as the run held it",
+        base=UNTRAINED,
+        as_trained=True,
+        options=(
+            Option(name="prompt", help="the text that it goes on from", required=True),
+            Option(
+                name="chat",
+                help="the text is a question: put it into the model's chat template",
+                kind=bool,
+                default=False,
+            ),
+            Option(
+                name="tokens", help="how many tokens it writes at most (40)", kind=int, default=40, least=1
+            ),
+            Option(
+                name="temperature",
+                help="0: the likeliest token each time (the default); above, it draws",
+                kind=float,
+                default=0.0,
+                least=0.0,
+            ),
+            Option(
+                name="top_p",
+                help="draw among the likeliest tokens that make up so much of the probability (1)",
+                kind=float,
+                default=1.0,
+                least=0.0,
+                most=1.0,
+            ),
+            Option(name="seed", help="of what is drawn (0)", kind=int, default=0, least=0),
+        ),
+    ),
     "quantize": Tool(
         summary="a model in few bits (quant=int4, nf4, …), in a folder that is loaded again",
         base=(*UNTRAINED, "trainer.precision=bf16"),
@@ -69,10 +127,14 @@ def main(verb: str, argv: Sequence[str]) -> int:
         ConfigError: the config has faults.
     """
     tool = TOOLS[verb]
-    options = _parser(verb, tool).parse_args(argv)
+    options = _parser(verb, tool).parse_intermixed_args(argv)
     model = find_model(options.model)
-    asked = sweep.read(Composer(), (*tool.base, *model.overrides, *options.overrides), multirun=False)
+    trained = held_as_trained(model.adapter) if tool.as_trained and model.adapter else ()
+    overrides = (*tool.base, *model.overrides, *trained, *options.overrides)
+    asked = sweep.read(Composer(), overrides, multirun=False)
     flags = ["--json"] * options.json
+    if tool.options:
+        flags += ["--options", json.dumps({each.name: getattr(options, each.name) for each in tool.options})]
     for path, weight in chosen_adapters(model, options.adapter):
         flags += ["--adapter", f"{path}={weight!r}"]
     if tool.writes:
@@ -104,10 +166,35 @@ def _parser(verb: str, tool: Tool) -> argparse.ArgumentParser:
         metavar="RUN|DIR[=WEIGHT]",
         help="an adapter that goes on the model; several act together, each update times its weight (1)",
     )
+    for each in tool.options:
+        if each.kind is bool:
+            parser.add_argument(f"--{each.name}", action="store_true", help=each.help)
+            continue
+        parser.add_argument(
+            f"--{each.name.replace('_', '-')}", dest=each.name, required=each.required, default=each.default,
+            type=_checked(each), metavar=each.kind.__name__.upper(), help=each.help,
+        )  # fmt: skip
     if tool.writes:
         parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
         parser.add_argument("--force", action="store_true", help="write over what is there")
     return parser
+
+
+def _checked(option: Option) -> Callable[[str], Any]:
+    """Reads a value of the option; argparse says what is wrong with it."""
+
+    def read(text: str) -> Any:
+        try:
+            value = option.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {option.kind.__name__}") from None
+        low, high = option.least, option.most
+        if (low is not None and value < low) or (high is not None and value > high):
+            allowed = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {allowed}")
+        return value
+
+    return read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +250,27 @@ def find_model(given: str) -> Model:
     if not base.is_dir():
         raise UsageError(f"{folder}: its base {base} is no folder here")
     return Model(overrides=_at(base, folder), adapter=folder)
+
+
+def held_as_trained(adapter: Path) -> tuple[str, ...]:
+    """Overrides that hold the base as the run did that made this adapter; none where no run's spec lies beside."""
+    spec = adapter.parent / "spec.yaml"
+    if not spec.is_file():
+        return ()
+    plain = load_yaml(spec)
+    keys = {f"quant.{key}": value for key, value in plain["quant"].items() if key != "scheme"}
+    keys["trainer.precision"] = plain["trainer"]["precision"]
+    return (f"quant={plain['quant']['scheme']}", *(f"{key}={_literal(value)}" for key, value in keys.items()))
+
+
+def _literal(value: Any) -> str:
+    """As Hydra reads it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{quoted}'"
+    return json.dumps(value)
 
 
 def _at(folder: Path, adapter: Path | None = None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`python -m hpcdl.worker.tools TOOL SPEC_FILE [--json] [--adapter DIR=WEIGHT …] [--out DIR]`."""
+"""`python -m hpcdl.worker.tools TOOL SPEC_FILE [--json] [--adapter DIR=WEIGHT …] [--out DIR] [--options JSON]`."""
 
 from __future__ import annotations
 
@@ -26,19 +26,24 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--adapter", action="append", default=[], type=_adapter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--options", type=json.loads, default={})
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    request = Request(spec=read_spec(given.spec), adapters=tuple(given.adapter), out=given.out)
+    request = Request(
+        spec=read_spec(given.spec), adapters=tuple(given.adapter), out=given.out, options=given.options
+    )
     quant.hide_unused(quant.needs(request.spec))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no part of the answer
-            found = importlib.import_module(f"{__package__}.{given.tool}").run(request)
+            tool = importlib.import_module(f"{__package__}.{given.tool}")
+            found = tool.run(request)
     except HpcdlError as error:
         print(f"hpcdl: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(found, indent=1) if given.json else as_text(found))
+    show = getattr(tool, "as_text", as_text)
+    print(json.dumps(found, indent=1, ensure_ascii=False) if given.json else show(found))
     return 0
 
 

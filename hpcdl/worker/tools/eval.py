@@ -110,30 +110,35 @@ def evaluate(spec: ExperimentSpec, net: Network, heldout: Rows) -> dict[str, flo
     return {"loss": total / targets, "tokens": targets, "tokens_per_s": speed}
 
 
-class _Clock:
+class Clock:
     """What `generate` tells of each token as it comes (transformers' streamers)."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
+        """A token has come, or the prompt."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        pass
+        """No more will come."""
+
+    def speed(self) -> float | None:
+        """Tokens a second, the first left out: it waits for the prompt. None where there is no second."""
+        times = self.times[1:]  # before: the prompt itself
+        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
 
 
-def decoding_speed(net: Network, heldout: Rows) -> float:
+def decoding_speed(net: Network, heldout: Rows) -> float | None:
     """Tokens a second of greedy decoding of one sequence, after a prompt of held-out text."""
     prompt = torch.from_numpy(heldout.tokens[:1, :DECODED].astype("int64")).to(net.device)
-    clock = _Clock()
+    clock = Clock()
     with torch.no_grad(), net.context():
         net.model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=clock,
             min_new_tokens=DECODED, max_new_tokens=DECODED, do_sample=False, pad_token_id=0,
         )  # fmt: skip
-    first, last = clock.times[1], clock.times[-1]  # before: the prompt itself
-    return (len(clock.times) - 2) / (last - first)
+    return clock.speed()
 
 
 def disk_bytes(place: str | None, on_top: Sequence[Path]) -> int | None:
