@@ -354,11 +354,12 @@ class _Step:
         }
         tensors = always + max(moments.values())
         whole = {name: round(value) for name, value in found.items()}
+        runtime = RUNTIME_BYTES if self.device == "cpu" else 0  # a GPU's context is none of its allocator's
         return {
             **whole,
             "tensors": round(tensors),
-            "runtime": RUNTIME_BYTES,
-            "peak": round(tensors) + RUNTIME_BYTES,
+            "runtime": runtime,
+            "peak": round(tensors) + runtime,
         }
 
     @property

@@ -1,0 +1,133 @@
+"""The memory plan as arithmetic: published sizes, what grows with what, and where no closed form is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from hpcdl import compress
+from hpcdl.compress import quant
+from hpcdl.plan import memory
+from hpcdl.spec.layout import matrices, parameters
+from tests.factory import tiny_spec
+
+LLAMA3_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+LORA = {"peft__name": "lora", "peft__rank": 16}
+GIB = 2**30
+
+
+def plan(**dotted: Any) -> dict[str, int]:
+    found = memory.memory(tiny_spec(**dotted))
+    assert found is not None
+    return found
+
+
+def big(**dotted: Any) -> dict[str, int]:
+    return plan(
+        model__shape=LLAMA3_8B, data__seq_len=512, trainer__micro_batch_size=1, trainer__global_batch_size=1,
+        trainer__precision="bf16", trainer__activation_checkpointing="full", **LORA, **dotted,
+    )  # fmt: skip
+
+
+def test_parameters_are_the_published_ones() -> None:
+    shape = dataclasses.replace(tiny_spec().model.shape, **LLAMA3_8B)  # type: ignore[type-var]
+    assert parameters(shape) == 8_030_261_248
+    tied = dataclasses.replace(shape, tie_word_embeddings=True)
+    assert parameters(shape) - parameters(tied) == 128256 * 4096
+    assert sum(m.count for m in matrices(shape)) == 291  # tensors in meta-llama/Llama-3.1-8B's index
+
+
+def test_an_8b_under_lora() -> None:
+    found = big()
+    assert found["weights"] == 2 * 8_030_261_248
+    assert (
+        found["adapters"] == 4 * 41_943_040
+    )  # peft: «trainable params: 41,943,040» at rank 16, all linear layers
+    assert found["gradients"] == found["adapters"] and found["optimizer"] == 2 * found["adapters"]
+    # the residual of each block in bf16, and what the last norm keeps
+    assert found["activations"] == pytest.approx(512 * 4096 * (2 * 32 + 4), rel=1e-3)
+
+
+def test_four_bits_are_four_and_an_eighth() -> None:
+    found = big(quant__scheme="nf4")
+    blocks = 8_030_261_248 - 2 * 128256 * 4096
+    expected = blocks * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 2 * 2 * 128256 * 4096
+    assert found["weights"] == pytest.approx(expected, rel=1e-3)
+    small = big(quant__scheme="nf4", quant__embedding="nf4", quant__head="nf4")
+    assert small["weights"] == pytest.approx(8_030_261_248 * 4.127 / 8, rel=1e-3)
+    assert small["peak"] < 5.5 * GIB < found["peak"]
+
+
+@pytest.mark.parametrize("scheme", quant.names())
+def test_every_scheme_says_what_a_matrix_takes(scheme: str) -> None:
+    config = quant.get(scheme).Config(scheme=scheme)
+    shape = tiny_spec(model__shape=LLAMA3_8B).model.shape
+    assert shape is not None
+    for matrix in matrices(shape):
+        held = quant.get(scheme).memory(config, matrix, 2, 2)
+        assert 0 < held.bytes <= 2.1 * matrix.numel and 0 <= held.whole < 2**31
+        if scheme == "none" or matrix.role == "norm":
+            assert held.bytes == 2 * matrix.numel
+
+
+@pytest.mark.parametrize("name", compress.names())
+def test_every_method_says_what_it_puts_beside_a_matrix(name: str) -> None:
+    config = compress.get(name).Config(name=name)
+    shape = tiny_spec().model.shape
+    assert shape is not None
+    found = {m.name: compress.get(name).memory(config, m).parameters for m in matrices(shape)}
+    assert found["embed_tokens"] == found["norm"] == 0
+    assert bool(found["q_proj"]) == getattr(compress.get(name), "FREEZES_BASE", False)
+
+
+def test_checkpointing_and_sharding_take_less() -> None:
+    none, selective, full = (
+        plan(trainer__activation_checkpointing=how) for how in ("none", "selective", "full")
+    )
+    assert none["activations"] > selective["activations"] > full["activations"]
+    assert none["recomputed"] == 0 < selective["recomputed"] == full["recomputed"]
+    spec = tiny_spec(parallel__name="fsdp", parallel__dp_replicate=1, parallel__dp_shard=-1)
+    one, four = memory.memory(spec, world_size=1), memory.memory(spec, world_size=4)
+    assert one and four
+    assert 4 * four["weights"] == pytest.approx(one["weights"], abs=4)
+    assert 4 * four["optimizer"] == pytest.approx(one["optimizer"], abs=4)
+
+
+def test_a_gpu_takes_larger_chunks_and_no_process_counts() -> None:
+    spec = tiny_spec(
+        model__shape__vocab_size=50000, data__seq_len=2048, model__shape__max_position_embeddings=2048
+    )
+    cpu, cuda = memory.memory(spec), memory.memory(spec, "cuda")
+    assert cpu and cuda
+    assert cuda["logits"] > cpu["logits"]
+    assert cuda["runtime"] == 0 and cuda["peak"] == cuda["tensors"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__shape": None, "model__hub_id": "a/b"},
+        {"parallel__name": "param_server"},
+        {"model__attention": "eager"},
+        {"trainer__compile": True},
+    ],
+)
+def test_nothing_is_said_where_no_closed_form_is_known(changes: dict[str, Any]) -> None:
+    assert memory.memory(tiny_spec(**changes)) is None
+
+
+def test_what_streams_says_for_itself() -> None:
+    found = plan(offload__name="stream", trainer__max_grad_norm=None)
+    assert found["weights"] < plan()["weights"] and found["peak"] == found["tensors"] + found["runtime"]
+
+
+def test_planning_imports_no_torch() -> None:
+    code = "import sys, hpcdl.plan.memory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
