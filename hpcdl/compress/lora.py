@@ -152,6 +152,8 @@ def inject(
 
     from peft import LoraConfig, get_peft_model
 
+    from hpcdl.distributed.held import refuse_merging
+
     targets = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
     lora = LoraConfig(
         r=config.rank,
@@ -166,6 +168,7 @@ def inject(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 by an old name
         made: nn.Module = get_peft_model(model, lora)
+    refuse_merging(made)
     if config.init_from is not None:
         begin_from(made, Path(config.init_from))
     return made

@@ -8,11 +8,14 @@ What a scheme of hpcdl.compress.quant adds is a subclass of `Matrix`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from hpcdl.errors import HpcdlError
 
 WHOLE = 2**26
 """Weights that a layer makes whole at a time: 128 MiB in bf16. An 8B's largest matrix but the head has 2^25.8."""
@@ -160,6 +163,22 @@ class HeldEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Token ids of any shape → `(*shape, columns)`."""
         return self.matrix.pick(input, self.dtype)
+
+
+def refuse_merging(model: nn.Module) -> None:
+    """Has peft's layers refuse to be merged into a held matrix: what came out would be rounded, or lost."""
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        tensor_of_tensors = hasattr(getattr(base, "weight", None), "__tensor_flatten__")
+        if hasattr(module, "merge") and (isinstance(base, HeldLinear) or tensor_of_tensors):
+            setattr(module, "merge", partial(_refuse, name))  # noqa: B010
+
+
+def _refuse(name: str, *args: Any, **more: Any) -> None:
+    raise HpcdlError(
+        f"{name} is held in fewer bits, and an adapter can't be merged into that:"
+        " load the base in 16 bits and merge there"
+    )
 
 
 def parameter_count(model: nn.Module) -> int:

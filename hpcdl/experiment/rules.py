@@ -11,6 +11,7 @@ from hpcdl import compress, parallel, tasks
 from hpcdl.compress import offload, prune, quant
 from hpcdl.errors import Fault
 from hpcdl.experiment import resources, resuming
+from hpcdl.parallel._mesh import MeshConfig
 from hpcdl.spec import (
     ClusterSpec,
     DataSpec,
@@ -229,6 +230,36 @@ def warm_up_ends(optim: OptimSpec, trainer: TrainerSpec) -> Iterator[Fault]:
         )
 
 
+def moments_stay_where_they_are(
+    optim: OptimSpec, parallel: ParallelSpec, cluster: ClusterSpec
+) -> Iterator[Fault]:
+    """8-bit moments are digits with scales for 256 of them: nobody may split them, or average them over ranks."""
+    if optim.name != "adamw8bit":
+        return
+    try:
+        dims = ParallelDims.fill(parallel, cluster.world_size)
+    except ValueError:
+        return  # another rule says so
+    problem = None
+    if not isinstance(parallel, MeshConfig):
+        problem = (
+            f"parallel={parallel.name} averages optimizer states or sends them, and 8-bit ones are no numbers"
+        )
+    elif dims.dp_shard > 1 or parallel.cpu_offload or dims.tp > 1:
+        problem = (
+            "its 8-bit moments have a scale for 256 of them in a row, and this strategy splits parameters"
+        )
+    if problem:
+        yield Fault(
+            key="optim.name",
+            value="adamw8bit",
+            problem=problem,
+            allowed="parallel=ddp, cp or pp with whole parameters on each rank; or optim=adamw, sgd",
+            nearest="adamw",
+            fix="optim=adamw",
+        )
+
+
 def degrees_count_ranks(parallel: ParallelSpec) -> Iterator[Fault]:
     """No rank at all can't share anything."""
     for name in DIMENSIONS:
@@ -333,6 +364,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("train", "peft"), full_trains_all),
     (("optim", "trainer"), warm_up_ends),
     (("trainer", "seed"), resuming.goes_on),
+    (("optim", "parallel", "cluster"), moments_stay_where_they_are),
     (("parallel",), degrees_count_ranks),
     (("parallel", "cluster"), degrees_make_the_world),
     (("trainer", "parallel", "cluster"), batch_divides),

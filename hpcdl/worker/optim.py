@@ -13,10 +13,10 @@ from hpcdl.spec import OptimSpec
 
 
 def build(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW or SGD over `parameters`; weight decay on matrices only, norms and biases are left out.
+    """AdamW, its 8-bit form or SGD over `parameters`; weight decay on matrices only, norms and biases are left out.
 
-    Fused: one kernel a step, on CPU and CUDA alike. It takes tensors of one kind at a time, so parameters
-    that lie on different meshes are in different groups.
+    Fused (but the 8-bit one): one kernel a step, on CPU and CUDA alike. It takes tensors of one kind at a time,
+    so parameters that lie on different meshes are in different groups.
     """
     by_kind: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -31,6 +31,10 @@ def build(spec: OptimSpec, parameters: Sequence[nn.Parameter]) -> torch.optim.Op
         # torch has no fused SGD for parameters that are split over ranks
         fused = all(mesh is None for _, mesh in by_kind)
         return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, fused=fused)
+    if spec.name == "adamw8bit":
+        from hpcdl.distributed.adamw8bit import AdamW8bit
+
+        return AdamW8bit(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
 
 

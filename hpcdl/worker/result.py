@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl import __version__
+from hpcdl.distributed.decoder import trunk
 from hpcdl.distributed.held import Matrix
 from hpcdl.runs import memory as memory_report
 from hpcdl.runs.files import last_line, write_atomic, write_json
@@ -68,7 +69,9 @@ def save(finished: Finished) -> dict[str, Any]:
         finished.run.path / "loss.png",
         title=f"{finished.spec.name}: {finished.spec.model.name} on {finished.spec.data.kind}",
     )
-    write_atomic(finished.run.path / "card.md", card(finished.spec, result, memory_report.load(finished.run.path)))
+    write_atomic(
+        finished.run.path / "card.md", card(finished.spec, result, memory_report.load(finished.run.path))
+    )
     write_json(finished.run.result_file, result)
     return result
 
@@ -143,18 +146,20 @@ def _save_weights(finished: Finished) -> tuple[Path, dict[str, float]]:
 
 def _save_base(model: Any, folder: Path) -> None:
     """Takes the adapter's layers off a copy of the state dict and saves what is underneath."""
-    base = model.get_base_model()
-    held = {name for name, module in base.named_modules() if isinstance(module, Matrix)}
+    base, dtype = model.get_base_model(), trunk(model).norm.weight.dtype
+    # a tied matrix under both its names
+    modules = base.named_modules(remove_duplicate=False)
+    held = {name for name, module in modules if isinstance(module, Matrix)}
     plain = {
-        name.replace(".base_layer.", "."): tensor.to(base.dtype)
+        name.replace(".base_layer.", "."): tensor.to(dtype)
         for name, tensor in base.state_dict().items()
         if ".lora_" not in name and name.rpartition(".")[0] not in held
     }
     for name in held:  # whole again: what the adapter was trained beside
         layer = name.removesuffix(".matrix").replace(".base_layer", "")
-        plain[f"{layer}.weight"] = base.get_submodule(name).whole(base.dtype)
+        plain[f"{layer}.weight"] = base.get_submodule(name).whole(dtype)
     fresh = type(base)(base.config)
-    fresh.to(base.dtype).load_state_dict(plain)
+    fresh.to(dtype).load_state_dict(plain)
     fresh.save_pretrained(folder)
     make_readable(folder)
 

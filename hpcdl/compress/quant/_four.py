@@ -57,12 +57,8 @@ def why_whole(config: Config) -> str | None:
 
 
 def _sharded(spec: ExperimentSpec) -> bool:
-    """Whether FSDP takes matrices apart."""
-    try:
-        dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
-    except ValueError:
-        return False  # another rule says so
-    return dims.dp_shard > 1 or getattr(spec.parallel, "cpu_offload", False)
+    """Whether FSDP takes matrices apart, on however many ranks."""
+    return spec.parallel.dp_shard != 1 or getattr(spec.parallel, "cpu_offload", False)
 
 
 def _backend(config: Config, spec: ExperimentSpec) -> str:

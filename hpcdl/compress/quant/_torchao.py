@@ -26,7 +26,7 @@ def apply(model: nn.Module) -> nn.Module:
     except ImportError as error:
         raise HpcdlError("quant.backend=torchao needs torchao: pip install 'hpcdl[quant]'") from error
     for name, module in blocks(model).named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not hasattr(module.weight, "__tensor_flatten__"):
             block, scales = block_sizes(name, module.in_features)
             held: Any = to_nf4(module.weight.detach(), block, scales)
             module.weight = nn.Parameter(held, requires_grad=False)
