@@ -14,7 +14,7 @@ from typing import Any
 
 from hpcdl import compress, tasks
 from hpcdl.errors import Fault, nearest_name
-from hpcdl.experiment import places, resuming
+from hpcdl.experiment import holding, places, resuming
 from hpcdl.spec import DataSpec, ModelShape, ModelSpec
 
 
@@ -23,6 +23,9 @@ def resolve(parts: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     parts, faults = dict(parts), []
     if "model" in parts:
         parts["model"], found = _model(parts["model"])
+        faults += found
+    if "model" in parts and "quant" in parts:
+        parts["quant"], found = holding.adopt(parts["model"], parts["quant"])
         faults += found
     if "data" in parts:
         parts["data"], found = _data(parts["data"])

@@ -12,6 +12,8 @@ MOVING_ROPE = frozenset({"dynamic", "longrope"})
 
 BYTE_TOKENIZER = "byte_tokenizer.json"
 """Lies beside weights that were trained on bytes: transformers has no such tokenizer."""
+QUANTIZED = "hpcdl_quantization"
+"""In a config.json beside weights that `hpcdl quantize` has written: the section `quant` that they are held under."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

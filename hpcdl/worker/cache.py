@@ -53,6 +53,27 @@ def once(target: Path, build: Callable[[Path], None]) -> Path:
     return target
 
 
+def anew(target: Path, build: Callable[[Path], None]) -> None:
+    """Makes the folder `target`; what was there before goes only once the new one is whole.
+
+    Args:
+        target: the folder.
+        build: fills the folder that it is given.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    try:
+        made = temporary / "new"
+        made.mkdir()
+        build(made)
+        make_readable(made)
+        if target.exists():
+            target.rename(temporary / "old")
+        made.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def make_readable(folder: Path) -> None:
     """Readable for a group that shares the cache (mkdtemp's folder and safetensors' files are not); on disk."""
     umask = os.umask(0)

@@ -19,7 +19,7 @@ from hpcdl.distributed.held import parameter_count
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
 from hpcdl.spec import ExperimentSpec
-from hpcdl.worker import optim, pruning
+from hpcdl.worker import optim, pruning, quantized
 from hpcdl.worker.checkpoint import load_weights
 from hpcdl.worker.data.prepare import Rows
 from hpcdl.worker.metrics import flops_per_token, peak_flops
@@ -74,9 +74,11 @@ def prepare(spec: ExperimentSpec, model: Any, device: torch.device, text: Rows |
         spec: the experiment.
         model: as loaded.
         device: where text is run through it.
-        text: training rows, for pruning that looks at text.
+        text: training rows, for pruning and rounding that look at text.
     """
     zeros = pruning.apply(spec, model, device, text)
+    if getattr(spec.quant, "calibration_samples", 0):
+        model = quantized.calibrate(spec, model, device, text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)  # LoRA's A starts random: the same on every rank
         model = quant.hold(spec, model)

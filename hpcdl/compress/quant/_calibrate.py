@@ -12,15 +12,17 @@ weighted by diag(H): Lin et al., "AWQ: Activation-aware Weight Quantization", ML
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hpcdl.compress.prune._layerwise import Hessian, in_order
+from hpcdl.compress.prune._obs import inverse_factor
 from hpcdl.compress.quant import _affine
-from hpcdl.distributed.decoder import blocks, trunk
+from hpcdl.compress.quant._hold import linears
+from hpcdl.compress.quant._integer import check
+from hpcdl.errors import HpcdlError
 
 DAMPING = 0.01
 """Part of H's mean diagonal that is added to it, as in the paper."""
@@ -29,55 +31,50 @@ BLOCK = 128
 SHRINKS = tuple(1 - step / 20 for step in range(9))
 """Ranges that are tried for each group, as a part of the whole range."""
 
-Round = Callable[[str, nn.Linear, Tensor], nn.Module]
-"""Name of a layer, the layer and its H `(in_features, in_features)` → what takes its place."""
-
 
 def rounded4(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int4 for the least error of the layer's output.
+    """int4 for the least error of the layer's output. Weights that are zero (pruned) stay so.
 
     Args:
         weight: `(rows, columns)`.
-        hessian: E[x·xᵀ] of the inputs, `(columns, columns)` fp32.
+        hessian: E[x·xᵀ] of the inputs up to a factor, `(columns, columns)` fp32.
         group: columns that share a scale.
+
+    Raises:
+        HpcdlError: H is not positive definite.
 
     Returns:
         Levels `(rows, columns)` uint8, scales `(rows, groups)` bf16, zero points `(rows, groups)` uint8.
     """
-    left, hessian = weight.float().clone(), hessian.clone()
+    left = weight.float().clone()
     inputs = hessian.diagonal()
-    silent = inputs == 0  # nothing ever comes in there
-    inputs[silent] = 1
-    left[:, silent] = 0
+    left[:, inputs == 0] = 0  # nothing ever comes in there
     scale, zero = searched4(left, inputs, group)
-    inputs += DAMPING * inputs.mean()
     order = inputs.argsort(descending=True)
-    factor = _factor(hessian[order][:, order])
+    try:
+        factor, _ = inverse_factor(hessian[order][:, order], DAMPING)
+    except HpcdlError as error:
+        raise HpcdlError("its inputs say too little of it: more quant.calibration_samples") from error
     scales, zeros = (t.float().repeat_interleave(group, 1)[:, order] for t in (scale, zero))
-    left = left[:, order]
+    left, kept = left[:, order], (left != 0)[:, order]
     levels = torch.empty_like(left)
     for first in range(0, left.shape[1], BLOCK):
         some = slice(first, first + BLOCK)
         errors = _round_block(
-            left[:, some], scales[:, some], zeros[:, some], factor[some, some], levels[:, some]
+            left[:, some], kept[:, some], scales[:, some], zeros[:, some], factor[some, some], levels[:, some]
         )
         left[:, first + BLOCK :] -= errors @ factor[some, first + BLOCK :]
     return levels[:, order.argsort()].to(torch.uint8), scale, zero
 
 
-def _factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of H⁻¹: its rows say how much each later column makes up for (step 2 of the paper)."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
-
-
-def _round_block(left: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor, levels: Tensor) -> Tensor:
+def _round_block(
+    left: Tensor, kept: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor, levels: Tensor
+) -> Tensor:
     """Rounds the columns of `left` one by one into `levels`; returns each one's error, scaled for those after."""
     errors = torch.empty_like(left)
     for column in range(left.shape[1]):
         weight, scale, zero = left[:, column], scales[:, column], zeros[:, column]
-        level = ((weight / scale).round() + zero).clamp(0, _affine.LEVELS)
+        level = ((weight * kept[:, column] / scale).round() + zero).clamp(0, _affine.LEVELS)
         error = (weight - (level - zero) * scale) / factor[column, column]
         left[:, column:] -= error[:, None] * factor[column, column:]
         levels[:, column], errors[:, column] = level, error
@@ -108,87 +105,37 @@ def searched4(weight: Tensor, inputs: Tensor, group: int) -> tuple[Tensor, Tenso
     return best[1], best[2]
 
 
-class _Enough(Exception):
-    """The inputs of the first block are known."""
-
-
-@torch.no_grad()
-def block_by_block(model: Any, batches: Sequence[dict[str, Tensor]], round_layer: Round) -> None:
-    """Replaces the linear layers of every block, in order, each with the inputs that it will really have.
-
-    Those are what the blocks before it give once they are rounded. One block's matrices H are held at a time.
+def calibrate4(
+    model: nn.Module, text: Sequence[Mapping[str, Tensor]], group: int, told: Callable[[str], None]
+) -> dict[str, dict[str, Tensor]]:
+    """int4 for every linear layer of the blocks, each with the inputs that the rounded blocks before it give.
 
     Args:
-        model: transformers' causal model; its blocks' layers are replaced in place.
-        batches: `input_ids` and `position_ids`, each `(rows, seq_len)`.
-        round_layer: makes what takes a layer's place.
+        model: transformers' causal language model, whole; its weights become what int4 makes of them.
+        text: calibration batches, as for pruning (hpcdl.compress.prune).
+        group: columns that share a scale.
+        told: hears the name of each layer that is done.
+
+    Returns:
+        The tensors of `hpcdl.compress.quant._integer.Int4` by the layer's name.
+
+    Raises:
+        HpcdlError: there is no text, the model can't be gone through block by block, or a matrix can't be held so.
     """
-    was_training = model.training
-    model.eval()
-    calls = list(_first_inputs(model, batches))
-    for block in blocks(model):
-        with _measured(block) as hessians:
-            for arguments, named in calls:
-                block(*arguments, **named)
-        for name, hessian in hessians().items():
-            parent, _, leaf = name.rpartition(".")
-            layer: Any = block.get_submodule(name)
-            setattr(block.get_submodule(parent), leaf, round_layer(name, layer, hessian))
-        calls = [((_states(block(*arguments, **named)), *arguments[1:]), named) for arguments, named in calls]
-    model.train(was_training)
+    names = {layer: name for name, layer in linears(model)}
+    found: dict[str, dict[str, Tensor]] = {}
 
+    def round_layer(layer: nn.Linear, seen: Hessian) -> None:
+        name = names[layer]
+        try:
+            check(layer.weight, group)
+            level, scale, zero = rounded4(layer.weight, seen.hessian, group)
+        except HpcdlError as error:
+            raise HpcdlError(f"{name}: {error}") from error
+        layer.weight.copy_(_affine.from_levels4(level, scale, zero, layer.weight.dtype))
+        packed = {"weight": _affine.pack4(level), "scale": scale, "zero": zero}
+        found[name] = {key: tensor.cpu() for key, tensor in packed.items()}
+        told(name)
 
-def _states(out: Any) -> Tensor:
-    """Hidden states from what a block gives: alone, or first of a tuple."""
-    states: Tensor = out[0] if isinstance(out, tuple) else out
-    return states
-
-
-def _first_inputs(
-    model: Any, batches: Sequence[dict[str, Tensor]]
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the first block is called with, for each batch."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stop(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.append((arguments, named))
-        raise _Enough
-
-    handle = blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        for batch in batches:
-            try:
-                trunk(model)(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-            except _Enough:
-                yield seen.pop()
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _measured(block: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Adds up x·xᵀ of every linear layer's inputs; layers that are given the same tensor share the sum."""
-    sums: dict[str, Tensor] = {}
-    rows: dict[str, int] = {}
-    twin: dict[str, str] = {}
-    last: list[Any] = [None, ""]
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0] is last[0]:
-                twin[name] = last[1]
-                return
-            last[:] = inputs[0], name
-            states = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            rows[name] = rows.get(name, 0) + len(states)
-            sums[name] = torch.addmm(sums[name], states.T, states) if name in sums else states.T @ states
-
-        return hook
-
-    linear = [(name, layer) for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear]
-    try:
-        yield lambda: {name: sums[twin.get(name, name)] / rows[twin.get(name, name)] for name, _ in linear}
-    finally:
-        for handle in handles:
-            handle.remove()
+    in_order(model, text, Hessian, round_layer)
+    return found

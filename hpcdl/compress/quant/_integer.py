@@ -19,17 +19,26 @@ LEAST_ROWS_ON_CUDA = 17
 """torch._int_mm wants as many there."""
 
 
-def pack4(weight: Tensor, group: int) -> dict[str, Tensor]:
-    """A matrix `(rows, columns)` → the tensors of `Int4`, each weight rounded to the nearest.
+def check(weight: Tensor, group: int) -> None:
+    """Whether int4 can hold a matrix.
 
     Raises:
         HpcdlError: a row makes no whole groups, or a weight is not finite.
     """
     if weight.shape[1] % group:
         raise HpcdlError(f"a matrix of {weight.shape[1]} columns makes no whole groups of {group}")
-    scale, zero = _affine.groups4(weight, group)
-    if not torch.isfinite(scale).all():
+    if not torch.isfinite(weight.sum(dtype=torch.float32)):
         raise HpcdlError("some of its numbers are infinite or no numbers at all")
+
+
+def pack4(weight: Tensor, group: int) -> dict[str, Tensor]:
+    """A matrix `(rows, columns)` → the tensors of `Int4`, each weight rounded to the nearest.
+
+    Raises:
+        HpcdlError: a row makes no whole groups, or a weight is not finite.
+    """
+    check(weight, group)
+    scale, zero = _affine.groups4(weight, group)
     return {"weight": _affine.pack4(_affine.nearest4(weight, scale, zero)), "scale": scale, "zero": zero}
 
 

@@ -12,7 +12,7 @@ are not used: on a CPU they take a byte a weight; torchao's packed int4 (Int4Wei
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -82,6 +82,25 @@ def layer(config: Config, linear: nn.Linear, packed: Mapping[str, Tensor]) -> nn
     from hpcdl.distributed.held import HeldLinear
 
     return HeldLinear(_integer.Int4(linear.out_features, linear.in_features, packed), linear.bias)
+
+
+def calibrate(
+    config: Config, model: nn.Module, text: Sequence[Mapping[str, Tensor]], told: Callable[[str], None]
+) -> dict[str, dict[str, Tensor]]:
+    """What `pack` would give for every linear layer of the blocks, but rounded for the least error of its output.
+
+    Args:
+        config: the scheme's.
+        model: transformers' causal language model, whole; changed.
+        text: batches as hpcdl.compress.prune has them.
+        told: hears the name of each layer that is done.
+
+    Raises:
+        HpcdlError: there is no text, or a matrix can't be held so.
+    """
+    from hpcdl.compress.quant import _calibrate
+
+    return _calibrate.calibrate4(model, text, config.group_size, told)
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:
