@@ -196,6 +196,78 @@ def test_a_token_of_zeros_stays_zero() -> None:
     assert (held("int8_dynamic", linear())(torch.zeros(2, 64)) == 0).all()
 
 
+# --- calibrated rounding ---------------------------------------------------------------------------------------
+
+
+def inputs(tokens: int = 2000, columns: int = 64) -> Any:
+    """Correlated, of sizes a hundredfold apart, one of them silent: as activations are."""
+    import torch
+
+    draw = torch.Generator().manual_seed(3)
+    mixed = torch.randn(tokens, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
+    mixed = mixed * torch.logspace(0, -2, columns)
+    mixed[:, 7] = 0
+    return mixed
+
+
+def output_error(whole: Any, made: Any, states: Any) -> float:
+    return float((states @ (whole - made.weight).T).square().mean())
+
+
+def test_the_calibrated_layers_output_is_nearer_than_with_each_weight_at_its_nearest() -> None:
+    import torch
+
+    from hpcdl.compress.quant import _affine, _calibrate
+
+    made, states = linear(), inputs()
+    hessian = states.T @ states
+    nearest = held("int4", made).matrix.whole(torch.float32)
+    scale, zero = _calibrate.searched4(made.weight, hessian.diagonal(), 32)
+    searched = _affine.from_levels4(_affine.nearest4(made.weight, scale, zero), scale, zero, torch.float32)
+    whole = _affine.from_levels4(*_calibrate.rounded4(made.weight, hessian, 32), torch.float32)
+    errors = [output_error(one, made, states) for one in (nearest, searched, whole)]
+    assert errors[2] < 0.5 * errors[0]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_calibrated_rounding_is_gptqs() -> None:
+    """Against the paper's own steps, a column at a time with H's inverse updated by elimination (equations 2, 3)."""
+    import torch
+
+    from hpcdl.compress.quant import _calibrate
+
+    made, states = linear(), inputs()
+    hessian = (states.T @ states / len(states)).double()
+    levels, scale, zero = _calibrate.rounded4(made.weight, hessian, 32)
+    left = made.weight.double().clone()
+    left[:, 7] = 0
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    order = diagonal.argsort(descending=True).tolist()
+    diagonal[7] = 1
+    diagonal += _calibrate.DAMPING * diagonal.mean()
+    inverse = torch.linalg.inv(damped)
+    for column in order:
+        s, z = scale[:, column // 32].double(), zero[:, column // 32].double()
+        expected = ((left[:, column] / s).round() + z).clamp(0, 15)
+        assert (expected == levels[:, column]).double().mean() > 0.99, column  # in fp32 and fp64
+        error = (left[:, column] - (levels[:, column] - z) * s) / inverse[column, column]
+        left -= error[:, None] * inverse[column]
+        inverse -= inverse[:, column, None] * inverse[column] / inverse[column, column].clone()
+
+
+def test_what_was_pruned_stays_zero() -> None:
+    import torch
+
+    from hpcdl.compress.quant import _affine, _calibrate
+
+    made, states = linear(), inputs()
+    gone = torch.rand(48, 64, generator=torch.Generator().manual_seed(5)) < 0.5
+    made.weight[gone] = 0
+    found = _calibrate.rounded4(made.weight, states.T @ states, 32)
+    assert (_affine.from_levels4(*found, torch.float32)[gone] == 0).all()
+
+
 # --- training ------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +320,18 @@ def test_the_converted_model_has_the_loss_that_training_through_the_rounding_end
     if scheme == "int4":  # int8's rounding is seen in the sixth digit only
         whole = tool(workers, "eval", **shared)
         assert whole["eval_loss"] != pytest.approx(result["eval_loss_after"], rel=1e-4)
+
+
+def test_training_through_the_rounding_beats_rounding_afterwards(workers: Workers) -> None:
+    from tests.worker.tools import tool
+
+    steps = {"trainer__max_steps": 40, "trainer__eval_samples": 12}
+    through = workers.train(1, **{**QAT, **scheme_keys("int4"), **steps}).result()["eval_loss_after"]
+    plain = workers.train(1, **steps).result()
+    model = {"name": "trained", "path": plain["model"], "tokenizer": "byte"}
+    after = tool(workers, "eval", model=model, **steps, **scheme_keys("int4"), peft__name="lora")["eval_loss"]
+    assert plain["eval_loss_after"] < after
+    assert through < after
 
 
 def test_fsdp_trains_through_the_rounding_as_one_process_does(workers: Workers) -> None:

@@ -55,6 +55,7 @@ def rounded4(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tenso
         factor, _ = inverse_factor(hessian[order][:, order], DAMPING)
     except HpcdlError as error:
         raise HpcdlError("its inputs say too little of it: more quant.calibration_samples") from error
+    factor = factor.to(left.dtype)
     scales, zeros = (t.float().repeat_interleave(group, 1)[:, order] for t in (scale, zero))
     left, kept = left[:, order], (left != 0)[:, order]
     levels = torch.empty_like(left)
