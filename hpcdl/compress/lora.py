@@ -182,16 +182,16 @@ def begin_from(model: nn.Module, folder: Path) -> None:
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    from hpcdl.distributed.tensorfiles import TensorFile
+    from hpcdl.distributed.shards import header
 
-    file = TensorFile(folder / "adapter_model.safetensors")
+    pieces = header(folder / "adapter_model.safetensors")
     mine = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
-    theirs = {name: entry.shape for name, entry in file.entries.items()}
+    theirs = {name: piece.shape for name, piece in pieces.items()}
     for name in [*shapes, *theirs]:
         if shapes.get(name) != theirs.get(name):
             raise HpcdlError(
                 f"peft.init_from={folder}: {name} is {theirs.get(name, 'not')} there, and"
                 f" {shapes.get(name, 'not')} here: it is of another model, or other peft.targets"
             )
-    set_peft_model_state_dict(model, {name: file.read(name) for name in theirs})
+    set_peft_model_state_dict(model, {name: piece.read() for name, piece in pieces.items()})

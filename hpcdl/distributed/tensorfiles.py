@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,32 +190,6 @@ def of_folder(folder: Path) -> list[TensorFile]:
         if name not in files[file].entries:
             raise HpcdlError(f"{folder / file} does not hold {name}, though {index.name} says so")
     return list(files.values())
-
-
-def write_like(source: TensorFile, target: Path, change: Any) -> None:
-    """Writes a file with the same names, dtypes and shapes, a tensor at a time.
-
-    Args:
-        source: the file that it is like.
-        target: the new one.
-        change: given an Entry, the tensor to write, or None to copy the source's.
-
-    Raises:
-        HpcdlError: the source fails, or the disk is full.
-    """
-    try:
-        with target.open("wb") as file:
-            file.write(source.head)
-            for entry in source.entries.values():
-                made = change(entry)
-                tensor = source.read(entry.name) if made is None else made
-                assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry
-                raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-                file.write(memoryview(cast(Any, raw.numpy())))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise HpcdlError(f"{target} can't be written: {error.strerror}") from error
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], done: Callable[[Tensor], None]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcdl.distributed.tensorfiles import TensorFile
+from hpcdl.distributed.shards import header
 from hpcdl.errors import HpcdlError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -95,23 +95,22 @@ class Update:
         except (OSError, ValueError) as error:
             raise HpcdlError(f"{adapter.path / CONFIG} can't be read: {error}") from error
         self._refuse()
-        self.file = TensorFile(adapter.path / WEIGHTS)
+        self.file = adapter.path / WEIGHTS
+        self._pieces = header(self.file)
         self.modules: dict[str, dict[str, str]] = {}
         """By the matrix's name in the model: its tensors' names in the file, as PARTS calls them."""
-        for name in self.file.entries:
+        for name in self._pieces:
             part = next((part for part in PARTS if name.endswith(part)), None)
             if part is None or not name.startswith(PREFIX):
                 raise HpcdlError(
-                    f"{self.file.path}: {name} is no part of an update of a matrix, which is all that is merged"
+                    f"{self.file}: {name} is no part of an update of a matrix, which is all that is merged"
                 )
             matrix = f"{name.removesuffix(part).removeprefix(PREFIX)}.weight"
             self.modules.setdefault(matrix, {})[PARTS[part]] = name
         wanted = {"a", "b", "lengths"} if self.config.get("use_dora") else {"a", "b"}
         for matrix, parts in self.modules.items():
             if parts.keys() != wanted:
-                raise HpcdlError(
-                    f"{self.file.path} lacks {', '.join(sorted(wanted - parts.keys()))} of {matrix}"
-                )
+                raise HpcdlError(f"{self.file} lacks {', '.join(sorted(wanted - parts.keys()))} of {matrix}")
 
     def _refuse(self) -> None:
         config, path = self.config, self.adapter.path
@@ -141,14 +140,14 @@ class Update:
         Raises:
             HpcdlError: the adapter is of matrices of another size.
         """
-        parts = {part: self.file.read(name).float() for part, name in self.modules[matrix].items()}
+        parts = {part: self._pieces[name].read().float() for part, name in self.modules[matrix].items()}
         a, b = parts["a"], parts["b"]
         update = (b @ a) * self._scale(matrix.removesuffix(".weight"), len(a))
         if self.config.get("fan_in_fan_out"):
             update = update.T
         if update.shape != base.shape:
             raise HpcdlError(
-                f"{self.file.path}: its update of {matrix} is {tuple(update.shape)}, and the matrix is"
+                f"{self.file}: its update of {matrix} is {tuple(update.shape)}, and the matrix is"
                 f" {tuple(base.shape)}: it is of another model"
             )
         if "lengths" in parts:

@@ -9,80 +9,68 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpcdl.distributed.tensorfiles import INDEX, Entry, of_folder, write_like
+from hpcdl.distributed import shards
+from hpcdl.distributed.shards import Piece
 from hpcdl.errors import HpcdlError
 from hpcdl.worker.adapters import Update
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 """What a matrix that gets an update may be held in."""
-BESIDE = ("config.json", "generation_config.json", INDEX)
+BESIDE = ("config.json", "generation_config.json", shards.INDEX)
 """Files of the base that go over as they are."""
 
-Mask = Callable[[str, Tensor, Tensor], Tensor]
-"""Of a matrix's name, itself and its update: the update with what must not change taken out."""
 
-
-def merge(base: Path, updates: Sequence[Update], out: Path, mask: Mask | None = None) -> dict[str, Any]:
+def merge(base: Path, updates: Sequence[Update], out: Path) -> dict[str, Any]:
     """Writes base + updates into the folder `out`.
 
     Args:
         base: folder with config.json and safetensors.
         updates: what is added.
         out: an empty folder.
-        mask: for a pruned base, whose zeros stay.
 
     Returns:
-        `matrices` that were changed, `files`, and the base's `dtype`.
+        `matrices` that were changed, `files`, and the `dtype` that they have.
 
     Raises:
         HpcdlError: the base is quantized, torn, or not that of the updates; the disk is full.
     """
     config = _config(base)
-    files = of_folder(base)
-    there = {name for file in files for name in file.entries}
+    there = shards.pieces(base)
     for update in updates:
-        _refuse_lost(update, there, base, tied=bool(config.get("tie_word_embeddings")))
-    changed: set[str] = set()
-    dtypes: set[torch.dtype] = set()
+        _refuse_lost(update, there.keys(), base, tied=bool(config.get("tie_word_embeddings")))
+    changed: dict[str, torch.dtype] = {}
 
-    def change(entry: Entry) -> Tensor | None:
-        wanted = [update for update in updates if entry.name in update.modules]
+    def change(piece: Piece) -> Tensor | None:
+        wanted = [update for update in updates if piece.name in update.modules]
         if not wanted:
             return None
-        if entry.dtype not in PLAIN:
+        if piece.dtype not in PLAIN:
             raise HpcdlError(
-                f"{base}: {entry.name} is held in {entry.dtype}: merge into the original 16-bit weights instead"
+                f"{piece} is held in {piece.dtype}: merge into the original 16-bit weights instead"
             )
-        held = next(file for file in files if entry.name in file.entries).read(entry.name)
-        whole = held.float()
-        delta = wanted[0].of(entry.name, whole)
+        whole = piece.read().float()
+        delta = wanted[0].of(piece.name, whole)
         for update in wanted[1:]:
-            delta += update.of(entry.name, whole)
-        if mask is not None:
-            delta = mask(entry.name, held, delta)
-        changed.add(entry.name)
-        dtypes.add(entry.dtype)
-        return whole.add_(delta).to(entry.dtype)
+            delta += update.of(piece.name, whole)
+        changed[piece.name] = piece.dtype
+        return whole.add_(delta).to(piece.dtype)
 
+    files = sorted({piece.file for piece in there.values()})
     for file in files:
-        write_like(file, out / file.path.name, change)
+        shards.rewrite(file, out / file.name, change)
     for name in BESIDE:
         if (base / name).exists():
             shutil.copyfile(base / name, out / name)
-    lost = {name for update in updates for name in update.modules} - changed
-    assert not lost, lost
-    return {
-        "matrices": len(changed),
-        "files": len(files),
-        "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
-    }
+    assert changed.keys() == {name for update in updates for name in update.modules}
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in changed.values()})
+    return {"matrices": len(changed), "files": len(files), "dtype": ", ".join(dtypes)}
 
 
 def _config(base: Path) -> dict[str, Any]:
@@ -99,9 +87,9 @@ def _config(base: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_lost(update: Update, there: set[str], base: Path, *, tied: bool) -> None:
+def _refuse_lost(update: Update, there: Collection[str], base: Path, *, tied: bool) -> None:
     """Raises where the base has no such matrix."""
-    lost = sorted(update.modules.keys() - there)
+    lost = sorted(update.modules.keys() - set(there))
     if not lost:
         return
     path = update.adapter.path

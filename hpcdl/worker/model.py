@@ -81,7 +81,8 @@ def load(spec: ExperimentSpec, place: str | None) -> Any:
     if place is None:
         assert spec.model.shape is not None, "checked before submission"
         return from_shape(spec.model.shape, spec.model.attention, spec.seed).to(dtype)
-    from hpcdl.worker import quantized, shards, streaming
+    from hpcdl.distributed import shards
+    from hpcdl.worker import quantized, streaming
 
     if Path(place).is_dir() and (held := quantized.scheme_of(Path(place))) is not None:
         return quantized.load(Path(place), held, spec.model.attention, dtype)

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 
 from hpcdl.compress import quant
 from hpcdl.compress.quant import _files, _hold
+from hpcdl.distributed import shards
 from hpcdl.distributed.decoder import inner, is_tied
 from hpcdl.distributed.held import HeldEmbedding, HeldLinear, Matrix
+from hpcdl.distributed.shards import Piece
 from hpcdl.distributed.tensorfiles import write as write_tensors
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.model import QUANTIZED as KEY
 from hpcdl.spec.plain import to_plain
-from hpcdl.worker import shards, streaming
+from hpcdl.worker import streaming
 from hpcdl.worker.cache import cache_dir, once
-from hpcdl.worker.shards import Piece
 
 CALIBRATION = 1
 """Part of the cache's name: raise it when the same model and text become other numbers."""

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from hpcdl.compress import quant
 from hpcdl.compress.quant import _hold
+from hpcdl.distributed import shards
 from hpcdl.distributed.decoder import inner, is_tied
+from hpcdl.distributed.shards import Piece
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec
-from hpcdl.worker import shards
 from hpcdl.worker.cache import cache_dir, once
-from hpcdl.worker.shards import Piece
 
 VERSION = 1
 """Part of the cache's name: raise it when what is written changes."""

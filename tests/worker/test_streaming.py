@@ -294,7 +294,7 @@ def test_a_tied_head_beside_its_embedding_is_passed_over(tmp_path: Path) -> None
 def test_what_is_written_is_read_by_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from hpcdl.worker import shards
+    from hpcdl.distributed import shards
 
     tensors = {
         "a": torch.randn(3, 5),

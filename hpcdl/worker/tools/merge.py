@@ -15,8 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from hpcdl.distributed import shards
 from hpcdl.distributed.losses import IGNORE
-from hpcdl.distributed.tensorfiles import of_folder
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
 from hpcdl.spec import ExperimentSpec
@@ -122,8 +122,8 @@ def check(
     Raises:
         HpcdlError: they differ by more than rounding explains.
     """
-    entries = [entry for file in of_folder(base) for entry in file.entries.values()]
-    numbers = sum((entry.end - entry.first) // entry.dtype.itemsize for entry in entries)
+    pieces = shards.pieces(base).values()
+    numbers = sum(piece.size // piece.dtype.itemsize for piece in pieces)
     free, need = psutil.virtual_memory().available, int(numbers * 4 * ROOM)
     if need > free:
         return {"checked": f"no: in fp32 the model takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}
@@ -136,8 +136,7 @@ def check(
     gc.collect()
     after = logits(load(merged), tokens, positions)
     effect, difference = (_relative(other, together) for other in (alone, after))
-    widest = max((entry.dtype for entry in entries), key=lambda dtype: TOLERANCE.get(dtype, 0.0))
-    allowed = TOLERANCE.get(widest, TOLERANCE[torch.bfloat16])
+    allowed = max(TOLERANCE.get(piece.dtype, 0.0) for piece in pieces)
     # An effect that is larger than rounding must be there after the merge: it is nearer to one than to the other.
     if not difference <= allowed or (effect > allowed and difference > effect / 2):
         raise HpcdlError(

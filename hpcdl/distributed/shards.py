@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -261,6 +261,36 @@ class Writer:
         assert len(text) <= room, "more tensors than were announced"
         os.pwrite(self._descriptor, struct.pack("<Q", room) + text.ljust(room), 0)
         os.ftruncate(self._descriptor, self._start + self._end)
+
+
+def rewrite(source: Path, target: Path, change: Callable[[Piece], Tensor | None]) -> None:
+    """Writes a file with the same header and other numbers, a tensor at a time.
+
+    Args:
+        source: the file that it is like.
+        target: the new one.
+        change: a tensor of the same dtype and shape, or None where it stays as it is.
+
+    Raises:
+        HpcdlError: the source is broken, or the target can't be written.
+    """
+    inside = sorted(header(source).values(), key=lambda piece: piece.first)
+    try:
+        with source.open("rb") as old, target.open("wb") as new:
+            start = old.read(8)
+            new.write(start + old.read(struct.unpack("<Q", start)[0]))
+            for piece in inside:
+                new.seek(piece.first)
+                made = change(piece)
+                assert made is None or (made.dtype, tuple(made.shape)) == (piece.dtype, piece.shape), piece
+                for part in piece.parts(CHUNK_BYTES) if made is None else (made,):
+                    raw: Any = part.contiguous().reshape(-1).view(torch.uint8).numpy()
+                    new.write(memoryview(raw))
+            new.truncate(source.stat().st_size)
+            new.flush()
+            os.fsync(new.fileno())
+    except OSError as error:
+        raise HpcdlError(f"{target} can't be written: {error.strerror}") from error
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], at: int, size: int) -> dict[str, Any]:
