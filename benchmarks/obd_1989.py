@@ -215,15 +215,21 @@ def draw(found: list[Point], path: Path, kind: str) -> None:
     for column, retrained in enumerate((False, True)):
         for order, colour, label in (("obd", "C0", "OBD: ½·h·w²"), ("magnitude", "C3", "magnitude: |w|")):
             for row, what in enumerate(("test_mse", "test_error")):
-                axes[row][column].plot(left, averaged(found, order, retrained, what), "o-", color=colour, label=label)
+                axes[row][column].plot(
+                    left, averaged(found, order, retrained, what), "o-", color=colour, label=label
+                )
             if not retrained:
                 train_mse = averaged(found, order, retrained, "train_mse")
-                axes[0][0].plot(left, train_mse, "--", color=colour, alpha=0.5, label=f"{order}, training set")
+                axes[0][0].plot(
+                    left, train_mse, "--", color=colour, alpha=0.5, label=f"{order}, training set"
+                )
         axes[0][column].set_yscale("log")
         axes[0][column].set_title("with retraining" if retrained else "without retraining")
         axes[1][column].set_xlabel(f"parameters left, of {total:,}")
         axes[1][column].set_ylim(0, 0.9 if not retrained else None)
-    predicted = [averaged(found, "obd", False, "train_mse")[0] + p for p in averaged(found, "obd", False, "predicted")]
+    predicted = [
+        averaged(found, "obd", False, "train_mse")[0] + p for p in averaged(found, "obd", False, "predicted")
+    ]
     axes[0][0].plot(left, predicted, ":", color="k", label="OBD's prediction")
     axes[0][0].set_ylabel("mean squared error, test")
     axes[1][0].set_ylabel("digits read wrongly, test")
@@ -247,7 +253,9 @@ def better(found: list[Point]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--networks", nargs="+", choices=("mlp", "conv"), default=["mlp", "conv"])
     parser.add_argument("--plots", type=Path, default=Path(__file__).parents[1] / "docs" / "plots")
@@ -264,14 +272,18 @@ def main() -> int:
         found = [p for seed in range(args.seeds) for p in done["points", kind, seed]]
         record += [asdict(p) for p in found]
         total, plot = found[0].parameters, args.plots / f"obd_1989_{kind}.png"
-        print(f"\n{kind}: {total:,} parameters, {args.seeds} networks, {TRAINED} digits to learn from, 597 to test\n")
+        print(
+            f"\n{kind}: {total:,} parameters, {args.seeds} networks, {TRAINED} digits to learn from, 597 to test\n"
+        )
         print(table(found))
         correlation = done["fidelity", kind, 0]
         print(f"\nsaliencies by the recursion and by the exact diagonal: correlation {correlation:.4f}")
         draw(found, plot, kind)
         wins = better(found)
         good = good and wins
-        print(f"with retraining, 50 % deleted and more: OBD reads {'more' if wins else 'NO MORE'} digits; {plot}")
+        print(
+            f"with retraining, 50 % deleted and more: OBD reads {'more' if wins else 'NO MORE'} digits; {plot}"
+        )
     if args.json:
         args.json.write_text(json.dumps(record, indent=1))
     print(f"{time.perf_counter() - started:.0f} s")

@@ -28,7 +28,8 @@ class _KeepZeros(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (weight,) = ctx.saved_tensors
-        return gradient * (weight != 0)
+        masked: Tensor = gradient * (weight != 0)
+        return masked
 
 
 def keep_zeros(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,12 @@ def calibration(text: Rows, samples: int, seed: int) -> list[dict[str, Tensor]]:
     return made
 
 
-def _key(spec: ExperimentSpec, model: Any, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> str:
+def _key(
+    spec: ExperimentSpec, model: Any, batches: Sequence[Mapping[str, Tensor]], device: torch.device
+) -> str:
     digest = hashlib.blake2b(digest_size=12)
-    said = [VERSION, to_plain(spec.prune), device.type, str(next(model.parameters()).dtype)]
+    dtype = str(next(model.parameters()).dtype)
+    said = [VERSION, to_plain(spec.prune), device.type, dtype, spec.trainer.precision]
     digest.update(json.dumps(said).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
@@ -102,14 +106,20 @@ def _key(spec: ExperimentSpec, model: Any, batches: Sequence[Mapping[str, Tensor
 
 
 def _build(
-    folder: Path, spec: ExperimentSpec, model: Any, device: torch.device, batches: Sequence[Mapping[str, Tensor]]
+    folder: Path,
+    spec: ExperimentSpec,
+    model: Any,
+    device: torch.device,
+    batches: Sequence[Mapping[str, Tensor]],
 ) -> None:
     """Prunes the model, and writes what `_read` needs to do the same to another copy of it."""
     from safetensors.torch import save_file
 
     method = prune.get(spec.prune.name)
     model.to(device)
-    method.apply(spec.prune, model, batches)
+    bf16 = spec.trainer.precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        method.apply(spec.prune, model, batches)
     model.to("cpu")
     found: dict[str, Tensor] = {}
     layers = _masks.linears(model)

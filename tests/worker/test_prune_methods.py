@@ -37,7 +37,12 @@ def text(rows: int = 4, length: int = 24) -> list[dict[str, Any]]:
     tokens = torch.randint(0, 256, (rows, 1, length + 1), generator=generator)
     positions = torch.arange(length)[None] % 15  # two documents a row
     return [
-        {"input_ids": t[:, :-1], "labels": t[:, 1:], "position_ids": positions, "real": torch.ones(1, length).bool()}
+        {
+            "input_ids": t[:, :-1],
+            "labels": t[:, 1:],
+            "position_ids": positions,
+            "real": torch.ones(1, length).bool(),
+        }
         for t in tokens
     ]
 
@@ -293,7 +298,11 @@ def test_estimates_on_text_converge(how: str) -> None:
     elif how == "fisher":
         expected, tokens = torch.zeros_like(layer.weight), 0
         for batch in batches:
-            log_p = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0].log_softmax(-1)
+            log_p = (
+                model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+                .logits[0]
+                .log_softmax(-1)
+            )
             for t, label in enumerate(batch["labels"][0].tolist()):
                 tokens += 1
                 expected += torch.autograd.grad(log_p[t, label], layer.weight, retain_graph=True)[0] ** 2
@@ -349,7 +358,10 @@ def test_pruning_is_taken(name: str) -> None:
         ({"sparsity": 0.6, "pattern": "2:4"}, "prune.sparsity", "2 zeros among 4", "prune.sparsity=0.5"),
         ({"pattern": "4:8", "scope": "global"}, "prune.scope", "each group of 8", "prune.scope=layer"),
         ({"name": "sparsegpt", "scope": "global"}, "prune.scope", "from block to block", "prune.scope=layer"),
-        ({"name": "sparsegpt", "pattern": "2:4", "block_size": 6}, "prune.block_size", "whole groups", "prune.block_size=8"),
+        (
+            {"name": "sparsegpt", "pattern": "2:4", "block_size": 6},
+            "prune.block_size", "whole groups", "prune.block_size=8",
+        ),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(changes: dict[str, Any], key: str, problem: str, fix: str) -> None:
@@ -370,7 +382,7 @@ def test_rows_and_ranks_that_cannot_be_are_refused() -> None:
 def test_memory_is_told_in_closed_form(name: str) -> None:
     spec = tiny_spec(prune__name=name)
     told = prune.get(name).memory(spec.prune, spec)
-    matrices = [l.weight.numel() for l in _masks.linears(tiny()).values()]
+    matrices = [layer.weight.numel() for layer in _masks.linears(tiny()).values()]
     assert told["masks"] == max(matrices)
     if name == "obd":
         assert told["hessian_diagonal"] == 4 * sum(matrices)

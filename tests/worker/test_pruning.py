@@ -88,9 +88,7 @@ def test_a_strategy_gives_the_losses_and_zeros_of_one_process(
 
 @pytest.mark.slow
 def test_hsdp_keeps_the_zeros(workers: Workers, one: Finished) -> None:
-    found = workers.train(
-        4, **WANDA, parallel__name="hsdp", parallel__dp_replicate=2, parallel__dp_shard=2
-    )
+    found = workers.train(4, **WANDA, parallel__name="hsdp", parallel__dp_replicate=2, parallel__dp_shard=2)
     assert_same(found, one)
     assert found.result()["sparsity"] == 0.5
 
@@ -151,7 +149,9 @@ def test_ranks_and_tries_read_the_same_masks(workers: Workers, cache: Path, one:
     assert len(mine) == 1 and mine[0]["sparsity_reached"] == 0.5
 
 
-def test_calibration_is_of_training_rows_and_the_seed(workers: Workers, one: Finished, monkeypatch: Any) -> None:
+def test_calibration_is_of_training_rows_and_the_seed(
+    workers: Workers, one: Finished, monkeypatch: Any
+) -> None:
     from hpcdl.worker.data.prepare import open_dataset
     from hpcdl.worker.tokenizer import ByteTokenizer
 

@@ -124,7 +124,8 @@ def _root(outputs: Tensor, targets: Tensor, loss: Loss) -> Tensor:
     whole = output_hessian(outputs.detach(), targets, loss)
     values, vectors = torch.linalg.eigh(whole)
     positive = values > values.abs().max() * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, positive] * values[positive].sqrt()
+    root: Tensor = vectors[:, positive] * values[positive].sqrt()
+    return root
 
 
 def output_hessian(outputs: Tensor, targets: Tensor, loss: Loss) -> Tensor:

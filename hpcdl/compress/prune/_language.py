@@ -23,7 +23,11 @@ SEED = 0
 
 
 def diagonal(
-    model: nn.Module, layers: Mapping[str, nn.Linear], text: Sequence[Mapping[str, Tensor]], how: str, probes: int
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    text: Sequence[Mapping[str, Tensor]],
+    how: str,
+    probes: int,
 ) -> dict[str, Tensor]:
     """h_kk of each layer's weights by the layer's name, fp32, `(rows, columns)`.
 
@@ -85,9 +89,9 @@ def _squares(
             " prune.hessian=hutchinson"
         )
     head = stage.head().weight
-    hidden = trunk(model)(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    )[0]
+    hidden = trunk(model)(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[
+        0
+    ]
     wanted = batch["labels"] != IGNORE
     for probe in range(probes):
         labels, states = batch["labels"], hidden
@@ -113,7 +117,7 @@ def draw(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
     """
     chunk = max(1, CHUNK_LOGITS[hidden.device.type] // len(head))
     drawn = []
-    for states in hidden.split(chunk):
+    for states in torch.split(hidden, chunk):
         logits = (states @ head.detach().to(states.dtype).T).float()
         # an inverse of the cumulated probabilities: one number a token is drawn, on whatever device
         level = torch.rand(len(states), 1, generator=generator, dtype=torch.float64).to(logits.device)

@@ -112,8 +112,9 @@ class Walk(Generic[S]):
 
         def listener(name: str) -> Callable[..., None]:
             def listen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                real = current[0].to(inputs[0].device)
-                seen[name].add(inputs[0][real] if inputs[0].shape[:2] == real.shape else inputs[0].flatten(0, -2))
+                x, real = inputs[0], current[0].to(inputs[0].device)
+                with torch.autocast(x.device.type, enabled=False):
+                    seen[name].add(x[real] if x.shape[:2] == real.shape else x.flatten(0, -2))
 
             return listen
 
@@ -147,7 +148,7 @@ class _stand_in:
         self._forward = forward
 
     def __enter__(self) -> None:
-        self._block.forward = self._forward  # type: ignore[method-assign]
+        self._block.forward = self._forward
 
     def __exit__(self, *_: object) -> None:
         del self._block.forward
@@ -161,6 +162,8 @@ def in_order(
     prune: Callable[[nn.Linear, S], None],
 ) -> None:
     """Prunes all linear layers of each block, from the first block to the last.
+
+    Under autocast only the blocks' own passes are in fewer bits: statistics and solvers stay in fp32.
 
     Args:
         model: transformers' causal language model; its mode is kept, dropout is off meanwhile.
@@ -181,7 +184,8 @@ def in_order(
             layers = {name: part for name, part in block.named_modules() if isinstance(part, nn.Linear)}
             seen = walk.look(number, layers, kind)
             for name, layer in layers.items():
-                prune(layer, seen.pop(name))
+                with torch.autocast(layer.weight.device.type, enabled=False):
+                    prune(layer, seen.pop(name))
             walk.go_on(number)
     finally:
         model.train(training)

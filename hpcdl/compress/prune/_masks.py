@@ -18,9 +18,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     inside = blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is inside)
     return {
-        f"{prefix}.{name}": module
-        for name, module in inside.named_modules()
-        if isinstance(module, nn.Linear)
+        f"{prefix}.{name}": module for name, module in inside.named_modules() if isinstance(module, nn.Linear)
     }
 
 

@@ -83,7 +83,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return torch.linalg.cholesky(inverse, upper=True), dead
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:  # torch.linalg.LinAlgError
         raise HpcdlError(
             f"sparsegpt: a layer's Hessian is not positive definite with prune.damping={damping:g}: more damping,"
             " or more prune.calibration_samples"

@@ -52,7 +52,7 @@ def recursion(
     names = {id(parameter): name for name, parameter in parameters.items()}
     found = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
-    def add(parameter: nn.Parameter | None, value: Callable[[], Tensor]) -> None:
+    def add(parameter: Tensor | None, value: Callable[[], Tensor]) -> None:
         if parameter is not None and id(parameter) in names:
             found[names[id(parameter)]] += value()
 
@@ -98,7 +98,7 @@ def _at_the_top(outputs: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, T
     return gradient.detach(), second
 
 
-Add = Callable[[nn.Parameter | None, Callable[[], Tensor]], None]
+Add = Callable[[Tensor | None, Callable[[], Tensor]], None]
 
 
 def _through(layer: nn.Module, x: Tensor, first: Tensor, second: Tensor, add: Add) -> tuple[Tensor, Tensor]:

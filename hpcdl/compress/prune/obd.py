@@ -73,7 +73,9 @@ def apply(config: Config, model: nn.Module, text: Sequence[Mapping[str, Tensor]]
 
     layers = _masks.linears(model)
     diagonal = _language.diagonal(model, layers, text, config.hessian, config.probes)
-    _masks.prune_by(config, layers, lambda name, layer: saliency(layer.weight.detach(), diagonal.pop(name).abs()))
+    _masks.prune_by(
+        config, layers, lambda name, layer: saliency(layer.weight.detach(), diagonal.pop(name).abs())
+    )
     return model
 
 
@@ -102,9 +104,7 @@ def saliencies(
         Tensors of the parameters' shapes. Negative where the (estimated) curvature is.
     """
     named = dict(model.named_parameters())
-    diagonal = hessian_diagonal(
-        model, loss, batches, method, parameters=parameters, probes=probes, seed=seed
-    )
+    diagonal = hessian_diagonal(model, loss, batches, method, parameters=parameters, probes=probes, seed=seed)
     return {name: saliency(named[name].detach(), h) for name, h in diagonal.items()}
 
 
@@ -152,7 +152,9 @@ def hessian_diagonal(
     if not given:
         raise HpcdlError("a Hessian needs at least one batch")
     if method not in METHODS:
-        raise HpcdlError(f"there is no method {method} for the Hessian's diagonal: one of {', '.join(METHODS)}")
+        raise HpcdlError(
+            f"there is no method {method} for the Hessian's diagonal: one of {', '.join(METHODS)}"
+        )
     draws = DEFAULT_PROBES.get(method, 0) if probes is None else probes
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
@@ -206,7 +208,9 @@ def prune_and_retrain(
     for fraction in fractions:
         found = {name: value.detach() for name, value in saliency_of(model).items()}
         weights = {name: dict(model.named_parameters())[name] for name in found}
-        kept = {name: kept.get(name, torch.ones_like(value, dtype=torch.bool)) for name, value in found.items()}
+        kept = {
+            name: kept.get(name, torch.ones_like(value, dtype=torch.bool)) for name, value in found.items()
+        }
         total = sum(value.numel() for value in found.values())
         gone = sum(int((~mask).sum()) for mask in kept.values())
         more = max(0, _masks.to_take(total, fraction) - gone)
@@ -215,7 +219,7 @@ def prune_and_retrain(
         kept = stays
         _zero(weights, kept)
         if retrain is not None:
-            hooks = [w.register_hook(_masking(kept[name])) for name, w in weights.items()]
+            hooks = [w.register_hook(_masking(kept[name])) for name, w in weights.items()]  # type: ignore[no-untyped-call]
             retrain(model)
             for hook in hooks:
                 hook.remove()

@@ -53,7 +53,7 @@ def run(request: Request) -> dict[str, Any]:
     pruning.apply(spec, whole, device, text)
     found: dict[str, Any] = {
         **to_plain(spec.prune),
-        **{key: value for key, value in pruning.sparsity(whole).items()},
+        **pruning.sparsity(whole),
         "matrices": len(_masks.linears(whole)),
         "seconds": round(time.perf_counter() - started, 2),
         "peak_rss_bytes": resident_peak_bytes(),
