@@ -88,7 +88,7 @@ class StreamEngine(Engine):
         stage = Stage(residence.model)
         refuse_others(stage)
         super().__init__([stage], grid, job.make_optimizer, autocast=job.autocast)
-        # `optimizer` never steps: each piece of a weight has one of its own, for the moment of its update.
+        # `optimizer` never steps: it would want all gradients at once.
         self._residence = residence
         self._shelf = residence.shelf
         self._base = trunk(residence.model)
@@ -345,8 +345,8 @@ class Sums:
 class Update:
     """The optimizer's steps, a few rows of a weight at a time, on state that lies on the shelf.
 
-    The optimizer is torch's own, as the experiment asks for it: made anew for each piece, with the piece's state
-    put in. That AdamW and SGD treat every number by itself is what allows it.
+    The optimizer is torch's own, as the experiment asks for it, over one piece after the other, each with its own
+    state. That AdamW and SGD treat every number by itself is what allows it.
     """
 
     def __init__(self, residence: Residence, job: Job, homes: dict[str, Tensor]) -> None:
@@ -360,6 +360,7 @@ class Update:
         self.under_way = False
         self._rate = self._factor = 0.0
         self._random = torch.Generator(residence.device)
+        self._optimizers: dict[int, torch.optim.Optimizer] = {}
         self._state = {
             name: {key: self._shelf.new(home.shape, torch.float32) for key in state_keys(self._make)}
             for name, home in homes.items()
@@ -395,17 +396,28 @@ class Update:
         if self._factor != 1.0:
             gradient.mul_(self._factor)
         weight.grad = gradient
-        optimizer = self._make([weight])
-        for group in optimizer.param_groups:
-            group["lr"] = self._rate
+        optimizer = self._optimizer(weight)
         own: dict[str, Tensor] = {key: self._own(value) for key, value in state.items()}
         own["step"] = torch.tensor(float(self.steps), device=weight.device)
         optimizer.state[weight] = own
         optimizer.step()
         for key, place in state.items():
             self._back(place, optimizer.state[weight][key])
+        # Nothing of a piece may wait for the garbage collector, which comes once in hundreds of them.
+        optimizer.state.clear()
+        optimizer.param_groups[0]["params"] = []
+        weight.grad = None
         new = weight.detach()
         self._back(home, round_at_random(new, self._random) if home.dtype == torch.bfloat16 else new)
+
+    def _optimizer(self, weight: nn.Parameter) -> torch.optim.Optimizer:
+        """The experiment's, over this weight alone; matrices and vectors decay differently."""
+        if weight.ndim not in self._optimizers:
+            self._optimizers[weight.ndim] = self._make([weight])
+        optimizer = self._optimizers[weight.ndim]
+        (group,) = optimizer.param_groups
+        group["params"], group["lr"] = [weight], self._rate
+        return optimizer
 
     def _own(self, tensor: Tensor) -> Tensor:
         """A copy on the device."""

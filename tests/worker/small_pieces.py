@@ -1,6 +1,12 @@
-"""A worker whose streamed model passes through in pieces of a few rows, as only a large model's would."""
+"""A worker whose streamed model passes through in pieces of a few rows, as only a large model's would.
+
+Without a garbage collector: what a piece leaves in a cycle would stay until the end.
+"""
 
 from __future__ import annotations
+
+import gc
+import os
 
 from hpcdl.distributed import slices, stream
 from hpcdl.runs.store import RunDir
@@ -8,5 +14,7 @@ from hpcdl.worker import main as worker
 
 
 def main(run: RunDir) -> None:
-    slices.SLICE, slices.CHUNK_LOGITS, stream.PIECE = 32 * 100, 7000, 32 * 30
+    rows = int(os.environ["TEST_ROWS"])
+    slices.SLICE, slices.CHUNK_LOGITS, stream.PIECE = 3 * rows, 200 * rows, rows
+    gc.disable()
     worker.main(run)

@@ -88,7 +88,8 @@ def test_pieces_of_a_few_rows(workers: Workers, plain: Finished) -> None:
     """Head, embedding and updates in slices that don't divide evenly; with a sample before and after."""
     sample = {"task__sample_prompt": "One day", "task__sample_tokens": 8}
     run = workers.make(**COMMON, **STREAM, **sample, trainer__max_grad_norm=0.5)
-    assert_alike(workers.go(run, module="tests.worker.small_pieces"), plain)
+    finished = workers.go(run, module="tests.worker.small_pieces", env={"TEST_ROWS": "960"})
+    assert_alike(finished, plain)
 
 
 def test_several_processes(workers: Workers, plain: Finished) -> None:
@@ -175,7 +176,8 @@ def test_from_a_folder(workers: Workers, plain: Finished, tmp_path: Path) -> Non
     assert "Traceback" not in broken.log
 
 
-def test_memory_does_not_grow_with_the_layers(workers: Workers) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_memory_does_not_grow_with_the_layers(workers: Workers, optimizer: str) -> None:
     """Weights, gradients and AdamW's state of ten more layers are 640 MiB in ordinary training."""
     shape = {
         "hidden_size": 512,
@@ -186,7 +188,10 @@ def test_memory_does_not_grow_with_the_layers(workers: Workers) -> None:
     given = {f"model__shape__{key}": value for key, value in shape.items()} | STREAM
     given |= {"trainer__max_steps": 1, "trainer__global_batch_size": 2, "trainer__micro_batch_size": 1}
     given |= {"trainer__eval_samples": 2}
-    shallow, deep = (workers.train(**given, model__shape__num_hidden_layers=n) for n in (2, 12))
+    given |= {"optim__name": optimizer}
+    runs = (workers.make(**given, model__shape__num_hidden_layers=n) for n in (2, 12))
+    small = {"module": "tests.worker.small_pieces", "env": {"TEST_ROWS": str(2**18)}}
+    shallow, deep = (workers.go(run, **small) for run in runs)
     spec = tiny_spec(**given, model__shape__num_hidden_layers=12)
     layer = 4 * offload.stream.layer_parameters(spec.model.shape)  # type: ignore[attr-defined, arg-type]
     assert 15 * 2**20 < layer < 17 * 2**20
