@@ -25,6 +25,7 @@ from hpcdl.worker.memory import Meter, step_to_measure
 from hpcdl.worker.metrics import Metrics, evaluation, peak_memory_bytes
 from hpcdl.worker.optim import learning_rate
 from hpcdl.worker.process import Process
+from hpcdl.worker.pruning import Gradual
 from hpcdl.worker.signals import Stop
 
 
@@ -49,6 +50,8 @@ class Parts:
     metrics: Metrics
     stop: Stop
     progress: Progress
+    pruning: Gradual | None
+    """What takes weights out while training goes on."""
     lesson: tasks.Lesson | None
     """What the task does to the loss, where it isn't the text's cross-entropy."""
     meter: Meter | None = None
@@ -225,6 +228,8 @@ def train_step(parts: Parts, step: int) -> Under:
     total = engine.accumulate(parts.loader.micro_batches(step), targets)
     parts.checkpointer.settle()  # what is being saved must be copied before it changes
     norm = engine.step(lr, spec.trainer.max_grad_norm)
+    if parts.pruning is not None:
+        parts.pruning.after(step, engine.optimizer)
     own = [] if parts.lesson is None else list(parts.lesson.measured())
     numbers = Gathering(
         [total, norm, peak_memory_bytes(engine.device), *parts.stop.flags(), *own], engine.device

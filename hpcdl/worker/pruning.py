@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from hpcdl.compress import prune, quant
 from hpcdl.compress.prune import _masks, _zeros
+from hpcdl.compress.prune._common import sparsity_at
 from hpcdl.distributed import zeros as zeros_kept
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
+from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import to_plain
 from hpcdl.worker.cache import cache_dir, once
@@ -54,23 +56,68 @@ def apply(spec: ExperimentSpec, model: Any, device: torch.device, text: Rows | N
     Raises:
         HpcdlError: the method needs text and there is none, or the model is one that it can't prune.
     """
-    method = prune.get(spec.prune.name)
     if spec.prune.name == "none":
         return {}
-    if not method.CALIBRATED:
-        method.apply(spec.prune, model, ())
-    else:
-        if text is None:
-            raise HpcdlError(f"prune={spec.prune.name} looks at text, and there is none here")
-        batches = calibration(text, spec.prune.calibration_samples, spec.seed)  # type: ignore[attr-defined]
-        folder = cache_dir() / "pruned" / f"{spec.prune.name}-{_key(spec, model, batches, device)}"
-        once(folder, lambda path: _build(path, spec, model, device, batches))
-        _read(folder / MASKS, _masks.linears(model))
+    if getattr(spec.prune, "schedule", "once") == "once":
+        take_out(spec, model, device, text)
     blurred = spec.quant.scheme != "none"
     return {
         name: _zeros.pack(layer.weight.detach() != 0) if blurred else None
         for name, layer in _masks.linears(model).items()
     }
+
+
+def take_out(spec: ExperimentSpec, model: Any, device: torch.device, text: Rows | None) -> None:
+    """Prunes a model to `spec.prune.sparsity` now, in place; the same on every rank that has the same weights."""
+    method = prune.get(spec.prune.name)
+    if not method.CALIBRATED:
+        method.apply(spec.prune, model, ())
+        return
+    if text is None:
+        raise HpcdlError(f"prune={spec.prune.name} looks at text, and there is none here")
+    batches = calibration(text, spec.prune.calibration_samples, spec.seed)  # type: ignore[attr-defined]
+    folder = cache_dir() / "pruned" / f"{spec.prune.name}-{_key(spec, model, batches, device)}"
+    once(folder, lambda path: _build(path, spec, model, device, batches))
+    _read(folder / MASKS, _masks.linears(model))
+
+
+class Gradual:
+    """Pruning that goes on while a model is trained (`prune.schedule`). Every rank has the whole model."""
+
+    def __init__(self, spec: ExperimentSpec, run: RunDir | None, model: Any, text: Rows) -> None:
+        """Does nothing yet.
+
+        Args:
+            spec: the experiment.
+            run: told of each pruning; None: not by this rank.
+            model: the live one.
+            text: training rows.
+        """
+        self._spec = spec
+        self._run = run
+        self._model = model
+        self._text = text
+
+    def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Takes out more where it is time: then the weights' optimizer state goes too, or it would move them."""
+        share = sparsity_at(self._spec.prune, step, self._spec.trainer.max_steps)  # type: ignore[arg-type]
+        if share is None:
+            return
+        layers = _masks.linears(self._model)
+        device = next(self._model.parameters()).device
+        now = replace(self._spec, prune=replace(self._spec.prune, sparsity=share))  # type: ignore[call-arg]
+        take_out(now, self._model, device, self._text)
+        for layer in layers.values():
+            for value in optimizer.state[layer.weight].values():
+                if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+                    value.mul_(layer.weight.detach() != 0)
+        if self._run is not None:
+            self._run.event("pruned", step=step, sparsity=round(_masks.sparsity(layers), 6))
+
+
+def gradual(spec: ExperimentSpec, run: RunDir | None, net: Any, text: Rows) -> Gradual | None:
+    """What prunes a network while training goes on; None where nothing does."""
+    return Gradual(spec, run, net.model, text) if getattr(spec.prune, "schedule", "once") != "once" else None
 
 
 def calibration(text: Rows, samples: int, seed: int) -> list[dict[str, Tensor]]:
@@ -98,7 +145,7 @@ def _key(
     digest.update(json.dumps(said).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     for one in batches:
         for name in sorted(one):
             digest.update(one[name].contiguous().view(torch.uint8).numpy().data)
@@ -115,19 +162,19 @@ def _build(
     """Prunes the model, and writes what `_read` needs to do the same to another copy of it."""
     from safetensors.torch import save_file
 
-    method = prune.get(spec.prune.name)
+    method, home = prune.get(spec.prune.name), next(model.parameters()).device
     model.to(device)
     bf16 = spec.trainer.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
         method.apply(spec.prune, model, batches)
-    model.to("cpu")
+    model.to(home)
     found: dict[str, Tensor] = {}
     layers = _masks.linears(model)
     for name, layer in layers.items():
         kept = layer.weight.detach() != 0
-        found[f"{name}.kept"] = _zeros.pack(kept)
+        found[f"{name}.kept"] = _zeros.pack(kept).cpu()
         if method.REWEIGHTS:
-            found[f"{name}.weights"] = layer.weight.detach()[kept]
+            found[f"{name}.weights"] = layer.weight.detach()[kept].cpu()
     save_file(found, folder / MASKS)
     write_json(folder / "prune.json", {**to_plain(spec.prune), "sparsity_reached": _masks.sparsity(layers)})
 
@@ -146,9 +193,10 @@ def _read(path: Path, layers: Mapping[str, nn.Linear]) -> None:
             there = set(file.keys())
             for name, layer in layers.items():
                 weight = layer.weight
-                kept = _zeros.unpack(file.get_tensor(f"{name}.kept"), weight.numel()).view(weight.shape)
+                bits = file.get_tensor(f"{name}.kept").to(weight.device)
+                kept = _zeros.unpack(bits, weight.numel()).view(weight.shape)
                 if f"{name}.weights" in there:
-                    weight.zero_()[kept] = file.get_tensor(f"{name}.weights")
+                    weight.zero_()[kept] = file.get_tensor(f"{name}.weights").to(weight.device)
                 else:
                     _masks.take_out(layer, kept)
     except (SafetensorError, OSError, RuntimeError) as error:

@@ -23,6 +23,7 @@ from hpcdl.worker import (
     metrics,
     model,
     network,
+    pruning,
     result,
     resume,
     rng,
@@ -152,11 +153,13 @@ def drive(
     workers, prefetch = spec.data.workers, spec.data.prefetch
     loader = Loader(ready.data.train, reading, ready.net.device, workers=workers, prefetch=prefetch)
     meter = None if spec.monitor.name == "none" else Meter(spec, run, who, ready.engine)
+    taking_out = pruning.gradual(spec, run if who.is_first else None, ready.net, ready.data.train)
     reason = loop.run(
         loop.Parts(
             spec=spec, run=run, who=who, engine=ready.engine, data=ready.data, loader=loader,
             data_rank=data_rank, data_ranks=data_ranks, checkpointer=ready.saver, first_step=ready.first_step,
             metrics=lines, stop=stop, progress=progress, lesson=ready.lesson, meter=meter,
+            pruning=taking_out,
             mfu_of=mfu_of,
         ),
         ready.totals,

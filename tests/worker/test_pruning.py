@@ -183,19 +183,16 @@ def test_a_method_that_needs_text_says_so() -> None:
 
 @pytest.mark.parametrize("peft", [{}, {"peft__name": "lora", "peft__rank": 4}], ids=["full", "lora"])
 def test_a_resumed_run_has_the_same_zeros_and_losses(workers: Workers, peft: dict[str, Any]) -> None:
-    options = {**WANDA, **peft, "trainer__checkpoint_every": 3, "trainer__keep_last": 5}
-    whole = workers.train(1, **options)
-    run = workers.make(**options)
-    workers.start(run)
-    first = workers.finish(run)
-    assert first.losses() == whole.losses()
     import shutil
 
+    options = {**WANDA, **peft, "trainer__checkpoint_every": 3, "trainer__keep_last": 5}
+    run = workers.make(**options)
+    whole = workers.go(run)
+    losses, weights = whole.losses(), list(saved(whole).parameters())
     shutil.rmtree(run.checkpoints / "step-00000006")
     again = workers.go(run)
-    assert again.losses() == whole.losses()  # to the last bit
-    mine, theirs = saved(again), saved(whole)
-    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+    assert again.losses() == losses  # to the last bit
+    for a, b in zip(saved(again).parameters(), weights, strict=True):
         assert torch.equal(a, b)
     assert again.result()["sparsity"] == 0.5
 
@@ -291,3 +288,65 @@ def test_zeros_of_a_folder_are_kept(workers: Workers, one: Finished) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     lost = workers.train(1, **{**more, "prune__name": "none"})
     assert all(not mask.any() for mask in zeros(saved(lost)).values())
+
+
+# --- little by little --------------------------------------------------------------------------------------------
+
+CUBIC: dict[str, Any] = {
+    "prune__schedule": "cubic",
+    "prune__every": 2,
+    "prune__until": 4,
+    "trainer__max_steps": 6,
+    "optim__weight_decay": 0.1,
+}
+
+
+def told(run: Finished) -> dict[int, float]:
+    return {e["step"]: e["sparsity"] for e in run.run.events() if e["event"] == "pruned"}
+
+
+@pytest.mark.parametrize("name", ["magnitude", "obd"])
+def test_pruning_goes_on_while_training_does(workers: Workers, name: str) -> None:
+    options: dict[str, Any] = {**CUBIC, "prune__name": name}
+    if name == "obd":
+        options["prune__calibration_samples"] = 2
+    found = workers.train(2, **options)
+    # 0.5·(1 - (1 - t/4)³), Zhu & Gupta
+    assert told(found) == pytest.approx({2: 0.5 * (1 - 0.5**3), 4: 0.5}, abs=1e-3)
+    assert found.result()["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    one = workers.train(1, **options)
+    assert_same(found, one)
+    mine, theirs = zeros(saved(found)), zeros(saved(one))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_a_resumed_run_goes_on_pruning(workers: Workers) -> None:
+    import shutil
+
+    options = {**CUBIC, "prune__name": "magnitude", "trainer__checkpoint_every": 3, "trainer__keep_last": 5}
+    run = workers.make(**options)
+    whole = workers.go(run)
+    losses, weights = whole.losses(), list(saved(whole).parameters())
+    shutil.rmtree(run.checkpoints / "step-00000006")
+    again = workers.go(run)
+    assert again.losses() == losses
+    for a, b in zip(saved(again).parameters(), weights, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "fix"),
+    [
+        ({"prune__pattern": "2:4"}, "bit by bit", "prune.schedule=once"),
+        ({"peft__name": "lora"}, "frozen base", "peft=none"),
+        ({"parallel__name": "fsdp"}, "only plain ddp", "parallel=ddp"),
+        ({"prune__name": "sparsegpt"}, "makes up for", "prune.schedule=once"),
+        ({"prune__until": 7}, "after the last step 6", "prune.until=6"),
+    ],
+)
+def test_what_cannot_go_on_bit_by_bit_is_refused(changes: dict[str, Any], problem: str, fix: str) -> None:
+    from hpcdl.compress import prune
+
+    spec = tiny_spec(**{**CUBIC, "prune__name": "magnitude", **changes})
+    (fault,) = prune.get(spec.prune.name).check(spec.prune, spec)
+    assert problem in fault.problem and fault.fix == fix and fault.key == "prune.schedule"

@@ -16,6 +16,10 @@ GROUPS: dict[str, tuple[int, int]] = {"2:4": (2, 4), "4:8": (4, 8)}
 """Zeros among neighbours of a row, by pattern. 2:4 is what NVIDIA's sparse tensor cores take."""
 
 
+SHARING = ("dp_shard", "tp", "pp", "cp")
+"""Degrees that leave a rank a part of the model."""
+PLAIN_STATE = ("adamw", "sgd")
+"""Optimizers whose state is a number a weight."""
 MASKED = ("lora", "rslora")
 """Methods whose update is one matrix, scale·B·A, which a mask can be laid on."""
 
@@ -30,10 +34,32 @@ class PatternConfig(PruneSpec):
     """`unstructured`: any weights; `2:4`: 2 of 4 neighbours in a row (what sparse tensor cores take); `4:8`."""
     scope: Literal["layer", "global"] = "layer"
     """Among which weights the least important are looked for: of each matrix, or of all together."""
+    schedule: Literal["once", "cubic"] = "once"
+    """`once`: before training, all at once; `cubic`: a little more every few steps while training goes on."""
+    every: Annotated[int, Ge(1)] = 10
+    """Steps from one pruning to the next, for `cubic`."""
+    until: Annotated[int, Ge(0)] = 0
+    """Step of the last pruning, for `cubic`; 0: half of trainer.max_steps."""
+
+
+def sparsity_at(config: PatternConfig, step: int, max_steps: int) -> float | None:
+    """Share of zeros that a step of training ends with; None where nothing is pruned then.
+
+    From 0 quickly up, and slower and slower to the last: s·(1 - (1 - t/n)³).
+
+    Source: Zhu & Gupta, "To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model Compression",
+    2017 (arXiv 1710.01878), equation 1.
+    """
+    last = config.until or max(1, max_steps // 2)
+    if config.schedule == "once" or step > last or (step % config.every and step != last):
+        return None
+    return float(config.sparsity * (1 - (1 - step / last) ** 3))
 
 
 def faults(config: PatternConfig, spec: ExperimentSpec) -> Iterator[Fault]:
     """What no method can do."""
+    if config.schedule != "once":
+        yield from _gradual(config, spec)
     if config.pattern in GROUPS:
         yield from _pattern(config, spec.model.shape)
     if spec.peft.name not in ("none", *MASKED):
@@ -57,6 +83,35 @@ def faults(config: PatternConfig, spec: ExperimentSpec) -> Iterator[Fault]:
             " parallel has each matrix in parts",
             allowed="parallel.tp=1, or peft=none",
             fix="parallel.tp=1",
+        )
+
+
+def _gradual(config: PatternConfig, spec: ExperimentSpec) -> Iterator[Fault]:
+    reasons = []
+    if config.pattern in GROUPS:
+        reasons.append((f"prune.pattern={config.pattern} can't be reached bit by bit", "prune.schedule=once"))
+    if spec.peft.name != "none":
+        reasons.append(
+            (f"peft={spec.peft.name} trains beside a frozen base, whose zeros must be known", "peft=none")
+        )
+    if spec.parallel.name != "ddp" or any(getattr(spec.parallel, d) not in (1, -1) for d in SHARING):
+        reasons.append(
+            ("looks at the whole model again and again, and only plain ddp has it whole", "parallel=ddp")
+        )
+    if spec.optim.name not in PLAIN_STATE:
+        reasons.append((f"must clear the state of weights that go, which optim={spec.optim.name} holds in 8 bits",
+                        "optim=adamw"))  # fmt: skip
+    if config.until > spec.trainer.max_steps:
+        steps = spec.trainer.max_steps
+        reasons.append((f"its last pruning, at step {config.until}, comes after the last step {steps}",
+                        f"prune.until={steps}"))  # fmt: skip
+    for problem, fix in reasons:
+        yield Fault(
+            key="prune.schedule",
+            value=config.schedule,
+            problem=problem,
+            allowed="once, or as the fix says",
+            fix=fix,
         )
 
 

@@ -44,6 +44,15 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     yield from _common.refuse_global(
         config, "sparsegpt goes from block to block and makes up for each before it has seen the next"
     )
+    if config.schedule != "once":
+        yield Fault(
+            key="prune.schedule",
+            value=config.schedule,
+            problem="sparsegpt makes up for what goes with weights to its right, zeros from before among them",
+            allowed="once; magnitude, wanda and obd take the others",
+            nearest="once",
+            fix="prune.schedule=once",
+        )
     group = _common.GROUPS.get(config.pattern, (0, 1))[1]
     if config.block_size % group:
         near = max(1, round(config.block_size / group)) * group
