@@ -39,13 +39,38 @@ def plain(workers: Workers) -> Path:
     return Path(workers.train(1, trainer__max_steps=3, model__shape__num_key_value_heads=4).result()["model"])
 
 
+class Made:
+    """Folders that `hpcdl quantize` has written, each once."""
+
+    def __init__(self, workers: Workers, plain: Path, where: Path) -> None:
+        self._workers = workers
+        self._plain = plain
+        self._where = where
+        self._told: dict[str, dict[str, Any]] = {}
+
+    def folder(self, name: str) -> Path:
+        self.told(name)
+        return self._where / name
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What the command said."""
+        if name not in self._told:
+            out = str(self._where / name)
+            self._told[name] = tool(self._workers, "quantize", "--out", out, **at(self._plain, scheme(name)))
+        return self._told[name]
+
+
+@pytest.fixture(scope="module")
+def made(workers: Workers, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(workers, plain, tmp_path_factory.mktemp("made"))
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_folder_has_the_loss_of_the_model_that_was_held_in_memory(
-    workers: Workers, plain: Path, tmp_path: Path, name: str
+    workers: Workers, plain: Path, made: Made, name: str
 ) -> None:
     keys = scheme(name)
-    out = tmp_path / "held"
-    found = tool(workers, "quantize", "--out", str(out), **at(plain, keys))
+    out, found = made.folder(name), made.told(name)
     assert found["disk_bytes"] == (out / "model.safetensors").stat().st_size
     assert found["disk_bytes"] < found["disk_bytes_before"]
     in_memory = tool(workers, "eval", **at(plain, keys))
@@ -54,7 +79,7 @@ def test_a_folder_has_the_loss_of_the_model_that_was_held_in_memory(
     assert on_disk["weights_bytes"] == in_memory["weights_bytes"]
     assert on_disk["parameters"] == in_memory["parameters"]
     assert on_disk["disk_bytes"] == found["disk_bytes"]
-    assert [path.name for path in tmp_path.iterdir()] == ["held"]
+    assert not [path.name for path in out.parent.iterdir() if path.name not in SCHEMES]  # nothing half-made
 
 
 def test_an_embedding_and_a_head_in_few_bits(workers: Workers, plain: Path, tmp_path: Path) -> None:
@@ -67,17 +92,14 @@ def test_an_embedding_and_a_head_in_few_bits(workers: Workers, plain: Path, tmp_
     assert on_disk["weights_bytes"] == in_memory["weights_bytes"] < on_disk["parameters"] * 1.1
 
 
-def test_lora_is_trained_on_a_folder_and_evaluated_on_it(
-    workers: Workers, plain: Path, tmp_path: Path
-) -> None:
-    keys = scheme("int4")
-    tool(workers, "quantize", "--out", str(tmp_path / "held"), **at(plain, keys))
-    run = workers.train(1, **at(tmp_path / "held", keys), peft__rank=4, optim__lr=0.003)
+def test_lora_is_trained_on_a_folder_and_evaluated_on_it(workers: Workers, made: Made) -> None:
+    keys, folder = scheme("int4"), made.folder("int4")
+    run = workers.train(1, **at(folder, keys), peft__rank=4, optim__lr=0.003)
     result = run.result()
     assert result["eval_loss_after"] < result["eval_loss_before"]
     adapter = json.loads((Path(result["adapter"]) / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == str(tmp_path / "held")
-    found = tool(workers, "eval", "--adapter", result["adapter"], **at(tmp_path / "held", keys))
+    assert adapter["base_model_name_or_path"] == str(folder)
+    found = tool(workers, "eval", "--adapter", result["adapter"], **at(folder, keys))
     assert found["eval_loss"] == pytest.approx(result["eval_loss_after"], rel=1e-6)
 
 
@@ -129,11 +151,9 @@ def held_loss(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("name", ["int8", "int8_dynamic", "int4"])
-def test_transformers_reads_it_through_compressed_tensors(
-    workers: Workers, plain: Path, tmp_path: Path, name: str
-) -> None:
+def test_transformers_reads_it_through_compressed_tensors(made: Made, name: str) -> None:
     pytest.importorskip("compressed_tensors")
-    tool(workers, "quantize", "--out", str(tmp_path / "held"), **at(plain, scheme(name)))
+    folder = made.folder(name)
     more: dict[str, Any] = {}
     if (
         name == "int4"
@@ -141,25 +161,20 @@ def test_transformers_reads_it_through_compressed_tensors(
         from transformers import CompressedTensorsConfig
 
         more["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    assert plain_loss(tmp_path / "held", **more) == pytest.approx(held_loss(tmp_path / "held"), rel=1e-4)
+    assert plain_loss(folder, **more) == pytest.approx(held_loss(folder), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_transformers_reads_it_through_bitsandbytes(
-    workers: Workers, plain: Path, tmp_path: Path, name: str
-) -> None:
-    tool(workers, "quantize", "--out", str(tmp_path / "held"), **at(plain, scheme(name)))
-    assert plain_loss(tmp_path / "held") == pytest.approx(held_loss(tmp_path / "held"), rel=1e-2)
+def test_transformers_reads_it_through_bitsandbytes(made: Made, name: str) -> None:
+    assert plain_loss(made.folder(name)) == pytest.approx(held_loss(made.folder(name)), rel=1e-2)
 
 
 # --- faults --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def held(workers: Workers, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("held") / "int4"
-    tool(workers, "quantize", "--out", str(out), **at(plain, scheme("int4")))
-    return out
+@pytest.fixture
+def held(made: Made) -> Path:
+    return made.folder("int4")
 
 
 def opened(folder: Path) -> Any:

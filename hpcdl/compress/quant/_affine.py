@@ -11,6 +11,7 @@ but for the scales, which are bf16 here.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,15 +52,24 @@ def nearest4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     Returns:
         `(rows, columns)` uint8 in 0 … 15.
     """
+    return _nearest(weight, scale, zero).to(torch.uint8).flatten(1)
+
+
+def _nearest(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Levels in fp32, `(rows, groups, group)`."""
     grouped = weight.float().reshape(*scale.shape, -1)
-    level = (grouped / scale.float().unsqueeze(-1)).round_() + zero.unsqueeze(-1)
-    return level.clamp_(0, LEVELS).to(torch.uint8).flatten(1)
+    level = grouped / scale.float().unsqueeze(-1)
+    return level.round_().add_(zero.unsqueeze(-1)).clamp_(0, LEVELS)
 
 
 def from_levels4(level: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """s·(q - z), `(rows, columns)`: the same in bf16 as in fp32 rounded to bf16, as both factors are exact."""
-    grouped = level.reshape(*scale.shape, -1).to(dtype)
-    return ((grouped - zero.unsqueeze(-1).to(dtype)) * scale.unsqueeze(-1).to(dtype)).flatten(1)
+    return _whole(level.reshape(*scale.shape, -1).to(dtype, copy=True), scale, zero)
+
+
+def _whole(level: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """From levels `(rows, groups, group)` in the dtype of the result; written over."""
+    return level.sub_(zero.unsqueeze(-1).to(level.dtype)).mul_(scale.unsqueeze(-1).to(level.dtype)).flatten(1)
 
 
 def pack4(level: Tensor) -> Tensor:
@@ -70,6 +80,21 @@ def pack4(level: Tensor) -> Tensor:
 def unpack4(packed: Tensor) -> Tensor:
     """What `pack4` took: `(rows, columns / 2)` uint8 → `(rows, columns)` uint8 in 0 … 15."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+
+
+def whole4(packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix `(rows, columns)` that a packed one stands for: both levels of a byte are looked up at once."""
+    table = _pairs(dtype, packed.device)
+    level = table.index_select(0, packed.reshape(-1).int()).view(dtype)
+    return _whole(level.view(*scale.shape, -1), scale, zero)
+
+
+@cache
+def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two levels of each byte as numbers of `dtype`, `(256,)` in whole numbers twice as wide."""
+    byte = torch.arange(256, device=device)
+    wide = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
+    return torch.stack((byte & 15, byte >> 4), -1).to(dtype).view(wide).flatten()
 
 
 class _Straight(torch.autograd.Function):
@@ -96,7 +121,7 @@ def fake4(weight: Tensor, group: int) -> Tensor:
     """What `weight` is after a turn through int4, with a straight-through gradient."""
     with torch.no_grad():
         scale, zero = groups4(weight, group)
-        rounded = from_levels4(nearest4(weight, scale, zero), scale, zero, weight.dtype)
+        rounded = _whole(_nearest(weight, scale, zero), scale, zero).to(weight.dtype)
     return straight(weight, rounded)
 
 

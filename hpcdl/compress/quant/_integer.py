@@ -61,8 +61,7 @@ class Int4(Matrix):
         return self._levels(ids.flatten(), dtype).view(*ids.shape, self.in_features)
 
     def _levels(self, which: Any, dtype: torch.dtype) -> Tensor:
-        levels = _affine.unpack4(self.weight[which])
-        return _affine.from_levels4(levels, self.scale[which], self.zero[which], dtype)
+        return _affine.whole4(self.weight[which], self.scale[which], self.zero[which], dtype)
 
 
 class Int8Linear(HeldLinear):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NEEDS: tuple[str, ...] = ()
+ANY_DTYPE = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
