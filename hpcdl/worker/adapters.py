@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,12 @@ def put_on(model: nn.Module, adapters: Sequence[Adapter]) -> Any:
     for number, adapter in enumerate(adapters):
         Update(adapter)  # what is torn, or can't be added up, says so by itself
         try:
-            if number:
-                made.load_adapter(str(adapter.path), adapter.name)
-            else:
-                made = PeftModel.from_pretrained(made, str(adapter.path), adapter.name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 by an old name
+                if number:
+                    made.load_adapter(str(adapter.path), adapter.name)
+                else:
+                    made = PeftModel.from_pretrained(made, str(adapter.path), adapter.name)
         except (OSError, ValueError, RuntimeError) as error:
             raise HpcdlError(f"{adapter.path} doesn't go on this model: {error}") from error
     made.base_model.set_adapter([adapter.name for adapter in adapters], inference_mode=True)

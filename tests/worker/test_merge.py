@@ -182,7 +182,7 @@ def test_a_torn_shard_names_file_and_tensor(base: Path, tuned: dict[str, Finishe
             merging.merge(small, [update], out)
         assert str(file) in str(error.value) and words in str(error.value)
     file.unlink()
-    with pytest.raises(HpcdlError, match=r"model-1.safetensors is missing: .* says that it holds "):
+    with pytest.raises(HpcdlError, match=r"model-1.safetensors is missing: .* says that it has "):
         merging.merge(small, [update], out)
     assert not list(out.iterdir())
 

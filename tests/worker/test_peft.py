@@ -165,7 +165,7 @@ def test_an_adapter_that_does_not_fit_is_refused(alone: dict[str, Finished]) -> 
     assert told("lora") == "was trained with peft=rslora → peft=rslora"
     assert "is of down_proj" in told("rslora", targets=["q_proj"])
     lost = faults(peft={"name": "lora", "init_from": rslora + "s"})["peft.init_from"]
-    assert lost.nearest == rslora
+    assert lost.nearest == "adapter" and lost.fix == f"peft.init_from={rslora}"
     # A run is as good as its adapter's folder.
     run = str(Path(rslora).parent)
     checked = experiment.check(tiny_plain(peft={"name": "rslora", "rank": 4, "init_from": run}))

@@ -64,6 +64,8 @@ def _shown(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return f"{value / 2**20:,.1f} MiB"
     if isinstance(value, float):
+        if 0 < abs(value) < 1e-3:
+            return f"{value:.2e}"
         return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
