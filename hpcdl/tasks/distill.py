@@ -22,6 +22,9 @@ from hpcdl.spec.parallel import ParallelDims
 PLACES = {"teacher": "model"}
 """What names a model, to be made absolute (hpcdl.experiment.places)."""
 
+PLANNED = False
+"""Whether the closed form of a step's memory (hpcdl.plan) is this task's too: here there is a second model."""
+
 PACKAGE = "package:"
 """Before the name of an installed package that carries the teacher."""
 
