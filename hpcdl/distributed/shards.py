@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -33,6 +33,9 @@ SYNC_BYTES = 2**28
 """What is written is sent to the disk each time so much has come, not all at the end."""
 CHUNK_BYTES = 2**25
 """What `copy` holds at a time."""
+
+SHARD_BYTES = 5 * 10**9
+"""Of a file that `save` makes, at most; a larger tensor has a file to itself."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -295,3 +298,61 @@ def rewrite(source: Path, target: Path, change: Callable[[Piece], Tensor | None]
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], at: int, size: int) -> dict[str, Any]:
     return {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+
+
+def save(
+    folder: Path, tensors: Mapping[str, Tensor], done: Callable[[Tensor], None] = lambda part: None
+) -> None:
+    """Writes a model's weights under the names that transformers looks for, a part at a time.
+
+    Args:
+        folder: is there.
+        tensors: by name, in the order of the files; on the CPU, contiguous.
+        done: is called with each part of a tensor that has been written.
+
+    Raises:
+        HpcdlError: the disk is full.
+    """
+    shards = list(_in_shards(tensors))
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        where.update(dict.fromkeys(names, file))
+        try:
+            _save(folder / file, {name: tensors[name] for name in names}, done)
+        except OSError as error:
+            raise HpcdlError(f"{folder / file} can't be written: {error.strerror}") from error
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
+        (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _in_shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor], done: Callable[[Tensor], None]) -> None:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        entries[name] = _entry(tensor.dtype, tuple(tensor.shape), at, tensor.nbytes)
+        at += tensor.nbytes
+    text = json.dumps(entries).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            flat = tensor.detach().view(-1)
+            for begin in range(0, flat.numel(), CHUNK_BYTES // 4):
+                part = flat[begin : begin + CHUNK_BYTES // 4]
+                opened.write(_bytes(part))
+                done(part)

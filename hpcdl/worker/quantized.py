@@ -22,7 +22,6 @@ from hpcdl.distributed import shards
 from hpcdl.distributed.decoder import inner, is_tied
 from hpcdl.distributed.held import HeldEmbedding, HeldLinear, Matrix
 from hpcdl.distributed.shards import Piece
-from hpcdl.distributed.tensorfiles import write as write_tensors
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.model import QUANTIZED as KEY
@@ -56,9 +55,7 @@ def write(model: Any, config: Any, folder: Path) -> None:
     tensors = dict(_tensors(base))
     # The largest numbers first: each tensor begins where its dtype may.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    write_tensors(
-        folder, {name: tensors[name].detach().cpu().contiguous() for name in order}, lambda part: None
-    )
+    shards.save(folder, {name: tensors[name].detach().cpu().contiguous() for name in order})
     about = base.config.to_dict()
     edges = any(isinstance(part, HeldEmbedding) for part in base.modules())
     edges = edges or isinstance(base.get_output_embeddings(), HeldLinear)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hpcdl.compress.offload import stream
-from hpcdl.distributed import tensorfiles
+from hpcdl.distributed import shards
 from hpcdl.distributed.decoder import named_parameters
 from hpcdl.distributed.engine import Engine
 from hpcdl.distributed.mesh import Grid
@@ -27,6 +27,8 @@ from hpcdl.worker import streaming
 from hpcdl.worker.network import Network
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PART = 2**23
+"""Numbers that are read at a time."""
 FOLDER = "stream"
 """Of the run directory: where the working file lies, unless the config says."""
 
@@ -62,7 +64,7 @@ class StreamedNetwork(Network):
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         shelf = self.residence.shelf
-        tensorfiles.write(folder, self.residence.homes, shelf.release)
+        shards.save(folder, self.residence.homes, shelf.release)
 
 
 def prepare(spec: ExperimentSpec, place: str | None, run: Path, device: torch.device) -> StreamedNetwork:
@@ -102,12 +104,21 @@ def _from_files(spec: ExperimentSpec, place: str, shelf: Shelf, dtype: torch.dty
     """A pretrained model: its skeleton from config.json, its weights tensor by tensor."""
     folder = _local(place, spec.model.revision)
     skeleton = streaming.skeleton(str(folder), spec.model.attention, dtype)
-    files = {name: file for file in tensorfiles.of_folder(folder) for name in file.entries}
+    found = shards.pieces(folder)
     for name, parameter in list(named_parameters(skeleton).items()):
-        if name not in files:
-            raise HpcdlError(f"{folder} holds no {name}, which config.json's model has")
+        if name not in found:
+            raise HpcdlError(f"{folder} lacks {name}, which config.json asks for")
+        piece = found[name]
+        if piece.shape != tuple(parameter.shape) or not piece.dtype.is_floating_point:
+            raise HpcdlError(
+                f"{piece} is {piece.shape} of {piece.dtype}, and {tuple(parameter.shape)} by config.json"
+            )
         home = shelf.new(parameter.shape, dtype)
-        files[name].fill(name, home, shelf.release)
+        at, flat = 0, home.view(-1)
+        for part in piece.parts(PART):
+            flat[at : at + len(part)].copy_(part)
+            shelf.release(flat[at : at + len(part)])
+            at += len(part)
         _put(skeleton, name, home)
     skeleton.tie_weights()
     return skeleton.train()

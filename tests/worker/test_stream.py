@@ -172,7 +172,7 @@ def test_from_a_folder(workers: Workers, plain: Finished, tmp_path: Path) -> Non
     file.write_bytes(file.read_bytes()[:-100])
     broken = workers.go(workers.make(**given, **STREAM), ok=False)
     assert broken.codes == [1]
-    assert f"error: {file} is cut off" in broken.log and "layers" in broken.log
+    assert f"error: {file} is cut short: model." in broken.log
     assert "Traceback" not in broken.log
 
 
