@@ -67,8 +67,10 @@ def model(key: str, given: str, runs_dir: Path) -> str | Fault:
         return given
     folder = run_folder(key, given, runs_dir, allowed)
     if isinstance(folder, Fault):
-        if given.count("/") == 1 and not given.startswith((".", "~", "/")):
-            return given  # organisation/name
+        first, _, rest = given.partition("/")
+        # organisation/name; where the first is a folder here, the path below it is misspelt
+        if rest and "/" not in rest and first not in ("", ".", "..", "~") and not os.path.isdir(first):  # noqa: PTH112
+            return given
         return dataclasses.replace(folder, nearest=folder.nearest or nearest_name(given, options))
     for place in (folder, folder / "model", folder / "adapter"):
         if (place / MODEL).is_file() or (place / ADAPTER).is_file():

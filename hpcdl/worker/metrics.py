@@ -77,6 +77,8 @@ def in_words(record: dict[str, Any]) -> str:
     """A line of metrics.jsonl as a line of the log: `step 3  loss 2.7100  grad_norm 0.9  …`."""
     shown = (
         "loss",
+        "ce_loss",
+        "kl_loss",
         "eval_loss",
         "eval_perplexity",
         "grad_norm",

@@ -149,6 +149,15 @@ def test_two_ranks_equal_one(workers: Workers, teacher: str, alone: Finished, na
     assert two.evaluations() == pytest.approx(alone.evaluations(), rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["local_sgd", "diloco", "hogwild"])
+def test_copies_learn_too(workers: Workers, teacher: str, alone: Finished, name: str) -> None:
+    """Each rank has a teacher of its own; the first step is everyone's."""
+    copies = workers.train(2, **DISTILL, parallel__name=name, task__teacher=teacher)
+    assert copies.losses()[0] == pytest.approx(alone.losses()[0], rel=1e-3)
+    assert parts(copies)[-1][1] < parts(copies)[0][1]
+
+
 def test_packed_documents_stay_apart_in_the_teacher(workers: Workers, teacher: str) -> None:
     """Its model teaches itself: no divergence, only where both see the same of a row with several documents."""
     own = {"model__path": teacher, "model__shape": None}

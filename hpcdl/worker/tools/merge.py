@@ -46,7 +46,10 @@ def run(request: Request) -> dict[str, Any]:
     spec, out = request.spec, request.out
     assert out is not None, "the command asks for it"
     if not request.adapters:
-        raise HpcdlError("there is nothing to merge: give an adapter's folder, a run, or --adapter RUN|DIR")
+        raise HpcdlError(
+            f"there is no adapter to merge into {spec.model.name}: give an adapter's folder, a run that trained one,"
+            " or --adapter RUN|DIR"
+        )
     process.set_threads(spec, who := process.from_environment(), process.choose_device(spec, who))
     started = time.perf_counter()
     base = base_folder(spec)
