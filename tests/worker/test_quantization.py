@@ -305,6 +305,35 @@ QAT: dict[str, Any] = {"quant__qat": True, "trainer__max_steps": 12, "trainer__e
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_pass_straight_through_the_rounding(scheme: str) -> None:
+    import torch
+
+    from hpcdl.compress.quant import _affine, _qat
+
+    def rounding(weight: Any) -> Any:
+        return _affine.rounded4(weight, 32) if scheme == "int4" else _qat.rounded8(weight)
+
+    plain = linear(bias=True).requires_grad_()
+    fake = _qat.FakeLinear(linear(bias=True).requires_grad_(), rounding, inputs=scheme == "int8_dynamic")
+    states = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    held_one = held(scheme, linear(bias=True))
+    out = fake(states)
+    assert torch.allclose(out, held_one(states), rtol=1e-5, atol=1e-5)
+    out.sum().backward()
+    grad, states.grad = states.grad, None
+    held_one(states).sum().backward()
+    assert torch.allclose(grad, states.grad, rtol=1e-5, atol=1e-5)
+    (plain(states.detach() if scheme != "int8_dynamic" else rounded_tokens(states.detach()))).sum().backward()
+    assert torch.allclose(fake.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fake.bias.grad, plain.bias.grad)
+
+
+def rounded_tokens(states: Any) -> Any:
+    scale = states.abs().amax(-1, keepdim=True) / 127
+    return (states / scale).round() * scale
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_converted_model_has_the_loss_that_training_through_the_rounding_ended_with(
     workers: Workers, scheme: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""int4: whole numbers times a scale, and back. Also what turns inputs into int8, and rounding that can be trained.
+"""int4: whole numbers times a scale, and back. Also what turns inputs into int8.
 
 A scale and a zero point a group of columns: w ≈ s·(q - z), q and z in 0 … 15, packed two a byte. Groups are
 asymmetric since four bits have no level to waste on a sign that a group doesn't use. Scales are rounded to what
@@ -12,7 +12,6 @@ but for the scales, which are bf16 here.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,32 +96,10 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack((byte & 15, byte >> 4), -1).to(dtype).view(wide).flatten()
 
 
-class _Straight(torch.autograd.Function):
-    """A rounded value forward; backward as if nothing had been rounded (Bengio et al., 2013: straight-through)."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
-        """`rounded`."""
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """The gradient of `rounded` as that of `value`."""
-        return grads[0], None
-
-
-def straight(value: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient going to `value`."""
-    result: Tensor = _Straight.apply(value, rounded)  # type: ignore[no-untyped-call]
-    return result
-
-
-def fake4(weight: Tensor, group: int) -> Tensor:
-    """What `weight` is after a turn through int4, with a straight-through gradient."""
-    with torch.no_grad():
-        scale, zero = groups4(weight, group)
-        rounded = _whole(_nearest(weight, scale, zero), scale, zero).to(weight.dtype)
-    return straight(weight, rounded)
+def rounded4(weight: Tensor, group: int) -> Tensor:
+    """What a matrix is after a turn through int4, in its own dtype."""
+    scale, zero = groups4(weight, group)
+    return _whole(_nearest(weight, scale, zero), scale, zero).to(weight.dtype)
 
 
 def tokens8(states: Tensor) -> tuple[Tensor, Tensor]:

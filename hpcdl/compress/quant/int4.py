@@ -113,5 +113,5 @@ def apply(config: Config, model: nn.Module) -> nn.Module:
     from hpcdl.compress.quant import _affine, _hold, _qat
 
     if config.qat:
-        return _qat.prepare(model, partial(_affine.fake4, group=config.group_size))
+        return _qat.prepare(model, partial(_affine.rounded4, group=config.group_size))
     return _hold.hold_edges(config, _hold.hold_linears(sys.modules[__name__], config, model))  # type: ignore[no-any-return]

@@ -76,5 +76,5 @@ def apply(config: Config, model: nn.Module) -> nn.Module:
     from hpcdl.compress.quant import _hold, _qat
 
     if config.qat:
-        return _qat.prepare(model, _qat.fake_rows8)
+        return _qat.prepare(model, _qat.rounded8)
     return _hold.hold_edges(config, _hold.hold_linears(sys.modules[__name__], config, model))  # type: ignore[no-any-return]

@@ -79,5 +79,5 @@ def apply(config: Config, model: nn.Module) -> nn.Module:
     from hpcdl.compress.quant import _hold, _qat
 
     if config.qat:
-        return _qat.prepare(model, _qat.fake_rows8, inputs=True)
+        return _qat.prepare(model, _qat.rounded8, inputs=True)
     return _hold.hold_edges(config, _hold.hold_linears(sys.modules[__name__], config, model))  # type: ignore[no-any-return]
