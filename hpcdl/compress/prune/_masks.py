@@ -12,6 +12,9 @@ from hpcdl.compress.prune._common import GROUPS, PatternConfig
 from hpcdl.distributed.decoder import blocks
 from hpcdl.errors import HpcdlError
 
+DIGIT = 11
+"""Bits of a score that are looked at in one pass."""
+
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the decoder's blocks by name: not the embedding, the head and the norms."""
@@ -90,8 +93,8 @@ def keep_in_groups(scores: Tensor, zeros: int, group: int) -> Tensor:
 def all_but_smallest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """All but the `count` smallest elements of all tensors together; of equal ones the first go.
 
-    The threshold is found bit by bit (floats of one sign are ordered as their bits are): exact, and no copy
-    or sort of all of them, which for a model's weights would take several times their memory.
+    The threshold is found a few bits at a time (floats of one sign are ordered as their bits are): exact, and
+    no copy or sort of all of them, which for a model's weights would take several times their memory.
 
     Args:
         scores: at least 0, no NaN.
@@ -110,18 +113,39 @@ def all_but_smallest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     wide = any(score.dtype == torch.float64 for score in scores)
     real, whole, width = (torch.float64, torch.int64, 63) if wide else (torch.float32, torch.int32, 31)
     ordered = [(score.to(real) + 0.0).view(whole) for score in scores]
-    threshold = 0  # the highest value that fewer than `count` lie below
-    for bit in reversed(range(width)):
-        higher = threshold | (1 << bit)
-        if sum(int((values < higher).sum()) for values in ordered) < count:
-            threshold = higher
+    threshold, below = _threshold(ordered, count, width)
     kept = [values >= threshold for values in ordered]
-    left = count - sum(values.numel() - int(mask.sum()) for values, mask in zip(ordered, kept, strict=True))
+    left = count - below
     for values, mask in zip(ordered, kept, strict=True):
         equal = (values == threshold).flatten().nonzero().flatten()[:left]
         mask.view(-1)[equal] = False
         left -= len(equal)
     return kept
+
+
+def _threshold(ordered: Sequence[Tensor], count: int, width: int) -> tuple[int, int]:
+    """The `count`-th smallest of all values, and how many are smaller.
+
+    Args:
+        ordered: whole numbers of `width` bits, at least 0.
+        count: at least 1, at most as many as there are.
+        width: bits.
+    """
+    prefix, below, left = 0, 0, width
+    while left:
+        step = min(DIGIT, left)
+        left -= step
+        digits = torch.zeros(1 << step, dtype=torch.int64)
+        for values in ordered:
+            here = values.flatten() >> left
+            if left + step < width:
+                here = here[here >> step == prefix]
+            digits += torch.bincount(here & ((1 << step) - 1), minlength=1 << step).cpu()
+        cumulated = digits.cumsum(0)
+        digit = int((cumulated < count - below).sum())
+        below += int(cumulated[digit] - digits[digit])
+        prefix = prefix << step | digit
+    return prefix, below
 
 
 @torch.no_grad()
