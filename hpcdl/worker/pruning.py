@@ -218,7 +218,7 @@ def keep(model: Any, zeros: Zeros) -> None:
             continue
         if hasattr(module, "lora_A"):
             _zeros.mask_update(module, zeros[plain])
-        elif module.weight.requires_grad:
+        elif any(p.requires_grad for p in module.parameters()):
             zeros_kept.keep(module)
 
 

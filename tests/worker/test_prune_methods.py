@@ -379,6 +379,8 @@ def test_rows_and_ranks_that_cannot_be_are_refused() -> None:
         prune__name="magnitude", peft__name="lora", parallel__tp=2, cluster__processes_per_node=2
     )
     assert "tensor parallel" in fault.problem and fault.fix == "parallel.tp=1"
+    (fault,) = faults(prune__name="magnitude", quant__scheme="int8")
+    assert "the rounding of quant=int8" in fault.problem and fault.fix == "quant=none"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -62,6 +62,14 @@ def faults(config: PatternConfig, spec: ExperimentSpec) -> Iterator[Fault]:
         yield from _gradual(config, spec)
     if config.pattern in GROUPS:
         yield from _pattern(config, spec.model.shape)
+    if spec.peft.name == "none" and spec.quant.scheme != "none":
+        yield Fault(
+            key="prune.name",
+            value=spec.prune.name,
+            problem=f"a layer that is trained through the rounding of quant={spec.quant.scheme} can't keep zeros too",
+            allowed="quant=none, or peft=lora: the base is then pruned, quantized and frozen",
+            fix="quant=none",
+        )
     if spec.peft.name not in ("none", *MASKED):
         yield Fault(
             key="prune.name",
