@@ -75,7 +75,7 @@ class Residence:
         self._guests[part] = guests + 1
         if not guests and self.copies:
             for parameter in part.parameters():
-                parameter.data = self._home_of[id(parameter)].to(self.device, non_blocking=True)
+                parameter.data = self._copy(self._home_of[id(parameter)])
 
     def _go(self, part: nn.Module, *_: Any) -> None:
         self._guests[part] -= 1
@@ -89,4 +89,7 @@ class Residence:
 
     def here(self, tensor: Tensor) -> Tensor:
         """A tensor of the shelf on the device: itself on a CPU."""
-        return tensor.to(self.device, non_blocking=True) if self.copies else tensor
+        return self._copy(tensor) if self.copies else tensor
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from hpcdl.errors import HpcdlError
+from hpcdl.spec.streaming import UNDER_WAY
 
 PAGE = mmap.PAGESIZE
-MOST_UNDER_WAY = 8
-"""Pieces that wait to be written at a time."""
 
 
 class Shelf:
@@ -100,7 +99,7 @@ class Shelf:
         if self._thread is None:
             place.copy_(content)
             return
-        while len(self._writing) >= MOST_UNDER_WAY:
+        while len(self._writing) >= UNDER_WAY:
             self._writing.pop(0).result()
         assert place.is_contiguous() and place.dtype == content.dtype and place.shape == content.shape
         self._writing.append(self._thread.submit(self._write, place, content.contiguous()))

@@ -44,6 +44,10 @@ class Network:
         """Moves the whole model to the device."""
         self.model.to(self.device)
 
+    def takes_tokens_on(self) -> torch.device:
+        """Where the model wants its tokens."""
+        return next(iter(self.model.parameters())).device  # type: ignore[no-any-return]
+
     def engine(self, spec: ExperimentSpec, grid: Grid, job: Job) -> Engine:
         """The strategy's engine."""
         return parallel.get(spec.parallel.name).build(spec.parallel, self.model, grid, job)

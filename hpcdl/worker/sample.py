@@ -31,7 +31,7 @@ def write(net: Network, tokenizer: Tokenizer, task: TaskSpec, *, adapter: bool =
         return ""
     prompt = tasks.get(task.name).prompt(task.sample_prompt, tokenizer)
     model = net.model
-    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    ids = torch.tensor([prompt], device=net.takes_tokens_on())
     model.eval()
     # A growing cache would have compiled blocks compile anew for every length.
     eager = torch.compiler.set_stance("force_eager")

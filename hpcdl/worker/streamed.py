@@ -50,6 +50,10 @@ class StreamedNetwork(Network):
     def to_device(self) -> None:
         """Layers come when they are called."""
 
+    def takes_tokens_on(self) -> torch.device:
+        """The device, though the weights lie elsewhere."""
+        return self.device
+
     def engine(self, spec: ExperimentSpec, grid: Grid, job: Job) -> Engine:
         """The engine that has the layers pass through."""
         from hpcdl.distributed.stream import StreamEngine

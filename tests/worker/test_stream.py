@@ -84,11 +84,17 @@ def test_it_is_ordinary_training(workers: Workers, plain: Finished, case: str) -
     assert list((streamed.run.path / "stream").glob("*")) == []
 
 
-def test_pieces_of_a_few_rows(workers: Workers, plain: Finished) -> None:
-    """Head, embedding and updates in slices that don't divide evenly; with a sample before and after."""
+@pytest.mark.parametrize("copies", ["", "1"])
+def test_pieces_of_a_few_rows(workers: Workers, plain: Finished, copies: str) -> None:
+    """Head, embedding and updates in slices that don't divide evenly; with a sample before and after.
+
+    Also with weights that are copied to where they are used, as for a GPU.
+    """
     sample = {"task__sample_prompt": "One day", "task__sample_tokens": 8}
     run = workers.make(**COMMON, **STREAM, **sample, trainer__max_grad_norm=0.5)
-    finished = workers.go(run, module="tests.worker.small_pieces", env={"TEST_ROWS": "960"})
+    finished = workers.go(
+        run, module="tests.worker.small_pieces", env={"TEST_ROWS": "960", "TEST_COPIES": copies}
+    )
     assert_alike(finished, plain)
 
 

@@ -27,7 +27,7 @@ from typing import Literal
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, ModelShape, OffloadSpec
 from hpcdl.spec.parallel import DIMENSIONS, ParallelDims
-from hpcdl.spec.streaming import CHUNK_LOGITS, PIECE, SLICE
+from hpcdl.spec.streaming import CHUNK_LOGITS, PIECE, SLICE, UNDER_WAY
 
 STREAMS = True
 STATE = {"adamw": 2, "sgd": 1}
@@ -142,7 +142,8 @@ def memory(config: Config, spec: ExperimentSpec) -> dict[str, int] | None:
     # Under autocast the layer's weights are there a second time, in bf16; fp32 sums beside bf16 gradients.
     casts = layer * 2 if compute < width else 0
     sums = layer * 4 if width == 2 and micro_batches > 1 else 0
-    piece = PIECE * 4 * (2 + _state(spec))
+    # Under way to the file, and in the optimizer's hands with what its rounding takes.
+    piece = min(PIECE, largest(shape)) * (UNDER_WAY * 4 + 4 * (6 + _state(spec)))
     block = {
         "weights": layer * width + casts,
         "gradients": layer * width + sums,
@@ -200,6 +201,11 @@ def layer_parameters(shape: ModelShape) -> int:
     head = shape.head_dim or shape.hidden_size // shape.num_attention_heads
     attention = 2 * shape.hidden_size * head * (shape.num_attention_heads + shape.num_key_value_heads)
     return attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
+
+
+def largest(shape: ModelShape) -> int:
+    """Weights of the largest matrix."""
+    return shape.hidden_size * max(shape.intermediate_size, shape.vocab_size)
 
 
 def parameters(shape: ModelShape) -> int:
