@@ -134,6 +134,7 @@ def launch(name: str, args: argparse.Namespace, folder: Path, scratch: Path, mor
         *("force=true", "wait=true", *args.overrides),
     ]
     peak = _rss.measure(argv, environment(scratch), HERE.parent, scratch / "launch.log")
+    progress(name, peak)
     case = {"case": name, "ours": True, "command": shlex.join(argv[1:]), **measured(peak)}
     run_dir = newest_run(scratch)
     if peak.code or run_dir is None:
@@ -148,6 +149,7 @@ def generate(args: argparse.Namespace, run_dir: Path, scratch: Path) -> Case:
         *("--prompt", "The Python statement", "--tokens", str(args.tokens)),
     ]
     peak = _rss.measure(argv, environment(scratch), HERE.parent, scratch / "generate.log")
+    progress("hpcdl generate", peak)
     case = {
         "case": "hpcdl generate, from its cache",
         "ours": True,
@@ -164,6 +166,11 @@ def generate(args: argparse.Namespace, run_dir: Path, scratch: Path) -> Case:
 def environment(scratch: Path) -> dict[str, str]:
     """A cache and a folder of runs of our own."""
     return {"HPCDL_CACHE": str(scratch / "cache"), "HPCDL_RUNS": str(scratch / "runs"), "HF_HUB_OFFLINE": "1"}
+
+
+def progress(name: str, peak: _rss.Peak) -> None:
+    """A line when a case is over: the next ones take minutes."""
+    print(f"{name}: exit code {peak.code}, {peak.seconds:.0f} s, peak {peak.rss_bytes / GIB:.2f} GiB", file=sys.stderr)
 
 
 def measured(peak: _rss.Peak) -> Case:

@@ -12,10 +12,10 @@ keep, and each trained matrix's input. Recomputation: Chen et al., "Training Dee
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from hpcdl import compress
+from hpcdl import compress, tasks
 from hpcdl.compress import offload, quant
 from hpcdl.parallel._mesh import MeshConfig
 from hpcdl.spec import ExperimentSpec, ModelShape
@@ -36,13 +36,14 @@ CATEGORIES = {
 """What is planned and measured, and what it means."""
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-"""As hpcdl.distributed.losses has it (which imports torch); a test compares them."""
+HELD_WEIGHTS = {"cpu": 2**25, "cuda": 2**27}
+"""As hpcdl.distributed.losses has them (which imports torch); a test compares them."""
 RUNTIME_BYTES = 480 * 2**20
 """Resident memory of a worker before its model: Python, torch for CPUs, transformers, peft, numpy and what they map.
 
 Measured on Linux with torch 2.13, transformers 5.23 and peft 0.21: 455–510 MiB. Other libraries need more.
 """
-STATE_BYTES = {"adamw": 8, "sgd": 4}
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "sgd": 4.0}
 """Of optimizer state a trained number, fp32; without momentum SGD has none."""
 
 
@@ -61,6 +62,8 @@ def memory(spec: ExperimentSpec, device: str = "cpu", world_size: int | None = N
     """
     shape = spec.model.shape
     if shape is None or not isinstance(spec.parallel, MeshConfig) or spec.optim.name not in STATE_BYTES:
+        return None
+    if not getattr(tasks.get(spec.task.name), "PLANNED", True):
         return None
     streamed = offload.get(spec.offload.name).memory(spec.offload, spec)
     if streamed is not None:
@@ -146,6 +149,8 @@ class _Step:
         return found
 
     def held(self, matrix: Matrix) -> Held:
+        if matrix.role == "embedding" and self.shape.tie_word_embeddings:
+            matrix = replace(matrix, role="head")  # held as the head's key says
         scheme = quant.get(self.spec.quant.scheme)
         return scheme.memory(self.spec.quant, matrix, self.plain, self.compute)
 
@@ -176,6 +181,16 @@ class _Step:
             if optim.name == "sgd" and not optim.momentum
             else STATE_BYTES[optim.name] * self.trained_numbers
         )
+
+    @property
+    def untouched(self) -> float:
+        """Of the weights what no memory is needed for: an embedding that is mapped from disk, but for a few rows."""
+        spec, path = self.spec, self.spec.model.source == "path"
+        if self.device != "cpu" or not path or spec.quant.scheme == "none" or quant.why_whole(spec):
+            return 0.0
+        embedding = next(matrix for matrix, _ in self.matrices if matrix.role == "embedding")
+        mapped = self.held(embedding).whole == 0 and not self.shape.tie_word_embeddings
+        return self.held(embedding).bytes if mapped else 0.0
 
     # --- what a step makes --------------------------------------------------------------------------------
 
@@ -281,10 +296,14 @@ class _Step:
         head = next(
             matrix for matrix in reversed(list(matrices(self.shape))) if matrix.role in ("head", "embedding")
         )
+        if self.held(head).whole:  # a head in few bits is made whole part by part
+            part = min(rows, HELD_WEIGHTS[self.device] / width)
+            chunk = min(self.tokens, max(64, CHUNK_LOGITS[self.device] // int(part)))
+            return (2 * self.tokens + part) * width * e + chunk * (part * (4 + e) + width * (8 + e))
         chunk = min(self.tokens, max(64, CHUNK_LOGITS[self.device] // int(rows)))
         found = 2 * self.tokens * width * e + chunk * rows * (4 + (2 if e == 2 else 0))
         if self.frozen:
-            return found + chunk * width * e + self.held(head).whole
+            return found + chunk * width * e
         cast = rows * width * e if self.plain != e and self.fsdp == 1 else 0.0
         return found + rows * width * (4 + e) + cast
 
@@ -359,7 +378,7 @@ class _Step:
             **whole,
             "tensors": round(tensors),
             "runtime": runtime,
-            "peak": round(tensors) + runtime,
+            "peak": round(tensors - self.untouched) + runtime,
         }
 
     @property

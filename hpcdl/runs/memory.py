@@ -19,11 +19,13 @@ LABELS = {
     "buffers": "weights made whole",
     "temporary": "temporary",
     "tensors": "tensors, at most",
-    "runtime": "libraries, allocator",
+    "runtime": "libraries",
+    "kept": "freed, not given back",
     "peak": "peak",
 }
 """Rows of the table, in order. Each of the upper ones has its highest moment at another time: `tensors`, what is
-there at once at the most, is less than their sum."""
+there at once at the most, is less than their sum. Of the lower ones, `libraries` is what is left of the process's
+memory after the step, `freed, not given back` what the allocator keeps then for the next one."""
 
 
 def file_of(folder: Path, rank: int) -> Path:
@@ -96,7 +98,7 @@ def in_short(record: dict[str, Any]) -> str:
         (
             (measured.get(name) or 0, label)
             for name, label in LABELS.items()
-            if name not in ("tensors", "peak")
+            if name not in ("tensors", "kept", "peak")
         ),
         reverse=True,
     )

@@ -6,6 +6,7 @@ that is there. Its time stands outside the run's, as a profiled step's does.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -90,6 +91,7 @@ class Meter:
             measured["tensors"] = always + tracker.peak
         mapped = mapped_files(weights)
         now = resident()
+        let_go = give_back()
         found: dict[str, Any] = {
             "step": step,
             "rank": self._who.rank,
@@ -105,9 +107,19 @@ class Meter:
             measured["peak"] = torch.cuda.max_memory_allocated(engine.device)
             measured["reserved"] = torch.cuda.max_memory_reserved(engine.device)
         else:
-            measured["runtime"] = max(0, now["now"] - on_host)
+            measured["kept"] = let_go
+            measured["runtime"] = max(0, now["now"] - let_go - on_host)
             measured["peak"] = now["peak"]
         return {**found, "measured": measured, "at_peak": tracker.at_peak if tracker else {}}
+
+
+def give_back() -> int:
+    """Has the allocator give freed memory back to the kernel; bytes that this was (0 where it can't be told)."""
+    before = resident()["now"]
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return max(0, before - resident()["now"])
 
 
 def _state(engine: Engine) -> Iterable[Tensor]:
