@@ -37,6 +37,8 @@ def run(request: Request) -> dict[str, Any]:
     names = ", ".join(name for name in prune.names() if name not in ("none", "keep"))
     if spec.prune.name in ("none", "keep"):
         raise HpcdlError(f"prune={spec.prune.name} takes nothing out: prune=METHOD, one of {names}")
+    if getattr(spec.prune, "schedule", "once") != "once":
+        raise HpcdlError("prune.schedule=cubic goes on while a model is trained: prune.schedule=once here")
     if request.adapters:
         raise HpcdlError("an adapter doesn't fit its base any more once that is pruned: hpcdl merge first")
     if spec.quant.scheme != "none":
