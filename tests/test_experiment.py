@@ -93,6 +93,8 @@ RULES: list[tuple[str, dict[str, Any], str, str]] = [
     ("name", {"name": "ünï"}, "safe", "name=n"),
     ("runs_dir", {"runs_dir": "a\nb"}, "folder", "runs_dir=runs"),
     ("model", {"model__shape": None}, "no weights", "model.path="),
+    ("train", {"train": "full", "peft__name": "lora"}, "trains every weight", "peft=none"),
+    ("offload.name", {"offload__name": "stream", "trainer__compile": True}, "trainer.compile=true", "=false"),
     ("model.shape.num_attention_heads", {"model__shape__num_attention_heads": 5}, "divide", "=4"),
     ("model.shape.num_key_value_heads", {"model__shape__num_key_value_heads": 3}, "divide", "=2"),
     ("model.shape.head_dim", {"model__shape__head_dim": 7}, "even", "head_dim=8"),

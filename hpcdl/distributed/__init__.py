@@ -12,5 +12,8 @@ pipeline.py       pipeline schedules
 local.py          copies that are averaged now and then: local SGD, DiLoCo
 server.py         parameter server over RPC
 hogwild.py        one copy in shared memory, no locks
+stream.py         a layer in memory at a time, updated on its way back
+shelf.py          tensors in a working file           residence.py  a model whose weights lie there
+slices.py         the output head, a slice of the vocabulary at a time
 collectives.py    many tensors in few collectives
 """

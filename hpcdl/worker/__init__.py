@@ -4,6 +4,7 @@ main.py           the order of things, on one screen
 process.py        who am I: rank, device, process group          threads.py     CPU threads, cores, NUMA nodes
 signals.py        asked to stop? all ranks agree                 errors.py      what a failing rank leaves behind
 model.py          weights from a folder, the hub, a package      convert.py     GGUF → safetensors, once
+streamed.py       the model of offload=stream
 network.py        the fine-tuning method, then the strategy      optim.py       optimizer and learning rate
 data/             source → split → tokens → packed sequences → batches; tasks/ say what an example is
 loop.py           steps, evaluation, metrics, stop               evaluate.py    loss on held-out text
