@@ -32,15 +32,18 @@ def plain_loss(spec: ExperimentSpec, adapter: Path) -> float:
     from transformers.utils import logging
 
     from hpcdl.distributed.losses import IGNORE
-    from hpcdl.worker import model
+    from hpcdl.worker import model, quantized
     from hpcdl.worker.data.batches import Order, batch
     from hpcdl.worker.data.prepare import open_dataset
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = json.loads((adapter / "adapter_config.json").read_text())
     dtype = torch.bfloat16 if spec.trainer.precision == "bf16" else torch.float32
-    base: Any = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=dtype)
-    base = quant.hold(spec, base)
+    place = Path(config["base_model_name_or_path"])
+    if place.is_dir() and (held := quantized.scheme_of(place)) is not None:
+        base: Any = quantized.load(place, held, spec.model.attention, dtype)
+    else:
+        base = quant.hold(spec, AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype))
     tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
     tokenizer = model.tokenizer_for(spec.model, model.weights_place(spec.model))
     heldout = open_dataset(spec, tokenizer).heldout

@@ -93,6 +93,8 @@ def test_an_embedding_and_a_head_in_few_bits(workers: Workers, plain: Path, tmp_
 
 
 def test_lora_is_trained_on_a_folder_and_evaluated_on_it(workers: Workers, made: Made) -> None:
+    from hpcdl.worker import check_adapter
+
     keys, folder = scheme("int4"), made.folder("int4")
     run = workers.train(1, **at(folder, keys), peft__rank=4, optim__lr=0.003)
     result = run.result()
@@ -101,6 +103,7 @@ def test_lora_is_trained_on_a_folder_and_evaluated_on_it(workers: Workers, made:
     assert adapter["base_model_name_or_path"] == str(folder)
     found = tool(workers, "eval", "--adapter", result["adapter"], **at(folder, keys))
     assert found["eval_loss"] == pytest.approx(result["eval_loss_after"], rel=1e-6)
+    assert check_adapter.main(run.run) == 0
 
 
 # --- calibration -----------------------------------------------------------------------------------------------
