@@ -111,7 +111,12 @@ RULES: list[tuple[str, dict[str, Any], str, str]] = [
     ("quant.scheme", {"quant__scheme": "int8"}, "can't take updates", "peft=lora"),
     ("quant.scheme", {"quant__scheme": "int4", "peft__name": "lora"}, "no multiple of 64", "quant=none"),
     ("quant.qat", {"quant": {"scheme": "int8", "qat": True}, "peft__name": "lora"}, "freezes", "peft=none"),
-    ("quant.head", {"quant": {"scheme": "int8", "qat": True, "head": "int8"}}, "trains it", "quant.head=none"),
+    (
+        "quant.head",
+        {"quant": {"scheme": "int8", "qat": True, "head": "int8"}},
+        "trains it",
+        "quant.head=none",
+    ),
     ("optim.warmup_steps", {"optim__warmup_steps": 7}, "not end", "optim.warmup_steps=1"),
     ("parallel.dp_replicate", {"parallel__dp_replicate": 3}, "product is 3", "dp_replicate=-1"),
     ("parallel.dp_replicate", {"parallel__dp_replicate": 0}, "at least 1", "dp_replicate=1"),
