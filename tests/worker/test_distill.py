@@ -152,9 +152,9 @@ def test_two_ranks_equal_one(workers: Workers, teacher: str, alone: Finished, na
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["local_sgd", "diloco", "hogwild"])
 def test_copies_learn_too(workers: Workers, teacher: str, alone: Finished, name: str) -> None:
-    """Each rank has a teacher of its own; the first step is everyone's."""
+    """Each rank has a teacher of its own. Hogwild's ranks see one another's first updates already."""
     copies = workers.train(2, **DISTILL, parallel__name=name, task__teacher=teacher)
-    assert copies.losses()[0] == pytest.approx(alone.losses()[0], rel=1e-3)
+    assert copies.losses()[0] == pytest.approx(alone.losses()[0], rel=0.05 if name == "hogwild" else 1e-5)
     assert parts(copies)[-1][1] < parts(copies)[0][1]
 
 
