@@ -7,6 +7,8 @@ What a scheme of hpcdl.compress.quant adds is a subclass of `Matrix`.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -19,6 +21,12 @@ from hpcdl.errors import HpcdlError
 
 WHOLE = 2**26
 """Weights that a layer makes whole at a time: 128 MiB in bf16. An 8B's largest matrix but the head has 2^25.8."""
+
+MADV_DONTNEED = 4
+"""madvise(2): the pages leave this process's memory; those of a file come again from it when they are used."""
+
+_MAPPED: dict[int, Tensor] = {}
+"""Tensors whose memory is a file's, by their address: kept, so that nothing else can ever lie there."""
 
 
 class Matrix(nn.Module):
@@ -77,6 +85,24 @@ class Matrix(nn.Module):
         for first in range(0, self.out_features, rows):
             yield first, min(first + rows, self.out_features)
 
+    def give_back_after_use(self) -> None:
+        """Has layers give the pages back once a product is done. Only where the tensors are mapped from a file.
+
+        Other memory would be lost, so this holds for the very tensors that are here now: not for copies of them.
+        """
+        for tensor in self.parameters():
+            _MAPPED[tensor.data_ptr()] = tensor.detach()
+
+    def used(self) -> None:
+        """A layer is done with it for now."""
+        for tensor in self.parameters():
+            at = tensor.data_ptr()
+            if at in _MAPPED and tensor.device.type == "cpu":
+                first = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
+                size = (at + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+                if size > 0:
+                    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_DONTNEED)
+
     def bytes(self) -> int:
         """What it takes."""
         return sum(tensor.nbytes for tensor in self.parameters())
@@ -95,10 +121,12 @@ class Product(torch.autograd.Function):
         ctx.matrix, ctx.dtype = matrix, x.dtype
         parts = list(matrix.slices())
         if len(parts) == 1:
-            return x @ matrix.whole(x.dtype).T
-        out = x.new_empty(*x.shape[:-1], matrix.out_features)
-        for first, last in parts:
-            out[..., first:last] = x @ matrix.rows(first, last, x.dtype).T
+            out = x @ matrix.whole(x.dtype).T
+        else:
+            out = x.new_empty(*x.shape[:-1], matrix.out_features)
+            for first, last in parts:
+                out[..., first:last] = x @ matrix.rows(first, last, x.dtype).T
+        matrix.used()
         return out
 
     @staticmethod
@@ -107,10 +135,12 @@ class Product(torch.autograd.Function):
         """The input's gradient; summed in fp32 over the parts where there are several."""
         matrix, parts = ctx.matrix, list(ctx.matrix.slices())
         if len(parts) == 1:
-            return grad @ matrix.whole(grad.dtype), None
-        total = grad.new_zeros(*grad.shape[:-1], matrix.in_features, dtype=torch.float32)
-        for first, last in parts:
-            total += grad[..., first:last] @ matrix.rows(first, last, grad.dtype)
+            total = grad @ matrix.whole(grad.dtype)
+        else:
+            total = grad.new_zeros(*grad.shape[:-1], matrix.in_features, dtype=torch.float32)
+            for first, last in parts:
+                total += grad[..., first:last] @ matrix.rows(first, last, grad.dtype)
+        matrix.used()
         return total.to(ctx.dtype), None
 
 

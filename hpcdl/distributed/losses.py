@@ -168,6 +168,7 @@ class HeldCrossEntropy(torch.autograd.Function):
             if gradient is not None and pull is not None:
                 # d loss / d hidden = the rows' mean under the softmax, less the target's row
                 gradient[at : at + chunk] = pull.div_(norm).sub_(of_targets)
+        matrix.used()
         ctx.save_for_backward(gradient)
         return total.float()
 

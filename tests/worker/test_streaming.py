@@ -309,3 +309,45 @@ def test_what_is_written_is_read_by_safetensors(tmp_path: Path) -> None:
         assert torch.equal(again[name], tensor)
     (piece,) = [p for p in shards.header(tmp_path / "x.safetensors").values() if p.name == "a"]
     assert torch.equal(torch.cat(list(piece.parts(4))), tensors["a"].flatten())
+
+
+def test_pages_are_given_back_and_come_again(tmp_path: Path) -> None:
+    """`resident: layer` changes no number; copies, whose memory is no file's, are left alone."""
+    import copy
+
+    folder = save(model_of("llama"), tmp_path / "model")
+    keys = {"quant__head": "nf4"}
+    found, expected = loaded(folder, quant__resident="layer", **keys), loaded(folder, **keys)
+    moved = copy.deepcopy(found)
+    ids = torch.arange(60).view(2, 30)
+    for _ in range(2):
+        for model in (found, moved):
+            assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert len(list((tmp_path / "cache" / "quantized").iterdir())) == 1 + 1  # the same entry, and its lock
+
+
+def test_mapped_pages_leave_the_memory(tmp_path: Path) -> None:
+    """As the kernel counts it, for a matrix of some megabytes."""
+    from hpcdl.compress.quant import _hold
+    from hpcdl.distributed import shards
+    from hpcdl.distributed.held import HeldLinear
+    from hpcdl.worker import streaming
+
+    weight = torch.randn(4096, 1024)
+    with shards.Writer(tmp_path / "x.safetensors", 8) as writer:
+        for name, tensor in _hold.pack_as("int8", weight).items():
+            writer.add(name, tensor)
+    matrix = _hold.from_tensors("int8", (4096, 1024), dict(streaming._mapped(tmp_path / "x.safetensors")))
+
+    def resident_kib() -> int:
+        text = Path("/proc/self/smaps").read_text()
+        mine = text[text.index(str(tmp_path / "x.safetensors")) :]
+        return int(mine[mine.index("Rss:") :].split()[1])
+
+    layer, x = HeldLinear(matrix), torch.randn(2, 1024)
+    before = layer(x)
+    assert resident_kib() > 4000
+    matrix.give_back_after_use()
+    assert torch.equal(layer(x), before)
+    assert resident_kib() < 100
+    assert torch.equal(layer(x), before)

@@ -47,21 +47,24 @@ class Blocks4(Matrix):
         super().__init__(rows, columns, tensors)
         self.block = block_size(columns)
         self.step = SCALES // math.gcd(SCALES, columns // self.block)
-        self._ops = ops()
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """By bitsandbytes' kernel; `first` is a multiple of `step`."""
         assert first % self.step == 0
         a_row = self.in_features // self.block
-        scales = self._ops.dequantize_blockwise(
-            self.absmax[first * a_row : last * a_row],
-            self.scales[first * a_row // SCALES : -(-last * a_row // SCALES)],
-            dynamic_map(self.device),
-            SCALES,
-            torch.float32,
-        ).add_(self.offset)
+        scales = (
+            ops()
+            .dequantize_blockwise(
+                self.absmax[first * a_row : last * a_row],
+                self.scales[first * a_row // SCALES : -(-last * a_row // SCALES)],
+                dynamic_map(self.device),
+                SCALES,
+                torch.float32,
+            )
+            .add_(self.offset)
+        )
         shape = (last - first, self.in_features)
-        whole: Tensor = self._ops.dequantize_4bit(
+        whole: Tensor = ops().dequantize_4bit(
             self.weight[first:last], scales, self.block, self.kind, shape, dtype
         )
         return whole
@@ -74,7 +77,7 @@ class Blocks4(Matrix):
         codes = dynamic_map(self.device)[self.absmax[blocks].int()]
         scales = codes * self.scales[blocks // SCALES] + self.offset
         shape = (len(flat), self.in_features)
-        found: Tensor = self._ops.dequantize_4bit(
+        found: Tensor = ops().dequantize_4bit(
             self.weight[flat], scales.flatten(), self.block, self.kind, shape, dtype
         )
         return found.view(*ids.shape, self.in_features)

@@ -37,6 +37,9 @@ class Config(QuantSpec):
     come into memory. A tied one is held as `head` says."""
     head: Edge = "none"
     """How the output head is held; none: in 16 bits."""
+    resident: Literal["all", "layer"] = "all"
+    """What stays in memory of weights that are mapped from disk, on a CPU: `all` once it was used, or the `layer`
+    at work only: others' pages are given back to the kernel, which has them in its cache while there is room."""
 
 
 def fill(config: Config, spec: ExperimentSpec) -> dict[str, Any]:
