@@ -237,6 +237,24 @@ def test_what_cannot_be_quantized(workers: Workers, plain: Path, tmp_path: Path)
     assert not (tmp_path / "no").exists()
 
 
+def test_what_was_there_stays_until_the_new_folder_is_whole(tmp_path: Path) -> None:
+    from hpcdl.worker.cache import anew
+
+    out = tmp_path / "out"
+    anew(out, lambda folder: (folder / "a").write_text("1"))  # type: ignore[arg-type,return-value]
+
+    def fails(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise HpcdlError("the disk is full")
+
+    with pytest.raises(HpcdlError, match="full"):
+        anew(out, fails)
+    assert (out / "a").read_text() == "1"
+    anew(out, lambda folder: (folder / "b").write_text("2"))  # type: ignore[arg-type,return-value]
+    assert [path.name for path in out.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def resolved(folder: Path, **dotted: Any) -> Any:
     from hpcdl import experiment
 
