@@ -111,9 +111,10 @@ def load(spec: ExperimentSpec, place: str, dtype: torch.dtype) -> Any:
         about = {"source": str(folder), "config": asdict(config), "dtype": str(dtype)}
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
-    keep_no_holes()
     was_there = target.exists()
-    fill(model, once(target, build) / WEIGHTS, scheme, config)
+    made = once(target, build)
+    keep_no_holes()
+    fill(model, made / WEIGHTS, scheme, config)
     if os.environ.get("RANK", "0") == "0":
         how = "mapped from" if was_there else "read tensor by tensor, and kept in"
         print(f"quant={config.scheme}: {how} {target}: {time.perf_counter() - started:.1f} s", flush=True)
@@ -128,6 +129,7 @@ def keep_no_holes() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, MMAPPED_BYTES)
+        libc.malloc_trim(0)
 
 
 def _name(folder: Path, config: Any, dtype: torch.dtype) -> str:
