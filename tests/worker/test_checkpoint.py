@@ -300,7 +300,9 @@ def alone(tmp_path: Path) -> Iterator[Callable[..., Alone]]:
         run = RunDir(tmp_path / "run")
         run.path.mkdir(exist_ok=True)
         state = {"model.a": torch.zeros(8), "model.b": torch.zeros(3, 4)}
-        engine = SimpleNamespace(state=lambda: dict(state), device=torch.device("cpu"))
+        engine = SimpleNamespace(
+            state=lambda: dict(state), device=torch.device("cpu"), staged=True, let_go=lambda tensor: None
+        )
         spec = tiny_spec(**{"trainer__checkpoint_every": 1, "trainer__keep_last": 9, **dotted})
         made.append(Checkpointer(run, from_environment(), engine, spec, data_digest="d"))  # type: ignore[arg-type]
         return Alone(made[-1], state, run)
