@@ -64,7 +64,11 @@ def put_on(model: nn.Module, adapters: Sequence[Adapter]) -> Any:
 
     made: Any = model
     for number, adapter in enumerate(adapters):
-        Update(adapter)  # what is torn, or can't be added up, says so by itself
+        # What is torn, or can't be added up, says so by itself. One adapter alone may be anything that peft reads.
+        if len(adapters) > 1 or adapter.weight != 1:
+            Update(adapter)
+        elif (adapter.path / WEIGHTS).exists():
+            header(adapter.path / WEIGHTS)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 by an old name

@@ -64,4 +64,4 @@ def test_a_folder_that_is_no_adapter(workers: Workers, adapted: Finished, tmp_pa
     base = adapted.run.path / "base"
     found = called(workers, "eval", "--adapter", str(tmp_path), ok=False, **at(base), **SMALL)
     assert found.codes != [0]
-    assert f"hpcdl: {tmp_path} doesn't go on trained" in found.log
+    assert f"hpcdl: {tmp_path} doesn't go on this model" in found.log
