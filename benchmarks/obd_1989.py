@@ -233,12 +233,9 @@ def draw(found: list[Point], path: Path, kind: str) -> None:
     axes[0][0].plot(left, predicted, ":", color="k", label="OBD's prediction")
     axes[0][0].set_ylabel("mean squared error, test")
     axes[1][0].set_ylabel("digits read wrongly, test")
-    for row in axes:
-        for axis in row:
-            axis.invert_xaxis()
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
-            break
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     figure.suptitle(f"Optimal Brain Damage (1989) on 8×8 handwritten digits, {kind}")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

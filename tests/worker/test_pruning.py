@@ -93,7 +93,15 @@ def test_hsdp_keeps_the_zeros(workers: Workers, one: Finished) -> None:
     assert found.result()["sparsity"] == 0.5
 
 
-@pytest.mark.parametrize("name", ["local_sgd", "diloco", "hogwild", "param_server"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("local_sgd", marks=pytest.mark.slow),
+        pytest.param("diloco", marks=pytest.mark.slow),
+        "hogwild",
+        "param_server",
+    ],
+)
 def test_copies_keep_the_zeros_too(workers: Workers, name: str) -> None:
     found = workers.train(2, **{**WANDA, "optim__weight_decay": 0.0}, parallel__name=name)
     assert found.result()["sparsity"] == 0.5
@@ -218,7 +226,11 @@ def test_lora_leaves_a_merged_model_with_the_bases_zeros(lora: Finished, one: Fi
 
 @pytest.mark.parametrize(
     "strategy",
-    [{"name": "ddp"}, {"name": "fsdp"}, {"name": "pp", "pp": 2, "dp_replicate": 1}],
+    [
+        pytest.param({"name": "ddp"}, marks=pytest.mark.slow),
+        {"name": "fsdp"},
+        {"name": "pp", "pp": 2, "dp_replicate": 1},
+    ],
     ids=lambda strategy: strategy["name"],
 )
 def test_lora_on_a_pruned_base_under_a_strategy(
