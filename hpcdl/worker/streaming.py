@@ -82,9 +82,11 @@ def why_whole(spec: ExperimentSpec, place: str | None) -> str | None:
         return f"{place} is no folder on this node"
     if not shards.files(folder):
         return f"{folder} has no safetensors files"
-    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        return f"{folder} is quantized already"
-    return None
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{folder / 'config.json'} can't be read: {error}"  # transformers will say so too
+    return f"{folder} is quantized already" if "quantization_config" in about else None
 
 
 def load(spec: ExperimentSpec, place: str, dtype: torch.dtype) -> Any:
