@@ -170,7 +170,10 @@ def environment(scratch: Path) -> dict[str, str]:
 
 def progress(name: str, peak: _rss.Peak) -> None:
     """A line when a case is over: the next ones take minutes."""
-    print(f"{name}: exit code {peak.code}, {peak.seconds:.0f} s, peak {peak.rss_bytes / GIB:.2f} GiB", file=sys.stderr)
+    print(
+        f"{name}: exit code {peak.code}, {peak.seconds:.0f} s, peak {peak.rss_bytes / GIB:.2f} GiB",
+        file=sys.stderr,
+    )
 
 
 def measured(peak: _rss.Peak) -> Case:
