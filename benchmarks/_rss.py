@@ -26,7 +26,9 @@ from typing import Any
 
 EVERY_S = 0.03
 """Between two looks."""
-PSS_SHARE = 0.1
+PROCESSES_S = 0.3
+"""Between two looks for new processes, and at the kernel's marks."""
+PSS_SHARE = 0.03
 """Of the time at most may go into reading PSS."""
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -82,15 +84,17 @@ def measure(argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -
 
 
 def _watch(peak: Peak, over: threading.Event, started: float) -> None:
-    pss_next = 0.0
+    pss_next = pids_next = 0.0
+    pids: list[int] = []
     while not over.wait(EVERY_S):
-        pids = descendants(os.getpid())
+        if time.monotonic() >= pids_next:  # reading the whole process table is what costs
+            pids, pids_next = descendants(os.getpid()), time.monotonic() + PROCESSES_S
+            _marks(peak, pids)
         rss = sum(_rss(pid) for pid in pids)
         now = time.monotonic()
         if rss > peak.rss_bytes:
             peak.rss_bytes, peak.rss_at_s = rss, now - started
         peak.looks += 1
-        _marks(peak, pids)
         if now >= pss_next:
             peak.pss_bytes = max(peak.pss_bytes, sum(_pss(pid) for pid in pids))
             took = time.monotonic() - now
