@@ -107,6 +107,18 @@ RULES: list[tuple[str, dict[str, Any], str, str]] = [
     ("data.dataset", {"data__kind": "hf"}, "needs a dataset", "data.dataset="),
     ("task.name", {"task__name": "sft"}, "no answers", "data=jsonl"),
     ("quant.scheme", {"quant__scheme": "nf5"}, "no such scheme", "quant=nf4"),
+    (
+        "trainer.activation_offload",
+        {"trainer__activation_offload": "disk"},
+        "recompute",
+        "trainer.activation_checkpointing=full",
+    ),
+    (
+        "trainer.activation_offload",
+        {"trainer__activation_checkpointing": "full", "trainer__activation_offload": "host"},
+        "host's memory already",
+        "trainer.activation_offload=disk",
+    ),
     ("quant.scheme", {"quant__scheme": "nf4"}, "can't take updates", "peft=lora"),
     ("quant.scheme", {"quant__scheme": "int8"}, "can't take updates", "peft=lora"),
     ("quant.scheme", {"quant__scheme": "int4", "peft__name": "lora"}, "no multiple of 64", "quant=none"),

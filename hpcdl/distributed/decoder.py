@@ -8,6 +8,7 @@ checkpoint's names are the whole model's whoever wrote it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class Stage(nn.Module):
         """Makes of what the last block gave a tensor to send."""
         self.loss: Callable[[Tensor, Any, Tensor], Tensor] = linear_cross_entropy
         """Summed loss from hidden states, the head's weight (or its held matrix) and labels."""
+        self.parking: AbstractContextManager[Any] = nullcontext()
+        """Keeps what a pass saves for the backward pass elsewhere (hpcdl.distributed.parking)."""
         self.tied: str | None = None
         """Name of the trained embedding that is the head too, where one is here and the other isn't."""
 
@@ -99,6 +102,12 @@ class Stage(nn.Module):
             labels: `(batch, seq)`, already shifted; only the last stage looks at them.
             more: passed on to every block's attention.
         """
+        with self.parking:
+            return self._pass(inputs, position_ids, labels, more)
+
+    def _pass(
+        self, inputs: Tensor, position_ids: Tensor, labels: Tensor | None, more: dict[str, Any]
+    ) -> Tensor:
         if self.is_first and self.is_last and not self.has_plain_head():
             return self._general(inputs, position_ids, labels, more)
         first = {"input_ids": inputs} if self.is_first else {"inputs_embeds": self.enter(inputs)}

@@ -19,6 +19,7 @@ from hpcdl.distributed.decoder import Stage, blocks
 from hpcdl.distributed.engine import Batch, Engine, prime
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job, checkpoint_activations
+from hpcdl.distributed.parking import parking
 
 MOST_LAG = 8
 """Between averages ranks needn't wait for one another, but a stop is heard this many steps late."""
@@ -28,6 +29,7 @@ def alone(model: nn.Module, grid: Grid, job: Job) -> Stage:
     """The whole model as one stage on this rank's device, under no wrapper that talks to others."""
     stage = Stage(model)
     checkpoint_activations(stage, job.checkpointing)
+    stage.parking = parking(job.offload, grid.device)
     if job.compile:
         for block in blocks(stage):
             block.compile()

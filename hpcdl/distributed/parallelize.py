@@ -13,6 +13,7 @@ from hpcdl.distributed import data_parallel
 from hpcdl.distributed.decoder import Stage, blocks, inner
 from hpcdl.distributed.engine import Engine, MakeOptimizer
 from hpcdl.distributed.mesh import Grid
+from hpcdl.distributed.parking import parking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class Job:
     """Passes run in bf16."""
     checkpointing: str
     """`none`, `full` or `selective`: which blocks recompute their activations."""
+    offload: str
+    """`none`, `host` or `disk`: where recomputing blocks' inputs wait."""
     compile: bool
     """Blocks are compiled."""
     micro_batches: int
@@ -66,6 +69,7 @@ def parallelize(config: Any, model: Any, grid: Grid, job: Job) -> Engine:
             context.share(config, stage, grid)
         # 4. Recomputing and compiling act on what a block computes here: before the wrappers with hooks.
         checkpoint_activations(stage, job.checkpointing)
+        stage.parking = parking(job.offload, grid.device)
         if job.compile:
             for block in blocks(stage):
                 block.compile()

@@ -7,7 +7,8 @@ words.py      what pydantic found, in words of ours: what is allowed, the neares
 resolve.py    what a config leaves to be looked up: absolute paths, the shape in a model's config.json
 places.py     keys that name a model, an adapter or a run, of methods and tasks
 resuming.py   the checkpoint of another run that this one goes on from
-rules.py      rules between sections: batch and ranks, degrees and processes
+rules.py      rules between sections
+ranks.py      rules of the ranks: degrees and processes, the batch and who shares it
 resources.py  rules of the cluster: what a partition has, what Slurm's options look like
 identity.py   spec → run id
 """

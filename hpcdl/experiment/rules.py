@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from hpcdl import compress, parallel, tasks
 from hpcdl.compress import offload, prune, quant
 from hpcdl.errors import Fault
-from hpcdl.experiment import resources, resuming
+from hpcdl.experiment import ranks, resources, resuming
 from hpcdl.parallel._mesh import MeshConfig
 from hpcdl.spec import (
     ClusterSpec,
@@ -22,7 +21,7 @@ from hpcdl.spec import (
     PeftSpec,
     TrainerSpec,
 )
-from hpcdl.spec.parallel import DIMENSIONS, ParallelDims
+from hpcdl.spec.parallel import ParallelDims
 
 BYTE_VOCABULARY = 260
 """256 bytes and the tokenizer's four special tokens."""
@@ -260,89 +259,27 @@ def moments_stay_where_they_are(
         )
 
 
-def degrees_count_ranks(parallel: ParallelSpec) -> Iterator[Fault]:
-    """No rank at all can't share anything."""
-    for name in DIMENSIONS:
-        if getattr(parallel, name) == 0:
-            yield Fault(
-                key=f"parallel.{name}",
-                value="0",
-                problem="a degree is the number of ranks that share, at least 1",
-                allowed="-1 (whatever the others leave), or at least 1",
-                fix=f"parallel.{name}=1",
-            )
-
-
-def degrees_make_the_world(parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:
-    """The product of the degrees is the number of processes; one degree may be -1 and takes what is left."""
-    degrees = {name: getattr(parallel, name) for name in DIMENSIONS}
-    free = [name for name, degree in degrees.items() if degree == -1]
-    if len(free) > 1:
-        yield Fault(
-            key=f"parallel.{free[1]}",
-            value="-1",
-            problem=f"only one degree may be -1, and parallel.{free[0]} is too",
-            allowed="one -1 at most",
-            fix=f"parallel.{free[1]}=1",
-        )
-    elif 0 not in degrees.values():
-        yield from _product(degrees, free, cluster)
-
-
-def _product(degrees: dict[str, int], free: list[str], cluster: ClusterSpec) -> Iterator[Fault]:
-    world, product = cluster.world_size, math.prod(d for d in degrees.values() if d != -1)
-    processes = (
-        f"{world} process{'es' * (world != 1)} "
-        f"(cluster.nodes {cluster.nodes} × processes_per_node {cluster.processes_per_node})"
-    )
-    shown = " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree not in (1, -1)) or "1"
-    if free and world % product:
-        near = -(-world // product) * product
-        yield Fault(
-            key="cluster.processes_per_node",
-            value=str(cluster.processes_per_node),
-            problem=f"{processes} can't be shared out over parallel's {shown} = {product}",
-            allowed=f"a multiple of {product} processes: {product}, {2 * product}, {3 * product}, …",
-            nearest=str(near),
-            fix=f"cluster.nodes=1 cluster.processes_per_node={near}",
-        )
-    if not free and product != world:
-        yield Fault(
-            key="parallel.dp_replicate",
-            value=str(degrees["dp_replicate"]),
-            problem=f"the degrees' product is {product} ({shown}), and there are {processes}",
-            allowed=f"degrees with the product {world}, or one of them -1",
-            nearest="-1",
-            fix="parallel.dp_replicate=-1",
-        )
-
-
-def data_ranks(parallel: ParallelSpec, world_size: int) -> int | None:
-    """Ranks that read different sequences; None where the degrees don't make up the world."""
-    try:
-        return ParallelDims.fill(parallel, world_size).data_ranks
-    except ValueError:
-        return None
-
-
-def batch_divides(trainer: TrainerSpec, parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:
-    """Each data-parallel rank takes the same number of micro-batches."""
-    ranks = data_ranks(parallel, cluster.world_size)
-    if ranks is None:
+def what_is_recomputed_is_offloaded(trainer: TrainerSpec, cluster: ClusterSpec) -> Iterator[Fault]:
+    """Only inputs of blocks that recompute everything are few enough to be worth the way."""
+    where = trainer.activation_offload
+    if where == "none":
         return
-    unit = trainer.micro_batch_size * ranks
-    if trainer.global_batch_size % unit:
-        near = max(1, round(trainer.global_batch_size / unit)) * unit
+    if trainer.activation_checkpointing != "full":
         yield Fault(
-            key="trainer.global_batch_size",
-            value=str(trainer.global_batch_size),
-            problem=(
-                f"is not a multiple of {unit} = micro_batch_size {trainer.micro_batch_size} × "
-                f"{ranks} data-parallel ranks"
-            ),
-            allowed=f"{unit}, {2 * unit}, {3 * unit}, …",
-            nearest=str(near),
-            fix=f"trainer.global_batch_size={near}",
+            key="trainer.activation_offload",
+            value=where,
+            problem="takes what blocks keep that recompute their activations, and not all of them do",
+            allowed="none, or with trainer.activation_checkpointing=full",
+            fix="trainer.activation_checkpointing=full",
+        )
+    if where == "host" and not cluster.gpus_per_node and not (cluster.gres or "").startswith("gpu"):
+        yield Fault(
+            key="trainer.activation_offload",
+            value=where,
+            problem="without a GPU everything is in the host's memory already",
+            allowed="none, disk",
+            nearest="disk",
+            fix="trainer.activation_offload=disk",
         )
 
 
@@ -365,9 +302,10 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("optim", "trainer"), warm_up_ends),
     (("trainer", "seed"), resuming.goes_on),
     (("optim", "parallel", "cluster"), moments_stay_where_they_are),
-    (("parallel",), degrees_count_ranks),
-    (("parallel", "cluster"), degrees_make_the_world),
-    (("trainer", "parallel", "cluster"), batch_divides),
+    (("parallel",), ranks.degrees_count_ranks),
+    (("parallel", "cluster"), ranks.degrees_make_the_world),
+    (("trainer", "parallel", "cluster"), ranks.batch_divides),
+    (("trainer", "cluster"), what_is_recomputed_is_offloaded),
     (("cluster",), resources.one_machine_is_one_node),
     (("cluster",), resources.a_process_a_gpu),
     (("cluster",), resources.partition_is_known),
@@ -385,7 +323,7 @@ OF_FORM: frozenset[Callable[..., Iterator[Fault]]] = frozenset(
         model_has_a_source,
         data_has_a_source,
         scaling_says_how,
-        degrees_count_ranks,
+        ranks.degrees_count_ranks,
         resources.partition_is_known,
         resources.slurm_understands,
         resources.extra_is_extra,

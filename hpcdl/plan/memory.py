@@ -257,6 +257,8 @@ class _Step:
     def activations(self) -> float:
         """When the forward pass is done; a pipeline's first rank has as many micro-batches in it as stages."""
         how = self.spec.trainer.activation_checkpointing
+        if self.spec.trainer.activation_offload != "none":
+            return 0.0
         whole = self.block + self.own_residual
         each = {
             "none": self.layers * whole,

@@ -61,6 +61,9 @@ class TrainerSpec:
     """`fp32`, or `bf16` autocast over fp32 master weights."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Recompute each block in the backward pass (`full`), every second one (`selective`), or nothing."""
+    activation_offload: Literal["none", "host", "disk"] = "none"
+    """Where inputs of blocks that recompute (`activation_checkpointing=full`) wait for the backward pass: on the
+    device (`none`), in the `host`'s memory where that is a GPU, in a file in $TMPDIR (`disk`)."""
     eval_every: Annotated[int, Ge(0)] = 0
     """Steps between evaluations on held-out text; 0: before and after training only."""
     eval_samples: Annotated[int, Ge(1)] = 64

@@ -98,6 +98,7 @@ def parallelize(spec: ExperimentSpec, net: Network, grid: Grid) -> Engine:
         make_optimizer=lambda parameters: optim.build(spec.optim, parameters),
         autocast=net.autocast,
         checkpointing=spec.trainer.activation_checkpointing,
+        offload=spec.trainer.activation_offload,
         compile=spec.trainer.compile,
         micro_batches=spec.trainer.global_batch_size // (spec.trainer.micro_batch_size * ranks),
         micro_batch_size=spec.trainer.micro_batch_size,

@@ -78,7 +78,7 @@ def make(how: dict[str, Any], grid: Grid) -> Engine:
         return torch.optim.SGD(parameters, lr=0.0, momentum=how.get("momentum", 0.0), fused=True)
 
     job = Job(
-        make_optimizer=make_optimizer, autocast=False, checkpointing="none", compile=False,
+        make_optimizer=make_optimizer, autocast=False, checkpointing="none", offload="none", compile=False,
         micro_batches=1, micro_batch_size=BATCH, seq_len=1, seed=0, max_steps=how["steps"],
     )  # fmt: skip
     if how["engine"] == "one":
