@@ -184,10 +184,17 @@ class _Step:
 
     @property
     def untouched(self) -> float:
-        """Of the weights what no memory is needed for: an embedding that is mapped from disk, but for a few rows."""
-        spec, path = self.spec, self.spec.model.source == "path"
-        if self.device != "cpu" or not path or spec.quant.scheme == "none" or quant.why_whole(spec):
+        """Of the weights what isn't in memory: of a model mapped from disk the embedding, but for a few rows.
+
+        With `quant.resident=layer` all but the matrix at work.
+        """
+        spec = self.spec
+        if self.device != "cpu" or spec.model.source != "path" or spec.quant.scheme == "none":
             return 0.0
+        if quant.why_whole(spec):
+            return 0.0
+        if getattr(spec.quant, "resident", "all") == "layer":
+            return self.weights - max(self.held(matrix).bytes for matrix, _ in self.matrices)
         embedding = next(matrix for matrix, _ in self.matrices if matrix.role == "embedding")
         mapped = self.held(embedding).whole == 0 and not self.shape.tie_word_embeddings
         return self.held(embedding).bytes if mapped else 0.0

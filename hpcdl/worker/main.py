@@ -40,8 +40,6 @@ def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> N
     spec = read_spec(run.spec_file)
     quant.hide_unused(quant.needs(spec))
     device = process.choose_device(spec, who)
-    if device.type == "cpu" and spec.quant.scheme != "none":
-        process.give_large_blocks_back()
     threads = process.set_threads(spec, who, device)
     process.join(who, device)
     print(f"{who.node}: rank {who.rank} of {who.world_size}, {device}, {threads.describe()}", flush=True)

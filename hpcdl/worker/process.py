@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 PR_SET_PDEATHSIG = 1
-M_MMAP_THRESHOLD = -3
-LARGE_BYTES = 4 * 2**20
-"""A block of this size is mapped by itself: below the activations of a few hundred tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,19 +97,6 @@ def set_threads(spec: ExperimentSpec, who: Process, device: torch.device) -> thr
     if torch.get_num_interop_threads() != chosen.interop:
         torch.set_num_interop_threads(chosen.interop)
     return chosen if refused is None else replace(chosen, warning=refused)
-
-
-def give_large_blocks_back() -> None:
-    """Has the C library map each large block by itself, so that freeing it frees its memory (mallopt(3); Linux).
-
-    glibc takes blocks of up to 32 MiB from its heap once it has seen such: small ones that stay (autocast's copies
-    of LoRA's matrices) then lie between the holes of large ones that went, and the heap grows layer by layer: by
-    2.1 GiB in a model of 32 layers of 8B's size whose kept blocks are 80 MiB. Mapping costs page faults, 4 % of a
-    step's CPU time at most: for runs that must be small.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def choose_device(spec: ExperimentSpec, who: Process) -> torch.device:

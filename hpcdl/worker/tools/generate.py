@@ -28,8 +28,6 @@ def run(request: Request) -> dict[str, Any]:
     spec, asked = request.spec, request.options
     who = process.from_environment()
     device = process.choose_device(spec, who)
-    if device.type == "cpu" and spec.quant.scheme != "none":
-        process.give_large_blocks_back()
     process.set_threads(spec, who, device)
     place = model.weights_place(spec.model)
     tokenizer = model.tokenizer_for(spec.model, place)
