@@ -225,15 +225,18 @@ def _methods_with(section: str, loc: tuple[int | str, ...]) -> list[str]:
     folder = FOUND_BY_NAME.get(top_level()[section])
     if folder is None:
         return []
-    return [name for name in folder.names() if str(loc[0]) in words.hints(folder.get(name).Config)]
+    found = [name for name in folder.names() if str(loc[0]) in words.hints(folder.get(name).Config)]
+    # What others are made from goes first: LoRA before DoRA.
+    return sorted(found, key=lambda name: len(folder.get(name).Config.__mro__))
 
 
 def _of_another(section: str, key: str, value: Any, known: Mapping[str, Any], others: list[str]) -> Fault:
     """A key that exists, but for another method than the chosen one."""
+    have = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it"
     return Fault(
         key=f"{section}.{key}",
         value=words.typed(value),
-        problem=f"there is no such key for the chosen {section}; {', '.join(others)} has it",
+        problem=f"there is no such key for the chosen {section}; {have}",
         allowed=", ".join(known),
         nearest=f"{section}={others[0]}",
         fix=words.shell(f"{section}={others[0]}")

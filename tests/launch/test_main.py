@@ -109,7 +109,7 @@ BROKEN: list[tuple[list[str], list[str]]] = [
     (["model.path=/no/model"], ["model.path = /no/model"]),
     (["model=custom"], ["no weights"]),
     (["peft=lora", "peft.rank=-1", "peft.alpha=x"], ["peft.rank = -1", "peft.alpha = x"]),
-    (["peft.rank=8"], ["lora has it", "peft=lora peft.rank=8"]),
+    (["peft.rank=8"], ["lora, dora, rslora have it", "peft=lora peft.rank=8"]),
     (["+optim=sgd"], ["chosen already", "fix:     optim=sgd"]),
     (["parallel.tp=2"], ["processes_per_node"]),
     (["cluster=slurm_docker", "cluster.partition=hihg"], ["nearest: high"]),
