@@ -163,21 +163,25 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         kind = self._kind(func, args, kwargs)
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
-                self.tracker.add(tensor.untyped_storage(), kind)
+            if isinstance(tensor, Tensor):
+                # a collective's result is a tensor around another one, under tensor parallel
+                for storage in storages(tensor):
+                    self.tracker.add(storage, kind)
         return result
 
     def _kind(self, func: Any, args: Any, kwargs: Any) -> str:
         backward = torch._C._current_graph_task_id() != -1
         if backward and func is torch.ops.aten.detach.default and self._recomputing():
             # so does torch.utils.checkpoint keep what it has computed again
-            self.tracker.turn(args[0].untyped_storage(), "recomputed")
+            for storage in storages(args[0]):
+                self.tracker.turn(storage, "recomputed")
         if self._in_loss and not backward:
             return "logits"
         given = [
-            self.tracker.kind(tensor.untyped_storage()) or ("weights" if tensor.is_floating_point() else "")
+            self.tracker.kind(storage) or ("weights" if tensor.is_floating_point() else "")
             for tensor in tree_iter((args, kwargs))
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+            if isinstance(tensor, Tensor)
+            for storage in storages(tensor)
         ]  # numbers that were there before and that nobody knows of: a quantizer's tables
         return "buffers" if given and all(kind in ("weights", "buffers") for kind in given) else "temporary"
 

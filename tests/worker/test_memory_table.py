@@ -104,3 +104,25 @@ def test_the_plan_knows_the_losses_chunks() -> None:
     from hpcdl.plan import memory
 
     assert losses.CHUNK_LOGITS == memory.CHUNK_LOGITS and losses.HELD_WEIGHTS == memory.HELD_WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [
+        (2, {"name": "tp", "tp": 2}),
+        (4, {"name": "fsdp", "dp_shard": 2, "tp": 2}),
+        (2, {"name": "pp", "pp": 2}),
+        (2, {"name": "cp", "cp": 2}),
+        (2, {"name": "local_sgd"}),
+        (2, {"name": "diloco"}),
+        (2, {"name": "param_server"}),
+        (2, {"name": "hogwild"}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_every_strategy_can_be_measured(workers: Workers, ranks: int, strategy: dict[str, Any]) -> None:
+    done = workers.train(ranks, **SHAPE, **{f"parallel__{key}": value for key, value in strategy.items()})
+    for rank in range(ranks):
+        record = json.loads(report.file_of(done.run.path, rank).read_text())
+        assert 0 < record["measured"]["weights"] < record["measured"]["tensors"]
+    assert len(done.losses()) == SHAPE["trainer__max_steps"]
