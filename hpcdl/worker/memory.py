@@ -48,6 +48,7 @@ class Meter:
         """
         self._spec, self._run, self._who, self._engine = spec, run, who, engine
         self._tracker: Tracker | None = None
+        self._watching: Watching | None = None
 
     def during(self) -> AbstractContextManager[Any]:
         """Put around the step that is measured; compiled blocks are not looked into."""
@@ -59,10 +60,17 @@ class Meter:
         here = unique(tensors_of(engine.stages))
         known = dict.fromkeys(here, "weights") | dict.fromkeys(unique(_state(engine)), "optimizer")
         self._tracker = Tracker(known)
-        return Watching(self._tracker, engine.stages, engine.trainable.values())
+        self._watching = Watching(self._tracker, engine.stages, engine.trainable.values())
+        return self._watching
 
     def report(self, step: int) -> dict[str, Any]:
         """Called after the measured step: writes memory.json; the first rank prints the table."""
+        if self._watching is not None and self._watching.fault:
+            self._tracker = None  # half a step says nothing
+            self._run.event(
+                "warning",
+                message=f"rank {self._who.rank}: a step's memory is unknown: {self._watching.fault}",
+            )
         record = self.record(step)
         write_json(report.file_of(self._run.path, self._who.rank), record)
         if self._who.is_first:

@@ -154,6 +154,8 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stages = [module for module in stages.modules() if isinstance(module, Stage)]
         self._trainable = list(trainable)
         self._in_loss = False
+        self.fault = ""
+        """Why it stopped looking: a tensor that it can't look into."""
         self._undo = ExitStack()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -161,13 +163,20 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(issubclass(kind, Tensor) and hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # its parts will come by themselves
         result = func(*args, **(kwargs or {}))
+        if not self.fault:
+            try:
+                self._look(func, args, kwargs, result)
+            except Exception as error:  # tensors that nobody has thought of must not end a training
+                self.fault = f"{func}: {type(error).__name__}: {error}"
+        return result
+
+    def _look(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         kind = self._kind(func, args, kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 # a collective's result is a tensor around another one, under tensor parallel
                 for storage in storages(tensor):
                     self.tracker.add(storage, kind)
-        return result
 
     def _kind(self, func: Any, args: Any, kwargs: Any) -> str:
         backward = torch._C._current_graph_task_id() != -1

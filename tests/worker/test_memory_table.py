@@ -126,3 +126,19 @@ def test_every_strategy_can_be_measured(workers: Workers, ranks: int, strategy: 
         record = json.loads(report.file_of(done.run.path, rank).read_text())
         assert 0 < record["measured"]["weights"] < record["measured"]["tensors"]
     assert len(done.losses()) == SHAPE["trainer__max_steps"]
+
+
+def test_a_tensor_that_cannot_be_looked_into_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from hpcdl.worker import storages
+
+    def broken(tensor: object) -> object:
+        raise RuntimeError("no storage here")
+
+    monkeypatch.setattr(storages, "storages", broken)
+    weight = torch.nn.Parameter(torch.ones(3))
+    with storages.Watching(storages.Tracker({}), torch.nn.ModuleList(), []) as watching:
+        found = weight.detach() * 2
+    assert found.tolist() == [2.0, 2.0, 2.0]
+    assert "RuntimeError: no storage here" in watching.fault
