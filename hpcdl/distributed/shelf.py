@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import resource
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcdl.distributed.allocator import keep_no_holes
 from hpcdl.errors import HpcdlError
 from hpcdl.spec.streaming import UNDER_WAY
 
@@ -48,6 +50,8 @@ class Shelf:
         self._writing: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-back") if folder else None
         if folder is not None:
+            keep_no_holes()  # a layer's tensors come and go by the gigabyte
+            _allow_files()
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
@@ -143,3 +147,9 @@ class Shelf:
         while left:
             done = os.pwrite(self._file.fileno(), left, at)
             left, at = left[done:], at + done
+
+
+def _allow_files() -> None:
+    """As many open files as the system lets this process have: each mapping keeps a descriptor of its own."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -8,7 +8,6 @@ The next load of the same checkpoint under the same scheme only maps.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from hpcdl.compress import quant
 from hpcdl.compress.quant import _hold
 from hpcdl.distributed import shards
+from hpcdl.distributed.allocator import keep_no_holes
 from hpcdl.distributed.decoder import inner, is_tied
 from hpcdl.distributed.held import Matrix
 from hpcdl.distributed.shards import Piece
@@ -41,9 +41,6 @@ PACKED = "packed"
 """Stands between a module's name and that of a tensor of its matrix."""
 NEEDLESS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Tensors that old checkpoints have and nobody reads."""
-M_MMAP_THRESHOLD = -3
-MMAPPED_BYTES = 2**20
-"""Memory of this size and above is the kernel's own to take back: mallopt(3)."""
 TENSORS_A_MATRIX = 8
 """At most, with gaps: what the header's room is reckoned by."""
 
@@ -121,17 +118,6 @@ def load(spec: ExperimentSpec, place: str, dtype: torch.dtype) -> Any:
         how = "mapped from" if was_there else "read tensor by tensor, and kept in"
         print(f"quant={config.scheme}: {how} {target}: {time.perf_counter() - started:.1f} s", flush=True)
     return model
-
-
-def keep_no_holes() -> None:
-    """Has the C library give large tensors' memory back at once, instead of keeping it for later ones (glibc only).
-
-    What it keeps of those below 32 MiB, in pieces that fit nothing, was seen to grow to 0.4 GiB.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, MMAPPED_BYTES)
-        libc.malloc_trim(0)
 
 
 def _name(folder: Path, config: Any, dtype: torch.dtype) -> str:

@@ -114,9 +114,9 @@ def test_the_plan_knows_the_losses_chunks() -> None:
         (2, {"name": "pp", "pp": 2}),
         (2, {"name": "cp", "cp": 2}),
         (2, {"name": "local_sgd"}),
-        (2, {"name": "diloco"}),
-        (2, {"name": "param_server"}),
-        (2, {"name": "hogwild"}),
+        pytest.param(2, {"name": "diloco"}, marks=pytest.mark.slow),
+        pytest.param(2, {"name": "param_server"}, marks=pytest.mark.slow),
+        pytest.param(2, {"name": "hogwild"}, marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

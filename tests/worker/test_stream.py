@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,16 @@ def test_the_plan_knows_how_the_engine_works() -> None:
     spec = tiny_spec(**STREAM, trainer__precision="bf16", offload__weights="bf16")
     planned = offload.get("stream").memory(spec.offload, spec)
     assert planned is not None and all(value >= 0 for value in planned.values())
+
+
+def test_there_may_be_more_tensors_than_open_files(tmp_path: Path) -> None:
+    """Each mapping keeps a descriptor: a deep model's weights and moments are more than the usual 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 16, hard))
+    try:
+        place = shelf.Shelf(tmp_path)
+        made = [place.new((8,), torch.float32) for _ in range(64)]
+        assert all(place.has(tensor) for tensor in made)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
