@@ -111,8 +111,9 @@ def _print_memory(console: Console, run: RunDir) -> None:
         return
     console.print()
     (title,) = memory.notes(found)
+    console.print(Text(title, "bold"), soft_wrap=True)
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column(title, no_wrap=True)
+    grid.add_column("", no_wrap=True)
     for name in ("planned", "measured", "plan is off by"):
         grid.add_column(name, justify="right", no_wrap=True)
     for row in memory.rows(found):
