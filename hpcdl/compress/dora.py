@@ -45,10 +45,9 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
             allowed="peft=lora or peft=rslora with a quantized base, or quant=none",
             fix="peft=lora",
         )
-    try:
-        dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
-    except ValueError:
-        return  # another rule says so
+    dims = ParallelDims.possible(spec.parallel, spec.cluster.world_size)
+    if dims is None:
+        return
     if dims.tp > 1:
         yield Fault(
             key="parallel.tp",

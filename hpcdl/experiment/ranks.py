@@ -67,19 +67,12 @@ def _product(degrees: dict[str, int], free: list[str], cluster: ClusterSpec) -> 
         )
 
 
-def data_ranks(parallel: ParallelSpec, world_size: int) -> int | None:
-    """Ranks that read different sequences; None where the degrees don't make up the world."""
-    try:
-        return ParallelDims.fill(parallel, world_size).data_ranks
-    except ValueError:
-        return None
-
-
 def batch_divides(trainer: TrainerSpec, parallel: ParallelSpec, cluster: ClusterSpec) -> Iterator[Fault]:
     """Each data-parallel rank takes the same number of micro-batches."""
-    ranks = data_ranks(parallel, cluster.world_size)
-    if ranks is None:
+    dims = ParallelDims.possible(parallel, cluster.world_size)
+    if dims is None:
         return
+    ranks = dims.data_ranks
     unit = trainer.micro_batch_size * ranks
     if trainer.global_batch_size % unit:
         near = max(1, round(trainer.global_batch_size / unit)) * unit

@@ -235,10 +235,9 @@ def moments_stay_where_they_are(
     """8-bit moments are digits with scales for 256 of them: nobody may split them, or average them over ranks."""
     if optim.name != "adamw8bit":
         return
-    try:
-        dims = ParallelDims.fill(parallel, cluster.world_size)
-    except ValueError:
-        return  # another rule says so
+    dims = ParallelDims.possible(parallel, cluster.world_size)
+    if dims is None:
+        return
     problem = None
     if not isinstance(parallel, MeshConfig):
         problem = (

@@ -48,20 +48,11 @@ class MeshConfig(ParallelSpec):
     """Context parallel: gather keys and values of the whole sequence, or swap sequence for heads."""
 
 
-def dims_of(spec: ExperimentSpec) -> ParallelDims | None:
-    """The filled degrees; None where they don't make up the world (another rule says so)."""
-    try:
-        dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
-    except ValueError:
-        return None
-    return dims if dims.world_size > 0 else None
-
-
 def check(config: MeshConfig, spec: ExperimentSpec) -> Iterator[Fault]:
     """Faults of every dimension that is in use."""
     from hpcdl.parallel import cp, pp, tp
 
-    dims = dims_of(spec)
+    dims = ParallelDims.possible(spec.parallel, spec.cluster.world_size)
     if dims is None:
         return
     for part in (tp, cp, pp):

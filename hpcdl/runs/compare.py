@@ -276,9 +276,8 @@ def speed(steps: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | Non
 def filled(parallel: Mapping[str, Any], world_size: int) -> dict[str, int]:
     """The degrees above 1, the one that is -1 filled with what the others leave."""
     given = {name: parallel[name] for name in DIMENSIONS if isinstance(parallel.get(name), int)}
-    try:
-        dims = ParallelDims.fill(ParallelSpec(name="", **{"dp_replicate": 1, **given}), world_size)
-    except ValueError:  # a spec that somebody has edited
+    dims = ParallelDims.possible(ParallelSpec(name="", **{"dp_replicate": 1, **given}), world_size)
+    if dims is None:  # a spec that somebody has edited
         return {}
     return {name: degree for name, degree in dataclasses.asdict(dims).items() if degree > 1}
 

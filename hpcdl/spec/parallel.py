@@ -65,6 +65,15 @@ class ParallelDims:
             raise ValueError(f"parallel: {given} doesn't make {world_size} processes")
         return cls(**degrees)
 
+    @classmethod
+    def possible(cls, spec: ParallelSpec, world_size: int) -> ParallelDims | None:
+        """As `fill`; None where the degrees don't make the world: a rule of its own tells the user."""
+        try:
+            dims = cls.fill(spec, world_size)
+        except ValueError:
+            return None
+        return dims if dims.world_size > 0 else None
+
     @property
     def world_size(self) -> int:
         """Ranks."""

@@ -59,10 +59,9 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
         yield _fault("null", "distillation needs a teacher", "task.teacher=smollm2_135m")
     else:
         yield from _other_vocabulary(config.teacher, spec)
-    try:
-        dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
-    except ValueError:
-        return  # another rule says so
+    dims = ParallelDims.possible(spec.parallel, spec.cluster.world_size)
+    if dims is None:
+        return
     for name, reason in SPLIT.items():
         degree = getattr(dims, name)
         if degree > 1:

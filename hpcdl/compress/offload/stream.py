@@ -173,10 +173,8 @@ def _state(spec: ExperimentSpec) -> int:
 
 def _tokens(spec: ExperimentSpec) -> tuple[int, int]:
     """Micro-batches of a process and step, and tokens of each."""
-    try:
-        ranks = ParallelDims.fill(spec.parallel, spec.cluster.world_size).data_ranks
-    except ValueError:
-        ranks = 1
+    dims = ParallelDims.possible(spec.parallel, spec.cluster.world_size)
+    ranks = dims.data_ranks if dims else 1
     trainer = spec.trainer
     micro_batches = max(1, trainer.global_batch_size // (trainer.micro_batch_size * max(1, ranks)))
     return micro_batches, trainer.micro_batch_size * spec.data.seq_len

@@ -79,10 +79,9 @@ def faults(config: PatternConfig, spec: ExperimentSpec) -> Iterator[Fault]:
             allowed=f"peft={', '.join(MASKED)} or none",
             fix="peft=lora",
         )
-    try:
-        dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
-    except ValueError:
-        return  # another rule says so
+    dims = ParallelDims.possible(spec.parallel, spec.cluster.world_size)
+    if dims is None:
+        return
     if dims.tp > 1 and spec.peft.name != "none":
         yield Fault(
             key="prune.name",

@@ -78,10 +78,9 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
             "holds weights in 4 bits, which can't take updates, and peft=none trains them",
             "peft=lora",
         )
-    try:
-        dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
-    except ValueError:
-        return  # another rule says so
+    dims = ParallelDims.possible(spec.parallel, spec.cluster.world_size)
+    if dims is None:
+        return
     if dims.tp > 1:
         yield _fault(config, "a matrix in 4-bit blocks can't be split for tensor parallel", "parallel.tp=1")
     backend = _backend(config, spec)

@@ -81,10 +81,9 @@ def frozen_or_qat(spec: ExperimentSpec, *, qat: bool) -> Iterator[Fault]:
 
 def strategies(spec: ExperimentSpec, *, qat: bool) -> Iterator[Fault]:
     """No matrix in parts: neither for tensor parallel nor, as whole numbers, for FSDP."""
-    try:
-        dims = ParallelDims.fill(spec.parallel, spec.cluster.world_size)
-    except ValueError:
-        return  # another rule says so
+    dims = ParallelDims.possible(spec.parallel, spec.cluster.world_size)
+    if dims is None:
+        return
     if dims.tp > 1:
         problem = "a matrix and the scales of its rows and groups can't be split for tensor parallel"
         yield fault(spec, problem, "parallel.tp=1", "parallel.tp=1")
