@@ -39,3 +39,8 @@ class Method(Protocol):
 
 _folder: Folder[Method] = Folder(__name__, __path__)
 names, get = _folder.names, _folder.get
+
+
+def freezes_base(spec: ExperimentSpec) -> bool:
+    """Whether the experiment's method leaves the model's own weights as they are (a file says `FREEZES_BASE`)."""
+    return bool(getattr(get(spec.peft.name), "FREEZES_BASE", False))

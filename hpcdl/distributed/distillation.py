@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hpcdl.distributed.losses import CHUNK_LOGITS, IGNORE
+from hpcdl.distributed.losses import CHUNK_LOGITS, IGNORE, go_back, times
 
 MATRICES = 6
 """Matrices (tokens of a chunk × vocabulary) that are held at a time."""
@@ -91,10 +91,7 @@ class LinearDistillation(torch.autograd.Function):
             delta.scatter_add_(1, target, -torch.ones_like(target, dtype=wide))
             delta.mul_(1 - mix.alpha).add_(slope, alpha=mix.alpha)
             delta = delta.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[at : at + chunk] = delta @ matrix
-            if grad_weight is not None:
-                grad_weight += delta.T @ states
+            go_back(delta, states, matrix, at, grad_hidden, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         total = (1 - mix.alpha) * sums[0] + mix.alpha * sums[1]
         entropy, divergence = sums.to(wide).unbind()
@@ -105,11 +102,7 @@ class LinearDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """The gradients of the forward pass, times the scalar that came back."""
-        found = (
-            None if part is None else part * grad.to(part.dtype)
-            for part in ctx.saved_tensors  # of hidden, of weight
-        )
-        return (*found, None, None, None, None, None)
+        return (*times(ctx.saved_tensors, grad), None, None, None, None, None)
 
 
 def _divergence(student: Tensor, teacher: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ some rows of the vocabulary each: Shoeybi et al., "Megatron-LM", 2019, section 3
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,35 @@ class Part:
         return top + sums[0].log(), sums[1]
 
 
+def go_back(
+    delta: Tensor,
+    states: Tensor,
+    matrix: Tensor,
+    at: int,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """From a chunk's gradient of the logits to its part of those of hidden states and head; None: not wanted.
+
+    Args:
+        delta: `(chunk, vocabulary)`.
+        states: hidden states of the chunk, `(chunk, width)`.
+        matrix: the head, `(vocabulary, width)`.
+        at: the chunk's first token.
+        grad_hidden: `(tokens, width)`; its rows are set.
+        grad_weight: `(vocabulary, width)`; is added to.
+    """
+    if grad_hidden is not None:
+        grad_hidden[at : at + len(delta)] = delta @ matrix
+    if grad_weight is not None:
+        grad_weight += delta.T @ states
+
+
+def times(gradients: Sequence[Tensor | None], scalar: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that the forward pass has computed, times what came back for its result."""
+    return tuple(None if found is None else found * scalar.to(found.dtype) for found in gradients)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of cross-entropy(hidden @ weight.T, labels)."""
 
@@ -97,25 +127,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             delta = logits.sub_(norm).exp_()
             delta.scatter_add_(1, target, -here.to(delta.dtype))
             delta = delta.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[at : at + chunk] = delta @ matrix
-            if grad_weight is not None:
-                grad_weight += delta.T @ states
+            go_back(delta, states, matrix, at, grad_hidden, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.float()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the forward pass, times the scalar that came back."""
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        return (*times(ctx.saved_tensors, grad), None, None, None)
 
 
 class HeldCrossEntropy(torch.autograd.Function):

@@ -95,7 +95,7 @@ class _Step:
 
     @cached_property
     def frozen(self) -> bool:
-        return bool(getattr(compress.get(self.spec.peft.name), "FREEZES_BASE", False))
+        return compress.freezes_base(self.spec)
 
     @property
     def bf16(self) -> bool:

@@ -84,7 +84,7 @@ class Meter:
         trained = unique(parameter.detach() for parameter in engine.trainable.values())
         weights = unique(tensors_of(engine.stages))
         adapters: dict[int, Storage] = {}
-        if getattr(compress.get(self._spec.peft.name), "FREEZES_BASE", False):
+        if compress.freezes_base(self._spec):
             adapters = trained
             weights = {at: storage for at, storage in weights.items() if at not in trained}
         optimizer = unique(_state(engine))

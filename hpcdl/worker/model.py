@@ -60,7 +60,7 @@ def dtype_for(spec: ExperimentSpec) -> torch.dtype:
     """
     import torch
 
-    frozen = getattr(compress.get(spec.peft.name), "FREEZES_BASE", False)
+    frozen = compress.freezes_base(spec)
     return torch.bfloat16 if frozen and spec.trainer.precision == "bf16" else torch.float32
 
 

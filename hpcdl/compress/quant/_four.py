@@ -72,7 +72,7 @@ def _backend(config: Config, spec: ExperimentSpec) -> str:
 
 def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     """The base must be frozen, its matrices must divide into blocks, and nobody may split one by columns."""
-    if not getattr(compress.get(spec.peft.name), "FREEZES_BASE", False):
+    if not compress.freezes_base(spec):
         yield _fault(
             config,
             "holds weights in 4 bits, which can't take updates, and peft=none trains them",

@@ -61,7 +61,7 @@ def faults(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
 
 def frozen_or_qat(spec: ExperimentSpec, *, qat: bool) -> Iterator[Fault]:
     """Whole numbers take no updates; and training through the rounding needs weights that do."""
-    frozen = getattr(compress.get(spec.peft.name), "FREEZES_BASE", False)
+    frozen = compress.freezes_base(spec)
     scheme = spec.quant.scheme
     if not frozen and not qat:
         problem = (
