@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from hpcdl.compress import lora
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec
-from hpcdl.spec.layout import Beside, Matrix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,9 +33,7 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     yield from lora.begins_alike(config, use_rslora=True, use_dora=False)
 
 
-def memory(config: Config, matrix: Matrix) -> Beside:
-    """As LoRA's."""
-    return lora.memory(config, matrix)
+memory = lora.memory
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ _MAPPED: dict[int, Tensor] = {}
 """Tensors whose memory is a file's, by their address: kept, so that nothing else can ever lie there."""
 
 
-class Matrix(nn.Module):
+class Matrix(nn.Module, ABC):
     """A frozen `(rows, columns)` matrix in a few tensors of its own; `weight` has its digits.
 
     Tensors are moved between devices with the module; those of a floating dtype must not be cast.
@@ -67,13 +68,13 @@ class Matrix(nn.Module):
         """Where its tensors are."""
         return self.weight.device
 
+    @abstractmethod
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows `first … last - 1` in `dtype`, `(last - first, columns)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pick(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `ids`, any shape, in `dtype`: `(*ids.shape, columns)`."""
-        raise NotImplementedError
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """All of it in `dtype`."""

@@ -5,16 +5,12 @@ Whatever is zero in the blocks' linear layers stays zero; nothing more is taken 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from hpcdl.compress.prune import _common
+from hpcdl.compress.prune import _common, none
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, PruneSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 CALIBRATED = False
 REWEIGHTS = False
@@ -30,11 +26,4 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     return _common.faults(_common.PatternConfig(name=config.name), spec)
 
 
-def memory(config: Config, spec: ExperimentSpec) -> dict[str, int]:
-    """Nothing: the zeros are the mask."""
-    return {}
-
-
-def apply(config: Config, model: nn.Module, text: Sequence[Mapping[str, Tensor]] = ()) -> nn.Module:
-    """The model as it is."""
-    return model
+memory, apply = none.memory, none.apply

@@ -6,12 +6,11 @@ the rest is retrained: `trainer.max_steps` does that here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpcdl.compress.prune import _common
-from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec
 
 if TYPE_CHECKING:
@@ -26,9 +25,7 @@ class Config(_common.PatternConfig):
     """Pattern, sparsity and scope are all there is."""
 
 
-def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
-    """What no method can do."""
-    return _common.faults(config, spec)
+check = _common.faults
 
 
 def memory(config: Config, spec: ExperimentSpec) -> dict[str, int]:

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
 from annotated_types import Ge
 
 from hpcdl.compress.prune import _common
-from hpcdl.errors import Fault, HpcdlError
+from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ class Config(_common.CalibratedConfig):
     """Random draws a sequence; sequences are draws too, so that 1 is enough where there are many."""
 
 
-def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
-    """What no method can do."""
-    return _common.faults(config, spec)
+check = _common.faults
 
 
 def memory(config: Config, spec: ExperimentSpec) -> dict[str, int]:
@@ -88,15 +86,20 @@ def saliency(weight: Tensor, diagonal: Tensor) -> Tensor:
 # --- for any network -----------------------------------------------------------------------------------------
 
 
+class How(TypedDict, total=False):
+    """Keyword arguments of `hessian_diagonal`, which says what they are."""
+
+    parameters: Iterable[str] | None
+    probes: int | None
+    seed: int
+
+
 def saliencies(
     model: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[tuple[Any, Tensor]],
     method: str = "exact",
-    *,
-    parameters: Iterable[str] | None = None,
-    probes: int | None = None,
-    seed: int = 0,
+    **how: Unpack[How],
 ) -> dict[str, Tensor]:
     """s_k = ½·h_kk·w_k² of each weight, by the name of its parameter; arguments as in `hessian_diagonal`.
 
@@ -104,7 +107,7 @@ def saliencies(
         Tensors of the parameters' shapes. Negative where the (estimated) curvature is.
     """
     named = dict(model.named_parameters())
-    diagonal = hessian_diagonal(model, loss, batches, method, parameters=parameters, probes=probes, seed=seed)
+    diagonal = hessian_diagonal(model, loss, batches, method, **how)
     return {name: saliency(named[name].detach(), h) for name, h in diagonal.items()}
 
 

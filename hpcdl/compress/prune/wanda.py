@@ -9,12 +9,11 @@ Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from hpcdl.compress.prune import _common
-from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec
 
 if TYPE_CHECKING:
@@ -32,9 +31,7 @@ class Config(_common.CalibratedConfig):
     """`row`: weights of one output compete, as in the paper; `layer`: those of a matrix (its ablation)."""
 
 
-def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
-    """What no method can do."""
-    return _common.faults(config, spec)
+check = _common.faults
 
 
 def memory(config: Config, spec: ExperimentSpec) -> dict[str, int]:

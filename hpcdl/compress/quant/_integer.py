@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -92,6 +93,11 @@ class Int8DynamicLinear(Int8Linear):
         """`(rows, in_features)` → `(rows, out_features)`."""
         result: Tensor = _ProductDynamic8.apply(rows, levels, scale)  # type: ignore[no-untyped-call]
         return result
+
+
+def rows8(kind: type[Int8Linear], linear: nn.Linear, packed: Mapping[str, Tensor]) -> Int8Linear:
+    """A layer of this kind in the place of `linear`, over what `_rows8.pack` gave."""
+    return kind(Rows8(linear.out_features, linear.in_features, packed), linear.bias)
 
 
 class _Product8(torch.autograd.Function):

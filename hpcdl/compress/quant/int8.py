@@ -61,10 +61,9 @@ def pack(config: Config, weight: Tensor) -> dict[str, Tensor]:
 
 def layer(config: Config, linear: nn.Linear, packed: Mapping[str, Tensor]) -> nn.Linear:
     """What takes the place of a linear layer."""
-    from hpcdl.compress.quant import _integer, _rows8
+    from hpcdl.compress.quant import _integer
 
-    matrix = _rows8.Rows8(linear.out_features, linear.in_features, packed)
-    return _integer.Int8Linear(matrix, linear.bias)
+    return _integer.rows8(_integer.Int8Linear, linear, packed)
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:

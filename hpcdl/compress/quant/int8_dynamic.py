@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpcdl.compress.quant import _whole_numbers as shared
+from hpcdl.compress.quant import int8
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec
-from hpcdl.spec.layout import Held, Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,32 +42,15 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
         yield from shared.columns(spec, 8, "CUDA's product of int8 matrices needs that")
 
 
-needs = shared.needs
-why_whole = shared.why_whole
-
-
-def memory(config: Config, matrix: Matrix, plain: int, compute: int) -> Held:
-    """A byte a weight of the blocks and 4 a row; only the backward pass casts it."""
-    return shared.memory(config, matrix, plain, compute, held=matrix.numel + 4 * matrix.rows)
-
-
-def pack(config: Config, weight: Tensor) -> dict[str, Tensor]:
-    """A matrix `(rows, columns)` → the tensors of `hpcdl.compress.quant._rows8.Rows8`.
-
-    Raises:
-        HpcdlError: a weight is not finite.
-    """
-    from hpcdl.compress.quant import _rows8
-
-    return _rows8.pack(weight)
+needs, why_whole = shared.needs, shared.why_whole
+memory, pack = int8.memory, int8.pack
 
 
 def layer(config: Config, linear: nn.Linear, packed: Mapping[str, Tensor]) -> nn.Linear:
     """What takes the place of a linear layer."""
-    from hpcdl.compress.quant import _integer, _rows8
+    from hpcdl.compress.quant import _integer
 
-    matrix = _rows8.Rows8(linear.out_features, linear.in_features, packed)
-    return _integer.Int8DynamicLinear(matrix, linear.bias)
+    return _integer.rows8(_integer.Int8DynamicLinear, linear, packed)
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:
