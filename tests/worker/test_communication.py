@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,16 @@ def test_the_profilers_memory_is_no_part_of_the_peak(monkeypatch: pytest.MonkeyP
         assert metrics.resident_peak_bytes() < before + 10_000_000
         del records
     assert before <= metrics.resident_peak_bytes() < before + 40_000_000
+
+
+def test_the_profilers_records_are_gone_at_once() -> None:
+    gc.disable()
+    try:
+        with Measurement(CPU):
+            torch.ones(10) + 1
+        assert not [found for found in gc.get_objects() if isinstance(found, torch.profiler.profile)]
+    finally:
+        gc.enable()
 
 
 def test_a_cold_steps_memory_is() -> None:
