@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hpcdl.compress import offload
-from hpcdl.distributed import losses, shelf, stream
+from hpcdl.distributed import losses, shelf, update
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import streaming
 from tests.factory import tiny_spec
@@ -155,13 +155,13 @@ def test_bf16_weights_learn_as_fp32_ones(workers: Workers, undisturbed: Finished
 def test_rounding_at_random_is_right_on_average() -> None:
     random = torch.Generator().manual_seed(0)
     exact = torch.tensor([1.0, -3.5, 0.0, 2.0**-120])
-    assert torch.equal(stream.round_at_random(exact, random).float(), exact)
+    assert torch.equal(update.round_at_random(exact, random).float(), exact)
     # bf16 has 1.0 and 1.0078125 here: rounding to the nearest would lose a thousandth.
-    rounded = stream.round_at_random(torch.full((100_003,), 1.001), random).float()
+    rounded = update.round_at_random(torch.full((100_003,), 1.001), random).float()
     assert set(rounded.unique().tolist()) == {1.0, 1.0078125}
     assert float(rounded.mean()) == pytest.approx(1.001, abs=5e-5)
     assert float(
-        stream.round_at_random(torch.full((99_999,), -1.001), random).float().mean()
+        update.round_at_random(torch.full((99_999,), -1.001), random).float().mean()
     ) == pytest.approx(-1.001, abs=5e-5)
 
 
