@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from hpcdl.runs.failure import is_out_of_memory
+from hpcdl.runs import kinds
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir, now
 
@@ -36,11 +36,39 @@ class Cause:
     """Whether torchrun found the rank dead; then its time is late, and of use only if the rank said nothing."""
     killed_by_kernel: bool = False
     """Whether the kernel killed a process of this node's part of the job for want of memory."""
+    bases: tuple[str, ...] = ()
+    """Names of the classes that the exception's class is derived from."""
+    number: int | None = None
+    """errno of an OSError."""
+    code: int | None = None
+    """The rank's exit code, where torchrun told it; null where a signal ended it."""
+    step: int | None = None
+    """The last step that the rank came to, where it could say so."""
+
+    @property
+    def kind(self) -> kinds.Kind:
+        """What it is, by which is decided what follows (hpcdl.launch.progress)."""
+        return kinds.kind_of(
+            self.type,
+            self.message,
+            bases=self.bases,
+            number=self.number,
+            by_signal=bool(self.signal),
+            by_kernel=self.killed_by_kernel,
+            code=self.code,
+        )
 
     @property
     def out_of_memory(self) -> bool:
         """Whether it is that memory ran out."""
-        return self.killed_by_kernel or is_out_of_memory(self.type, self.message)
+        return self.kind == "memory"
+
+    @property
+    def exit_code(self) -> int:
+        """The run's exit code: the rank's own, 128 + n where signal n ended it, NEVER_RESTART for a fault."""
+        if self.kind == "fault":
+            return kinds.NEVER_RESTART
+        return 128 + self.signal if self.signal else self.code or 1
 
     @property
     def reason(self) -> str:
@@ -81,6 +109,10 @@ def record(run: RunDir, attempt: str, node: int, cause: Cause) -> None:
         "signal": cause.signal,
         "by_torchrun": cause.by_torchrun,
         "out_of_memory": cause.killed_by_kernel,
+        "bases": list(cause.bases),
+        "errno": cause.number,
+        "code": cause.code,
+        "step": cause.step,
     }
     run.errors.mkdir(exist_ok=True)
     write_json(run.errors / f"try{attempt}-node{node}.json", plain)
@@ -129,7 +161,9 @@ def from_torchrun(words: list[str], node: str, *, killed_by_kernel: bool = False
             killed_by_kernel=starved,
         )
     message = f"the worker ended with code {code} and said nothing"
-    return Cause(time=time, type="ExitCode", message=message, node=node, rank=rank, by_torchrun=True)
+    return Cause(
+        time=time, type="ExitCode", message=message, node=node, rank=rank, by_torchrun=True, code=code
+    )
 
 
 def _recorded(run: RunDir, attempt: str) -> Iterator[Cause]:
@@ -171,18 +205,26 @@ def _read(text: str) -> Cause | None:
         return None
     if not isinstance(plain, Mapping):
         return None
-    rank = plain.get("rank")
+    rank, bases = plain.get("rank"), plain.get("bases")
     return Cause(
         time=str(plain.get("time", "")),
         type=str(plain.get("type", "Error")),
         message=str(plain.get("message", "")),
         node=str(plain.get("node", "?")),
-        rank=rank if isinstance(rank, int) else None,
+        rank=_whole(rank),
         traceback=str(plain.get("traceback", "")),
         signal=int(plain.get("signal", 0)),
         by_torchrun=bool(plain.get("by_torchrun", False)),
         killed_by_kernel=bool(plain.get("out_of_memory", False)),
+        bases=tuple(str(name) for name in bases) if isinstance(bases, list) else (),
+        number=_whole(plain.get("errno")),
+        code=_whole(plain.get("code")),
+        step=_whole(plain.get("step")),
     )
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _when(cause: Cause) -> str:

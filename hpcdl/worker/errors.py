@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
+from hpcdl.runs.kinds import NEVER_RESTART, of_exception
 from hpcdl.runs.store import RunDir, now
 from hpcdl.worker.metrics import resident_peak_bytes
 from hpcdl.worker.process import Process
@@ -28,6 +29,11 @@ def _peak_memory_bytes() -> int:
     return resident_peak_bytes()
 
 
+def exit_code(error: BaseException) -> int:
+    """The rank's exit code: NEVER_RESTART where another try would only fail in the same way."""
+    return NEVER_RESTART if of_exception(error) == "fault" else 1
+
+
 def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
     """Writes `errors/try<t>-restart<n>-rank<r>.json` and prints the traceback.
 
@@ -41,6 +47,8 @@ def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
         "rank": who.rank,
         "step": step,
         "type": type(error).__name__,
+        "bases": [cls.__name__ for cls in type(error).__mro__[1:]],
+        "errno": error.errno if isinstance(error, OSError) else None,
         "message": str(error),
         "traceback": text,
         "peak_memory_bytes": _peak_memory_bytes(),

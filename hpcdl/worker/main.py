@@ -32,7 +32,7 @@ def main(run: RunDir) -> None:
         try:
             errors.report(run, who, progress.step, error)
         finally:
-            os._exit(1)  # at once: a tidy exit would wait for ranks that wait for this one
+            os._exit(errors.exit_code(error))  # at once: a tidy exit would wait for ranks that wait for this one
 
 
 def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> None:
