@@ -1,4 +1,4 @@
-"""The torchrun command and its environment: pure functions, standard library only.
+"""The torchrun command and its environment: pure functions of what spec.yaml says.
 
 One torchrun a node. It runs with SIGUSR2, SIGTERM and SIGINT ignored (see hpcdl.launch.child), so it must not
 install handlers of its own for them: `--signals-to-handle` names SIGQUIT only, which nobody sends.
@@ -10,6 +10,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import yaml
+
+from hpcdl.runs.store import RunDir
 
 MODULE = "torch.distributed.run"
 """What the console script `torchrun` calls; with `python -m` it is the right environment's."""
@@ -69,6 +73,13 @@ class NodeResources:
     def of(cls, cluster: Mapping[str, Any]) -> NodeResources:
         """From the `cluster` section, every key of which was written by the launcher."""
         return cls(*(cluster[name] for name in cls.__dataclass_fields__))
+
+
+def resources(run: RunDir) -> NodeResources:
+    """The `cluster` section of a run's spec.yaml."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    plain = yaml.load(run.spec_file.read_text(encoding="utf-8"), Loader=loader)
+    return NodeResources.of(plain["cluster"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
