@@ -15,6 +15,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hpcdl import secrets
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
@@ -77,7 +79,7 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 
 def format_faults(faults: Sequence[Fault]) -> str:
-    """All faults as one page of plain text, the same in a terminal, a log and a test."""
+    """All faults as one page of plain text, the same in a terminal, a log and a test; without secrets."""
     count = len(faults)
     lines = [f"The config has {count} fault{'s' if count != 1 else ''}; nothing was submitted.", ""]
     for number, fault in enumerate(faults, start=1):
@@ -93,4 +95,4 @@ def format_faults(faults: Sequence[Fault]) -> str:
             if text:
                 lines.append(f"   {label + ':':<9}{text}")
         lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    return secrets.mask("\n".join(lines).rstrip()) + "\n"

@@ -7,6 +7,7 @@ words.py      what pydantic found, in words of ours: what is allowed, the neares
 resolve.py    what a config leaves to be looked up: absolute paths, the shape in a model's config.json
 places.py     keys that name a model, an adapter or a run, of methods and tasks
 resuming.py   the checkpoint of another run that this one goes on from
+secrets.py    secrets that stand in a config
 rules.py      rules between sections
 ranks.py      rules of the ranks: degrees and processes, the batch and who shares it
 resources.py  rules of the cluster: what a partition has, what Slurm's options look like
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcdl.errors import ConfigError, Fault
-from hpcdl.experiment import resolve, rules, sections
+from hpcdl.experiment import resolve, rules, secrets, sections
 from hpcdl.experiment.identity import digest
 from hpcdl.spec import ExperimentSpec, LaunchOptions
 
@@ -75,9 +76,10 @@ def check(plain: Mapping[str, Any], *, doubtful: Collection[str] = (), skip: Col
         skip: sections that are not to be looked at at all, since their file could not be composed.
     """
     parts, faults = sections.validate(plain, skip)
+    literal = secrets.faults(plain)
     parts, found = resolve.resolve(parts)
     trusted = {key: value for key, value in parts.items() if key not in doubtful}
-    formed = not (faults or found or doubtful or skip or rules.malformed(trusted))
+    formed = not (faults or found or literal or doubtful or skip or rules.malformed(trusted))
     found += rules.broken(trusted)
     names = {field.name for field in dataclasses.fields(ExperimentSpec)}
     spec = ExperimentSpec(**{key: parts[key] for key in names}) if names <= parts.keys() else None
@@ -85,6 +87,9 @@ def check(plain: Mapping[str, Any], *, doubtful: Collection[str] = (), skip: Col
         told = {fault.key for fault in found}
         found += [fault for fault in rules.refused(spec) if fault.key not in told]
     faults += [fault for fault in found if fault.key.split(".")[0] not in doubtful]
+    if literal:
+        kept = {fault.key for fault in literal}
+        faults = literal + secrets.hidden((fault for fault in faults if fault.key not in kept), plain)
     if not formed:
         return Checked(faults=tuple(faults))
     options = LaunchOptions(**{key: value for key, value in parts.items() if key not in names})
