@@ -22,6 +22,8 @@ from pathlib import PurePath
 
 HIDDEN = "[hidden]"
 """What stands where a secret stood."""
+FILE = "~/.config/hpcdl/secrets.env"
+"""Where a job's node looks for a user's secrets; see hpcdl.launch.secret_file."""
 LEAST = 8
 """Shorter values are not looked for in what is written: too many words would be taken for them."""
 

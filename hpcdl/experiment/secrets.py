@@ -12,9 +12,7 @@ from typing import Any
 from hpcdl import secrets
 from hpcdl.errors import Fault
 
-FILE = "~/.config/hpcdl/secrets.env"
-"""Where a job's node looks for secrets; `$HPCDL_SECRETS` names another file."""
-ALLOWED = f"secrets in the environment that launches, or in {FILE} (NAME=VALUE lines, chmod 600)"
+ALLOWED = f"secrets in the environment that launches, or in {secrets.FILE} (NAME=VALUE lines, chmod 600)"
 _LEAST_KNOWN = 16
 """A shorter value of the environment may stand in a config by chance."""
 
@@ -76,7 +74,7 @@ def _fault(key: str, what: str) -> Fault:
         fix = "leave it out of the address, and log in by the tool's own file (~/.netrc, ~/.aws/credentials; chmod 600)"
     else:
         line = f"{name}=…" if name else "NAME=…"
-        fix = f"take it out here; `export {line}` before you launch, or the line {line} in {FILE}"
+        fix = f"take it out here; `export {line}` before you launch, or the line {line} in {secrets.FILE}"
     return Fault(
         key=key,
         value=secrets.HIDDEN,

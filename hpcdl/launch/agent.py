@@ -11,8 +11,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from hpcdl import secrets
 from hpcdl.errors import HpcdlError, RunFailedError
-from hpcdl.launch import causes, closing, memory, network, preflight, torchrun
+from hpcdl.launch import causes, closing, memory, network, preflight, secret_file, torchrun
 from hpcdl.launch.child import Log, Torchrun, started_at
 from hpcdl.launch.place import Place
 from hpcdl.runs.files import write_atomic
@@ -52,6 +53,7 @@ class Agent:
         for number in _SIGNALS:
             signal.signal(number, lambda n, _: self._signals.append(n))
         try:
+            secret_file.load(os.environ)
             preflight.check(self.run, self.place.name)
             cluster = torchrun.resources(self.run)
             left = self._torchrun(cluster)
@@ -192,6 +194,7 @@ class Agent:
 
     def _say(self, text: str) -> None:
         """To this node's log, and to standard error: the Slurm output file."""
+        text = secrets.hide(text)
         if self._log is not None:
             self._log.say(text)
         print(f"hpcdl: {self.place.name}: {text}", file=sys.stderr, flush=True)

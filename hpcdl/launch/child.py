@@ -24,6 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hpcdl import secrets
+from hpcdl.runs.private import open_to_write
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -56,11 +59,12 @@ def die_with_parent(parent: int) -> None:
 class Log:
     """A node's log of one try: each line with the UTC time and who wrote it, nothing buffered.
 
-    `2026-01-31T12:00:00.000+00:00 [rank 0] text`; `[torchrun]` and `[agent]` stand where a rank would.
+    `2026-01-31T12:00:00.000+00:00 [rank 0] text`; `[torchrun]` and `[agent]` stand where a rank would. A secret
+    of the environment that somebody prints is not in it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = open_to_write(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, lines: Sequence[bytes]) -> None:
         """Appends whole lines; those without a rank are torchrun's own words."""
@@ -76,6 +80,7 @@ class Log:
         self._append("".join(f"{stamp} [agent] {line}\n" for line in text.splitlines()).encode())
 
     def _append(self, data: bytes) -> None:
+        data = secrets.of_this_process().hide_bytes(data)
         while data:
             data = data[os.write(self._descriptor, data) :]
 
@@ -173,7 +178,7 @@ class Torchrun:
         for line in lines:
             if _RANK_LINE.match(line):
                 continue
-            self.words.append(line.decode(errors="replace"))
+            self.words.append(secrets.hide(line.decode(errors="replace")))
             found = _CLOSING.search(line)
             self.disturbed |= found is not None or b"failed (exitcode" in line
             if found:

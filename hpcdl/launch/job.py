@@ -26,6 +26,7 @@ from hpcdl.errors import HpcdlError, UsageError
 from hpcdl.launch import torchrun
 from hpcdl.launch.agent import Agent
 from hpcdl.launch.place import find
+from hpcdl.runs import private
 from hpcdl.runs.store import RunDir
 
 
@@ -41,7 +42,10 @@ def main(argv: Sequence[str], worker: Sequence[str] = torchrun.WORKER) -> int:
             raise UsageError("usage: python -m hpcdl.launch.job RUNS_FILE [INDEX]")
         runs_file = Path(argv[0])
         place = find(runs_file, int(argv[1]) if len(argv) == 2 else None, os.environ)
+        private.require_mine(runs_file.parent)
         run = RunDir(_run_path(runs_file, place.index))
+        private.require_mine(run.path)
+        private.take_over(run.path)
         state = run.read_state()
     except (HpcdlError, OSError) as error:
         print(f"hpcdl: {os.uname().nodename}: {error}", file=sys.stderr, flush=True)
@@ -55,7 +59,8 @@ def main(argv: Sequence[str], worker: Sequence[str] = torchrun.WORKER) -> int:
 
 
 def _run_path(runs_file: Path, index: int) -> Path:
-    lines = runs_file.read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): some characters that a path may hold end a line for it.
+    lines = runs_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if not 0 <= index < len(lines):
         raise UsageError(f"{runs_file} has {len(lines)} runs; there is no number {index}")
     return Path(lines[index])
