@@ -23,8 +23,8 @@ LEFT_OUT = {
             "mem_gb",
             "signal",
         ),
-        *("setup", "extra", "srun_args", "python", "partitions"),
-        *("max_restarts", "max_requeues", "array_parallelism", "max_array_size"),
+        *("setup", "teardown", "extra", "srun_args", "python", "partitions"),
+        *("max_restarts", "max_requeues", "requeue", "array_parallelism", "max_array_size"),
     ),
     "offload": ("folder",),
 }

@@ -255,7 +255,7 @@ def extra_is_extra(cluster: ClusterSpec) -> Iterator[Fault]:
 
 def lines_are_lines(cluster: ClusterSpec) -> Iterator[Fault]:
     """What becomes a line of the job script has no line break, or it would be two."""
-    for name in ("setup", "extra", "srun_args"):
+    for name in ("setup", "teardown", "extra", "srun_args"):
         for index, line in enumerate(getattr(cluster, name)):
             if re.search(r"[\x00-\x08\x0a-\x1f]", line):
                 yield Fault(

@@ -8,7 +8,7 @@ import subprocess
 import threading
 
 from hpcdl.errors import SchedulerError
-from hpcdl.launch import torchrun
+from hpcdl.launch import template, torchrun
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.runs.files import write_atomic, write_json
@@ -38,14 +38,15 @@ class LocalBackend:
             "#!/bin/bash",
             f"# {request.name}: {last + 1} run{'s' if last else ''} on this machine",
             f"# The agent starts: {torchrun.preview(request.cluster, request.python)}",
-            "set -e",
-            *request.cluster.setup,
-            "",
-            "export HPCDL_LOCAL=1",
             f"HPCDL_PYTHON={shlex.quote(request.python)}",
             f"HPCDL_RUNS_FILE={shlex.quote(str(request.folder / 'runs.txt'))}",
+            *template.frame_arrays(request.cluster),
+            "",
+            template.frame(),
+            "",
+            "export HPCDL_LOCAL=1",
         ]
-        one = 'exec "$HPCDL_PYTHON" -m hpcdl.launch.job "$HPCDL_RUNS_FILE" 0\n'
+        one = '"$HPCDL_PYTHON" -m hpcdl.launch.job "$HPCDL_RUNS_FILE" 0\n'
         return "\n".join(head) + "\n" + (_LOOP.format(last=last) if last else one)
 
     def submit(self, request: JobRequest, text: str) -> str | None:

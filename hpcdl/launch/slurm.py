@@ -16,6 +16,8 @@ What stays submitit's: the submission itself (`_submit_command`), its reading of
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import os
 import shlex
@@ -25,13 +27,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpcdl.errors import SchedulerError
-from hpcdl.launch import template, torchrun
+from hpcdl.launch import lost, template, torchrun
 from hpcdl.launch.base import JobRequest
+from hpcdl.runs.scheduler import COMMENT
+from hpcdl.runs.submissions import SBATCH_LIMIT_S
 
 T = TypeVar("T")
 
-COMMENT = "hpcdl:"
-"""Before the submission's token in the job's comment: found there when sbatch's answer was lost."""
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"})
 """Settings of Slurm's own commands, which are no job's."""
 
@@ -59,7 +61,7 @@ class SlurmBackend:
     """sbatch."""
 
     def render(self, request: JobRequest) -> str:
-        """The whole script: header, this job's variables and setup lines, the template's body."""
+        """The whole script: header, this job's variables, setup and teardown lines, the template's body."""
         cluster = request.cluster
         variables = [
             f"# Each node's agent starts: {torchrun.preview(cluster, request.python)}",
@@ -67,15 +69,16 @@ class SlurmBackend:
             f"HPCDL_RUNS_FILE={shlex.quote(str(request.folder / 'runs.txt'))}",
             f"HPCDL_SRUN_ARGS=({' '.join(shlex.quote(a) for a in cluster.srun_args)})",
         ]
-        # -e only: what sites provide (module, conda) breaks on unset variables.
-        setup = ["set -e", *cluster.setup] if cluster.setup else []
-        lines = ["#!/bin/bash", *_header(request), "", *variables, *setup, ""]
+        lines = ["#!/bin/bash", *_header(request), "", *variables, *template.frame_arrays(cluster), ""]
         return "\n".join(lines) + "\n" + template.body()
 
     def submit(self, request: JobRequest, text: str) -> str | None:
         """Runs sbatch; returns the array's job id.
 
+        Where the answer is lost, the job is looked for by its token before sbatch is run again.
+
         Raises:
+            Unanswered: Slurm has not answered for as long as we wait; a job may have been made.
             SchedulerError: no sbatch here, or it refused; with its own words.
         """
         if shutil.which("sbatch") is None:
@@ -84,16 +87,7 @@ class SlurmBackend:
                 "fix: launch from a login node of the cluster, or run here with cluster=local"
             )
         request.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            executor = _executor_class()(request.folder)
-            executor.text = text
-            job = executor._submit_command("")
-        except Exception as error:  # submitit has several kinds of errors for what sbatch says
-            raise SchedulerError(_refusal(error)) from error
-        # Copies of job.sh that submitit leaves.
-        for copy in (*request.folder.glob(".submission_file_*.sh"), job.paths.submission_file):
-            copy.unlink(missing_ok=True)
-        return str(job.job_id)
+        return lost.submit(request, lambda: _sbatch(request, text))
 
 
 BACKEND = SlurmBackend()
@@ -142,6 +136,28 @@ def job_variables() -> list[str]:
     )
 
 
+def _sbatch(request: JobRequest, text: str) -> str:
+    """One sbatch; returns the job id.
+
+    Raises:
+        LostAnswer: whether it got through is not known.
+        SchedulerError: it was refused.
+    """
+    try:
+        executor = _executor_class()(request.folder)
+        executor.text = text
+        # submitit prints what sbatch says before it raises; we say it once, in words of ours.
+        with contextlib.redirect_stderr(io.StringIO()):
+            job = executor._submit_command("")
+    except Exception as error:  # submitit has several kinds of errors for what sbatch says
+        raise lost.told(error) from error
+    finally:
+        for copy in request.folder.glob(".submission_file_*.sh"):
+            copy.unlink(missing_ok=True)
+    job.paths.submission_file.unlink(missing_ok=True)
+    return str(job.job_id)
+
+
 def _executor_class() -> Any:
     """The subclass; built on demand, since importing submitit takes 0.1 s."""
     from submitit import SlurmExecutor
@@ -156,12 +172,9 @@ def _executor_class() -> Any:
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
             unset = [word for name in job_variables() for word in ("-u", name)]
-            return [*(["env", *unset] if unset else []), "sbatch", str(submission_file_path)]
+            # An sbatch that hangs is ended. In a process group of its own: Ctrl-C is for the launcher, which
+            # then finds out whether the job was made.
+            limit = ["timeout", "--kill-after=5", str(SBATCH_LIMIT_S)]
+            return [*(["env", *unset] if unset else []), *limit, "sbatch", str(submission_file_path)]
 
     return TextExecutor
-
-
-def _refusal(error: Exception) -> str:
-    """Sbatch's own words, without submitit's frame around them."""
-    words = [line.strip() for line in str(error).splitlines() if "sbatch:" in line or "slurm" in line.lower()]
-    return "sbatch refused the job: " + (" ".join(words) or str(error).strip())

@@ -60,6 +60,8 @@ class ClusterSpec:
     """Signal before the time limit, and how many seconds before (--signal): workers save and stop."""
     setup: tuple[str, ...] = ()
     """Shell lines run on the first node before srun: `module load cuda`, `source env/bin/activate`."""
+    teardown: tuple[str, ...] = ()
+    """Shell lines run on the first node at the job's end, however it ends; the job's code stays what it was."""
     extra: tuple[str, ...] = ()
     """More #SBATCH options, as they stand: `--mail-type=END`."""
     srun_args: tuple[str, ...] = ()
@@ -72,6 +74,10 @@ class ClusterSpec:
     """Times torchrun starts all workers anew in place after one has died."""
     max_requeues: Annotated[int, Ge(0)] = 10
     """Times a preempted or timed-out job is put back into the queue."""
+    requeue: Literal["auto", "requeue", "successor"] = "auto"
+    """How a job that ends early goes on: `requeue` puts it back into the queue, where Slurm holds it for two
+    minutes; `successor` submits another job that starts when this one has ended; `auto`: a successor, unless
+    the job's array is throttled or another job waits for this one."""
     array_parallelism: Annotated[int, Ge(1)] = 100
     """Array tasks that run at a time (the `%` of --array)."""
     max_array_size: Annotated[int, Ge(2)] = 1001

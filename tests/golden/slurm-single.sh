@@ -15,15 +15,47 @@
 HPCDL_PYTHON=/shared/env/bin/python
 HPCDL_RUNS_FILE=/shared/runs/.submissions/20260131-120000-ab12/runs.txt
 HPCDL_SRUN_ARGS=()
+HPCDL_SETUP=()
+HPCDL_TEARDOWN=()
 
 # ---- hpcdl: the body of every job ----
-set -euo pipefail
+tell() { printf 'hpcdl: %s: %s\n' "$(uname -n)" "$*" >&2; }
 
 fail() {
-    printf 'hpcdl: %s: %s\n' "$(uname -n)" "$*" >&2
+    tell "$*"
     exit 1
 }
 
+# Whatever ends the job, and wherever: the teardown lines run, and the code stays what it was. In a shell of their
+# own, so that an `exit` there is theirs; signals wait, since Slurm may be ending the job.
+hpcdl_end() {
+    local code=$?
+    trap '' HUP INT TERM USR1 USR2
+    set +eu
+    (
+        trap 'tell "cluster.teardown failed with code $? at: $BASH_COMMAND"' ERR
+        eval "$(printf '%s\n' "${HPCDL_TEARDOWN[@]}")"
+    )
+    # Last, because the last words are the reason that `hpcdl status` shows.
+    if [[ $hpcdl_stage == setup ]]; then
+        ((code)) || code=1
+        tell "cluster.setup failed with code $code${hpcdl_failed:+ at: $hpcdl_failed}; nothing was trained"
+    fi
+    exit "$code"
+}
+
+hpcdl_stage=setup hpcdl_failed=
+set +u # what sites provide (module, conda) breaks on unset variables
+set -e
+trap hpcdl_end EXIT
+trap 'hpcdl_failed=$BASH_COMMAND' ERR
+eval "$(printf '%s\n' "${HPCDL_SETUP[@]}")"
+trap - ERR
+trap hpcdl_end EXIT # again: a setup line may have set one of its own
+hpcdl_stage=training
+set -euo pipefail
+
+# ---- hpcdl: on Slurm's nodes ----
 # A launch from inside another run must not take over what was that run's.
 unset HPCDL_LOCAL HPCDL_HEAD HPCDL_PORT HPCDL_NODES HPCDL_TRY
 
@@ -73,6 +105,13 @@ free_port() {
     fail 'no free port from 20000 to 31999'
 }
 
+# A signal to this shell alone (scancel --batch, --signal=B:…) goes on to the agents. Not a terminal's Ctrl-C, which
+# srun has had itself.
+relay() {
+    hpcdl_signal=$1
+    [[ -z $hpcdl_srun || ($1 == INT && -t 0) ]] || kill -s "$1" "$hpcdl_srun" 2>/dev/null || true
+}
+
 names=$(node_names)
 [[ -n $names ]] || fail "no node in SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
 mapfile -t nodes <<<"${names// /$'\n'}"
@@ -93,8 +132,20 @@ fi
 
 # All of the environment (a job submitted with --export=NONE would have no PATH here), CPUs said again (srun
 # doesn't take them over from sbatch), no time limit for the slower nodes once the first task has ended, and one
-# agent's failure ends the others. exec: the job ends with srun's own exit code, and signals reach srun.
-exec srun --export=ALL --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
+# agent's failure ends the others.
+hpcdl_srun=
+for name in HUP INT TERM USR1 USR2; do
+    # shellcheck disable=SC2064 # the name as it is now
+    trap "relay $name" "$name"
+done
+srun --export=ALL --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 --wait=0 \
     ${HPCDL_SRUN_ARGS[@]+"${HPCDL_SRUN_ARGS[@]}"} "$HPCDL_PYTHON" -m hpcdl.launch.job "$HPCDL_RUNS_FILE" \
-    ${index[@]+"${index[@]}"}
+    ${index[@]+"${index[@]}"} &
+hpcdl_srun=$!
+# A signal ends `wait` at once, srun or not: again, until no signal has. The code is srun's own.
+while :; do
+    hpcdl_signal=
+    wait "$hpcdl_srun" && code=0 || code=$?
+    [[ -n $hpcdl_signal ]] || exit "$code"
+done

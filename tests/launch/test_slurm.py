@@ -29,6 +29,7 @@ ALL_OPTIONS = {
     "reservation": "tutorial",
     "signal": "B:USR2@300",
     "setup": ("module load cuda/12.4", "source '/opt/my env/bin/activate'"),
+    "teardown": ("rm -rf '/tmp/my cache'",),
     "extra": ("--mail-type=END,FAIL", "--exclusive"),
     "srun_args": ("--mpi=none", "--cpu-bind=map_cpu:0, 1"),
     "array_parallelism": 2,
@@ -74,7 +75,7 @@ def test_the_body_is_the_hand_templates_own_text() -> None:
     by_hand = template.path().read_text()
     body = by_hand[by_hand.index(template.MARKER) :]
     assert BACKEND.render(request()).endswith(body)
-    assert "exec srun " in body
+    assert "\nsrun --export=ALL " in body
 
 
 def test_array_and_interactive_reuse_the_same_text() -> None:

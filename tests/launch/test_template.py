@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -15,7 +16,13 @@ from tests.fake_slurm import FakeSlurm
 from tests.launch.making import request
 
 
-def start(tmp_path: Path, slurm: FakeSlurm, hosts: dict[str, str] | None = None, **more: str) -> Any:
+def start(
+    tmp_path: Path,
+    slurm: FakeSlurm,
+    hosts: dict[str, str] | None = None,
+    lines: dict[str, tuple[str, ...]] | None = None,
+    **more: str,
+) -> Any:
     """Runs a rendered script as the batch step of job 41 on nodes n1, n2; `hosts` is what getent knows."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
@@ -24,7 +31,8 @@ def start(tmp_path: Path, slurm: FakeSlurm, hosts: dict[str, str] | None = None,
     (tools / "getent").chmod(0o755)
     nodes = more.get("SLURM_JOB_NODELIST", "n1,n2")
     script = tmp_path / "job.sh"
-    script.write_text(BACKEND.render(request(nodes=nodes.count(",") + 1, runs_dir=tmp_path / "my runs")))
+    made = request(nodes=nodes.count(",") + 1, runs_dir=tmp_path / "my runs", **(lines or {}))
+    script.write_text(BACKEND.render(made))
     slurm.set(srun_exit=int(more.pop("SRUN_EXIT", "0")))
     environment = {
         **os.environ,
@@ -133,3 +141,68 @@ def test_a_node_list_without_scontrol(tmp_path: Path, slurm: FakeSlurm) -> None:
 def test_a_launch_from_inside_a_local_run_does_not_stay_local(tmp_path: Path, slurm: FakeSlurm) -> None:
     start(tmp_path, slurm, {"n1": "10.1.0.1"}, HPCDL_LOCAL="1", HPCDL_TRY="3.3")
     assert not {"HPCDL_LOCAL", "HPCDL_TRY"} & srun(slurm)["environment"].keys()
+
+
+def run_lines(tmp_path: Path, slurm: FakeSlurm, srun: int = 0, **lines: tuple[str, ...]) -> Any:
+    """One node, with setup and teardown lines."""
+    return start(tmp_path, slurm, {}, SLURM_JOB_NODELIST="n1", SRUN_EXIT=str(srun), lines=lines)
+
+
+@pytest.mark.parametrize("code", [0, 7, 137])
+def test_teardown_comes_after_srun_and_changes_no_code(tmp_path: Path, slurm: FakeSlurm, code: int) -> None:
+    lines = {
+        "setup": ("module() { echo loaded $1; }", "module 'a b'", "declare PLACE=/tmp"),
+        "teardown": ("echo took down $PLACE; false", "exit 0"),
+    }
+    done = run_lines(tmp_path, slurm, code, **lines)
+    assert (done.returncode, done.stdout.splitlines()) == (code, ["loaded a b", "took down /tmp"])
+    assert "cluster.teardown failed with code 1 at: false" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("ls /no/such/place 2>/dev/null", 2, "failed with code 2 at: ls /no/such/place 2> /dev/null;"),
+        ("exit 3", 3, "failed with code 3; nothing was trained"),
+        ("exit 0", 1, "failed with code 1; nothing was trained"),
+        ("if then (", 2, "failed with code 2"),
+        ("no_such_command", 127, "failed with code 127 at: no_such_command;"),
+    ],
+)
+def test_a_failing_setup_line_is_the_last_word(
+    tmp_path: Path, slurm: FakeSlurm, line: str, code: int, said: str
+) -> None:
+    done = run_lines(tmp_path, slurm, setup=("echo first", line, "echo never"), teardown=("echo down",))
+    assert (done.returncode, done.stdout.splitlines()) == (code, ["first", "down"])
+    assert said in done.stderr.splitlines()[-1], done.stderr
+    assert slurm.calls("srun") == []
+
+
+def test_variables_that_are_not_set_break_no_setup_line(tmp_path: Path, slurm: FakeSlurm) -> None:
+    done = run_lines(tmp_path, slurm, setup=('[ -z "$NOT_SET_ANYWHERE" ]', "false || true", "trap - EXIT"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_signal_to_the_script_reaches_srun_and_its_code_stands(tmp_path: Path, slurm: FakeSlurm) -> None:
+    # Stands in for srun: says which signals it gets, ends a while after the second with a code of its own.
+    tools = tmp_path / "own"
+    tools.mkdir()
+    (tools / "srun").write_text(
+        "#!/bin/bash\ntrap 'echo USR2' USR2; trap 'echo USR1; sleep 0.3; exit 9' USR1; echo ready\n"
+        "while :; do sleep 0.05; done\n"
+    )
+    (tools / "srun").chmod(0o755)
+    script = tmp_path / "job.sh"
+    script.write_text(BACKEND.render(request(runs_dir=tmp_path, teardown=("echo down",))))
+    environment = {
+        **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n1",
+    }  # fmt: skip
+    with subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        for number in (signal.SIGUSR2, signal.SIGUSR1):
+            process.send_signal(number)
+            assert process.stdout.readline() == f"{number.name.removeprefix('SIG')}\n"
+        process.send_signal(signal.SIGUSR2)  # while srun is on its way out
+        assert process.stdout.readlines()[-1] == "down\n"
+    assert process.returncode == 9
