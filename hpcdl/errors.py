@@ -4,6 +4,8 @@
     ├── ConfigError             the config is wrong: all faults at once          exit 2
     ├── UsageError              a command was called wrongly (no such run, …)    exit 2
     ├── RunFailedError          the run itself failed                            exit 1
+    ├── CheckpointError         the disk didn't take a run's last checkpoint     exit 1
+    │   └── SupersededError     a newer try has taken the run over               exit 1
     └── SchedulerError          the scheduler could not be reached, or refused   exit 3
 
 Anything else that reaches the user is a bug of ours, and keeps its traceback.
@@ -62,6 +64,16 @@ class UsageError(HpcdlError):
 
 class RunFailedError(HpcdlError):
     """The run was started and failed; the message holds the reason."""
+
+    exit_code = 1
+
+
+class SupersededError(RunFailedError):
+    """A try of a run may write nothing any more: a newer one holds the run (hpcdl.runs.fence)."""
+
+
+class CheckpointError(HpcdlError):
+    """The disk didn't take the checkpoint without which training can't end or stop; what is kept, it says."""
 
     exit_code = 1
 

@@ -31,9 +31,9 @@ def ask(job_id: str, requeue: int) -> JobFate:
         job_id: `123_4` for an array task.
         requeue: SLURM_RESTART_COUNT of this try.
     """
-    done = _run(["scontrol", "show", "job", "-o", job_id])
+    done = run(["scontrol", "show", "job", "-o", job_id])
     if done.returncode != 0:
-        return JobFate(fate="unknown", words=_words(done))
+        return JobFate(fate="unknown", words=said(done))
     fields = dict(re.findall(r"(?:^| )(\w+)=(\S*)", done.stdout))
     state, reason = fields.get("JobState", ""), fields.get("Reason", "")
     words = state if reason in ("", "None") else f"{state} ({reason})"
@@ -51,11 +51,12 @@ def ask(job_id: str, requeue: int) -> JobFate:
 
 def requeue(job_id: str) -> str:
     """Puts the job back into the queue; returns Slurm's words if it refuses, else an empty string."""
-    done = _run(["scontrol", "requeue", job_id])
-    return "" if done.returncode == 0 else _words(done)
+    done = run(["scontrol", "requeue", job_id])
+    return "" if done.returncode == 0 else said(done)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """One of Slurm's commands; a missing one gives code 127, one that doesn't answer in time 124."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S, check=False
@@ -66,5 +67,6 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 124, "", f"{command[0]}: no answer in {_LIMIT_S:g} s")
 
 
-def _words(done: subprocess.CompletedProcess[str]) -> str:
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command that failed said, on one line."""
     return " ".join(done.stderr.split()) or f"{done.args[0]} ended with code {done.returncode}"

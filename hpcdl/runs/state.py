@@ -48,6 +48,9 @@ class RunState:
     """Restarts in place by torchrun, over the whole run."""
     requeues: int = 0
     """Times the scheduler started the job anew, over the whole run."""
+    running_try: str = ""
+    """The try that the run belongs to: `<attempt>.<requeue>`, and a third number where the same job has started
+    it anew. What an older try still writes is refused (hpcdl.runs.fence)."""
     node_list: tuple[str, ...] = ()
     host: str | None = None
     """Where the agent (hpcdl.launch.job) of the first node runs."""
