@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hpcdl.distributed.shards import header
 from hpcdl.errors import HpcdlError
+from hpcdl.worker.foreign import refuse_imports
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -69,6 +70,7 @@ def put_on(model: nn.Module, adapters: Sequence[Adapter]) -> Any:
             Update(adapter)
         elif (adapter.path / WEIGHTS).exists():
             header(adapter.path / WEIGHTS)
+        refuse_imports(adapter.path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 by an old name

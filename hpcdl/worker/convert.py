@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hpcdl.errors import HpcdlError
 from hpcdl.worker.cache import cache_dir, once
+from hpcdl.worker.foreign import NO_CODE, ONLY_WEIGHTS
 from hpcdl.worker.process import die_with_parent
 
 VERSION = 1
@@ -64,7 +65,7 @@ def convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place, name = str(source.parent), source.name
-    model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32, **ONLY_WEIGHTS)
     # save_pretrained refuses a model that was loaded from GGUF («not serializable»), though nothing in it
     # is quantized any more: give the weights to a model that never was.
     config = model.config
@@ -76,7 +77,7 @@ def convert(source: Path, folder: Path) -> None:
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place, gguf_file=name, **NO_CODE).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from hpcdl import compress
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec, ModelShape, ModelSpec
 from hpcdl.worker.convert import package_folder
+from hpcdl.worker.foreign import ONLY_WEIGHTS
 from hpcdl.worker.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -100,7 +101,11 @@ def load(spec: ExperimentSpec, place: str | None) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            place, revision=spec.model.revision, dtype=dtype, attn_implementation=spec.model.attention
+            place,
+            revision=spec.model.revision,
+            dtype=dtype,
+            attn_implementation=spec.model.attention,
+            **ONLY_WEIGHTS,
         )
     except (OSError, ValueError) as error:
         raise HpcdlError(_cannot_load(spec.model, place, error)) from error

@@ -32,6 +32,7 @@ from hpcdl.distributed.shards import Piece
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec
 from hpcdl.worker.cache import cache_dir, once
+from hpcdl.worker.foreign import NO_CODE
 
 VERSION = 1
 """Part of the cache's name: raise it when what is written changes."""
@@ -142,9 +143,9 @@ def skeleton(place: str, attention: str, dtype: torch.dtype) -> Any:
 
     make: Any = AutoModelForCausalLM.from_config
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place, **NO_CODE)
         with torch.device("meta"):
-            model = make(config, attn_implementation=attention, dtype=dtype)
+            model = make(config, attn_implementation=attention, dtype=dtype, **NO_CODE)
     except (OSError, ValueError) as error:
         raise HpcdlError(f"{place}: config.json is no causal language model's: {error}") from error
     if (Path(place) / "generation_config.json").is_file():

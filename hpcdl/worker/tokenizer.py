@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from hpcdl.errors import HpcdlError
 from hpcdl.spec.model import BYTE_TOKENIZER
+from hpcdl.worker.foreign import NO_CODE
 
 Message = Mapping[str, str]
 """One turn of a conversation: `{"role": "user" | "assistant" | "system", "content": …}`."""
@@ -106,7 +107,7 @@ class HfTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self._source, revision=self._revision)
+            return AutoTokenizer.from_pretrained(self._source, revision=self._revision, **NO_CODE)
         except (OSError, ValueError) as error:
             raise HpcdlError(
                 f"no tokenizer could be loaded from {self._source}: {error}\n"

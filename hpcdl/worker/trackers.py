@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from hpcdl import secrets
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.plain import to_plain
@@ -40,9 +41,12 @@ class Wandb(Tracker):
             id=f"{run.path.name}-{attempt.replace('.', '-')}",
             tags=[*tracker.tags, f"try-{attempt}"],
             dir=str(run.path),
-            config=to_plain(spec),
-            # Neither the terminal nor signals are wandb's: the agent writes the log, workers stop together.
-            settings=wandb.Settings(console="off", silent=True, x_disable_meta=False),
+            config=_without_secrets(to_plain(spec)),
+            # Neither the terminal nor signals are wandb's: the agent writes the log, workers stop together. Nor is
+            # the code: code/ has what git had, and wandb would send it away.
+            settings=wandb.Settings(
+                console="off", silent=True, x_disable_meta=False, disable_git=True, save_code=False
+            ),
         )
         self._run.define_metric("*", step_metric="step")
 
@@ -99,7 +103,8 @@ class Guarded(Tracker):
             act()
         except Exception as error:
             self._inner = None
-            message = f"tracker {self._name} failed and is off from here: {type(error).__name__}: {error}"
+            why = secrets.hide(f"{type(error).__name__}: {error}")
+            message = f"tracker {self._name} failed and is off from here: {why}"
             self._run.event("warning", message=message)
             print(message, flush=True)
 
@@ -116,6 +121,15 @@ def start(spec: ExperimentSpec, run: RunDir, attempt: str, *, active: bool) -> T
     if kind is None or not active:
         return Tracker()
     return Guarded(lambda: kind(spec, run, attempt), spec.tracker.name, run)
+
+
+def _without_secrets(plain: Any) -> Any:
+    """A config as it may leave this machine: the launcher has refused secrets, and can have missed one."""
+    if isinstance(plain, dict):
+        return {key: _without_secrets(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_without_secrets(value) for value in plain]
+    return secrets.hide(secrets.mask(plain)) if isinstance(plain, str) else plain
 
 
 def _sweep_of(run: RunDir) -> str | None:

@@ -17,7 +17,7 @@ from hpcdl.distributed.losses import linear_cross_entropy
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec, ModelSpec
 from hpcdl.tasks.distill import PACKAGE, Config
-from hpcdl.worker import model
+from hpcdl.worker import foreign, model
 from hpcdl.worker.tasks import pretrain
 
 CUTS_DOCUMENTS = pretrain.CUTS_DOCUMENTS
@@ -137,11 +137,12 @@ def load(spec: ExperimentSpec, config: Config, place: str, adapter: Path | None)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         teacher: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, attn_implementation=spec.model.attention
+            place, dtype=dtype, attn_implementation=spec.model.attention, **foreign.ONLY_WEIGHTS
         )
         if adapter is not None:
             from peft import PeftModel
 
+            foreign.refuse_imports(adapter)
             teacher = PeftModel.from_pretrained(teacher, str(adapter))
     except (OSError, ValueError, RuntimeError) as error:
         raise HpcdlError(f"task.teacher={config.teacher} can't be loaded: {error}") from error
@@ -153,7 +154,7 @@ def refuse_other_vocabulary(spec: ExperimentSpec, student: Any, place: str) -> N
     from transformers import AutoConfig
 
     try:
-        rows = AutoConfig.from_pretrained(place).vocab_size
+        rows = AutoConfig.from_pretrained(place, **foreign.NO_CODE).vocab_size
     except (OSError, ValueError) as error:
         raise HpcdlError(f"task.teacher={place} can't be loaded: {error}") from error
     mine = inner(student).config.vocab_size
@@ -176,6 +177,6 @@ def _vocabulary(place: str | None) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     try:
-        return dict(AutoTokenizer.from_pretrained(place).get_vocab())
+        return dict(AutoTokenizer.from_pretrained(place, **foreign.NO_CODE).get_vocab())
     except (OSError, ValueError) as error:
         raise HpcdlError(f"task.teacher: no tokenizer could be loaded from {place}: {error}") from error

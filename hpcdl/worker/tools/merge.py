@@ -24,6 +24,7 @@ from hpcdl.worker import adapters, merging, model, process
 from hpcdl.worker.cache import make_readable
 from hpcdl.worker.data.batches import batch
 from hpcdl.worker.data.prepare import open_dataset
+from hpcdl.worker.foreign import ONLY_WEIGHTS
 from hpcdl.worker.metrics import resident_peak_bytes
 from hpcdl.worker.tokenizer import Tokenizer
 from hpcdl.worker.tools import Request
@@ -170,7 +171,7 @@ def load(folder: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    made: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    made: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **ONLY_WEIGHTS)
     return made.eval()
 
 
