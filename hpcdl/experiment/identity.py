@@ -27,11 +27,12 @@ LEFT_OUT = {
         *("max_restarts", "max_requeues", "requeue", "array_parallelism", "max_array_size"),
     ),
     "offload": ("folder",),
+    "trainer": ("keep_best",),
 }
 """What changes neither the result nor what is measured. kind, nodes and processes stay in, so that a sweep
 over them makes different runs."""
 
-SECTIONS_LEFT_OUT = ("tracker", "monitor")
+SECTIONS_LEFT_OUT = ("tracker", "monitor", "preflight")
 
 
 def digest(spec: ExperimentSpec) -> str:

@@ -94,7 +94,7 @@ def type_of(key: str) -> Any:
 def _one(name: str, hint: Any, plain: Mapping[str, Any]) -> tuple[Any, list[Fault]]:
     section = dataclasses.is_dataclass(hint)
     if name not in plain:
-        if not section and name in _defaults():
+        if name in _defaults():
             return _defaults()[name], []
         fix = f"choose a file of the group: {name}=…" if section else f"{name}=…"
         return None, [Fault(key=name, value="", problem="is missing", allowed=words.allowed(hint), fix=fix)]

@@ -44,10 +44,14 @@ class Cause:
     """The rank's exit code, where torchrun told it; null where a signal ended it."""
     step: int | None = None
     """The last step that the rank came to, where it could say so."""
+    told: kinds.Kind | None = None
+    """What it is, where who saw it could tell better than its words do."""
 
     @property
     def kind(self) -> kinds.Kind:
         """What it is, by which is decided what follows (hpcdl.launch.progress)."""
+        if self.told is not None:
+            return self.told
         return kinds.kind_of(
             self.type,
             self.message,
@@ -97,8 +101,17 @@ def find(
     return min(heard or [own], key=_when)
 
 
-def record(run: RunDir, attempt: str, node: int, cause: Cause) -> None:
-    """Leaves this node's cause for the first node's agent: `errors/try<…>-node<k>.json`."""
+def record(run: RunDir, attempt: str, node: int, cause: Cause, *, restart: int | None = None) -> None:
+    """Leaves this node's cause for the first node's agent: `errors/try<…>-node<k>.json`.
+
+    Args:
+        run: the run.
+        attempt: HPCDL_TRY.
+        node: this node's number.
+        cause: what was seen here.
+        restart: how often the workers had been restarted in place, where the agent ended them itself and they
+            may start anew; null: this node's last word of the try.
+    """
     plain = {
         "time": cause.time,
         "node": cause.node,
@@ -113,9 +126,11 @@ def record(run: RunDir, attempt: str, node: int, cause: Cause) -> None:
         "errno": cause.number,
         "code": cause.code,
         "step": cause.step,
+        "kind": cause.told,
     }
     run.errors.mkdir(exist_ok=True)
-    write_json(run.errors / f"try{attempt}-node{node}.json", plain)
+    again = "" if restart is None else f"-restart{restart}-agent"
+    write_json(run.errors / f"try{attempt}{again}-node{node}.json", plain)
 
 
 def of_nodes(run: RunDir, attempt: str) -> int:
@@ -220,6 +235,7 @@ def _read(text: str) -> Cause | None:
         number=_whole(plain.get("errno")),
         code=_whole(plain.get("code")),
         step=_whole(plain.get("step")),
+        told=plain["kind"] if plain.get("kind") in kinds.WORDS else None,
     )
 
 

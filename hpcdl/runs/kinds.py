@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Literal
 
+from hpcdl.errors import HpcdlError
 from hpcdl.runs.failure import is_out_of_memory
 
 NEVER_RESTART = 78
@@ -146,9 +147,9 @@ def kind_of(
     for name in names:
         if name in _BY_TYPE:
             return _BY_TYPE[name]
-    for kind, pattern in _BY_WORDS:
-        if re.search(pattern, message):
-            return kind
+    told = of_words(message)
+    if told is not None:
+        return told
     if type_name in ("ExitCode", "torchrun"):
         # torchrun's own last words may be an exception's: torch isn't installed there, say.
         said = _ERROR_NAME.match(message)
@@ -161,10 +162,20 @@ def kind_of(
 
 
 def of_exception(error: BaseException) -> Kind:
-    """What an exception in this process is."""
+    """What an exception in this process is.
+
+    Of an HpcdlError it is what it was raised from that tells: «the checkpoint can't be written» is the disk's.
+    """
+    if isinstance(error, HpcdlError):
+        return "fault" if error.__cause__ is None else of_words(str(error)) or of_exception(error.__cause__)
     return kind_of(
         type(error).__name__,
         str(error),
         bases=[cls.__name__ for cls in type(error).__mro__[1:]],
         number=error.errno if isinstance(error, OSError) else None,
     )
+
+
+def of_words(message: str) -> Kind | None:
+    """What an error's message says it is; None where it says nothing of the kind."""
+    return next((kind for kind, pattern in _BY_WORDS if re.search(pattern, message)), None)

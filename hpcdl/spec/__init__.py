@@ -7,7 +7,7 @@ from hpcdl.spec.experiment import ExperimentSpec, LaunchOptions
 from hpcdl.spec.model import ModelShape, ModelSpec
 from hpcdl.spec.parallel import ParallelSpec
 from hpcdl.spec.train import OptimSpec, TaskSpec, TrainerSpec
-from hpcdl.spec.watch import MonitorSpec, TrackerSpec
+from hpcdl.spec.watch import MonitorSpec, PreflightSpec, TrackerSpec
 
 __all__ = [
     "ClusterSpec",
@@ -22,6 +22,7 @@ __all__ = [
     "ParallelSpec",
     "PartitionLimits",
     "PeftSpec",
+    "PreflightSpec",
     "PruneSpec",
     "QuantSpec",
     "TaskSpec",

@@ -14,7 +14,7 @@ from hpcdl.spec.data import DataSpec
 from hpcdl.spec.model import ModelSpec
 from hpcdl.spec.parallel import ParallelSpec
 from hpcdl.spec.train import OptimSpec, TaskSpec, TrainerSpec
-from hpcdl.spec.watch import MonitorSpec, TrackerSpec
+from hpcdl.spec.watch import MonitorSpec, PreflightSpec, TrackerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,7 @@ class ExperimentSpec:
     cluster: ClusterSpec
     tracker: TrackerSpec
     monitor: MonitorSpec
+    preflight: PreflightSpec = field(default_factory=PreflightSpec)
 
 
 def default_runs_dir() -> str:

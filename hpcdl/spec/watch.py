@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl, and what is measured beside them."""
+"""Where metrics go besides metrics.jsonl, what is measured beside them, and what is looked at before and meanwhile."""
 
 from __future__ import annotations
 
@@ -35,3 +35,28 @@ class MonitorSpec:
     communication_steps: Annotated[int, Ge(0)] = 2
     """Steps of each try in which calls, bytes and seconds of collectives are measured; 0: none. They are left
     out of the average speed."""
+    hang_factor: Annotated[float, Ge(0)] = 30.0
+    """No step for this many times the try's median step is a hang: all ranks' stacks are written down, and the
+    workers are ended; 0: never."""
+    hang_min_s: Annotated[float, Gt(0)] = 300.0
+    """But not before so many seconds."""
+    hang_quiet_s: Annotated[float, Gt(0)] = 7200.0
+    """Seconds without a sign that are a hang where no step has been timed yet, in an evaluation, in a
+    checkpoint and at the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightSpec:
+    """What each node is looked at for before it trains; one that is not fit is left out and the job requeued."""
+
+    name: Literal["none", "default"] = "default"
+    """`none`: only that the run directory can be written."""
+    disk_gb: Annotated[float, Gt(0)] | None = None
+    """GiB that must be free on the run directory's disk; null: what a checkpoint of this experiment takes."""
+    clock_s: Annotated[float, Gt(0)] = 60.0
+    """Seconds that a node's clock may differ from the shared disk's."""
+    allreduce_mib: Annotated[float, Ge(0)] = 4.0
+    """MiB that the nodes send one another and add up before the first step, to tell the links' bandwidth;
+    0: nothing."""
+    min_mib_per_s: Annotated[float, Gt(0)] | None = None
+    """A node whose link is slower is not fit; null: the slowest is only named."""

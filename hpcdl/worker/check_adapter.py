@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl.compress import quant
+from hpcdl.runs.spec import read_spec
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.worker.spec import read_spec
+from hpcdl.worker.foreign import ONLY_WEIGHTS, refuse_imports
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Relative: bf16 has 8 bits of mantissa, and autocast rounds elsewhere than a bf16 model."""
@@ -43,7 +44,8 @@ def plain_loss(spec: ExperimentSpec, adapter: Path) -> float:
     if place.is_dir() and (held := quantized.scheme_of(place)) is not None:
         base: Any = quantized.load(place, held, spec.model.attention, dtype)
     else:
-        base = quant.hold(spec, AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype))
+        base = quant.hold(spec, AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, **ONLY_WEIGHTS))
+    refuse_imports(adapter)
     tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
     tokenizer = model.tokenizer_for(spec.model, model.weights_place(spec.model))
     heldout = open_dataset(spec, tokenizer).heldout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from dataclasses import dataclass
 
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
@@ -12,13 +11,6 @@ from hpcdl.runs.kinds import NEVER_RESTART, of_exception
 from hpcdl.runs.store import RunDir, now
 from hpcdl.worker.metrics import resident_peak_bytes
 from hpcdl.worker.process import Process
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far this rank has come; the loop keeps it up to date."""
-
-    step: int = 0
 
 
 def _peak_memory_bytes() -> int:
@@ -47,8 +39,7 @@ def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
         "rank": who.rank,
         "step": step,
         "type": type(error).__name__,
-        "bases": [cls.__name__ for cls in type(error).__mro__[1:]],
-        "errno": error.errno if isinstance(error, OSError) else None,
+        "kind": of_exception(error),
         "message": str(error),
         "traceback": text,
         "peak_memory_bytes": _peak_memory_bytes(),

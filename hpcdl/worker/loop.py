@@ -19,8 +19,8 @@ from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.control import Gathering
 from hpcdl.worker.data.loader import Loader
 from hpcdl.worker.data.prepare import Dataset
-from hpcdl.worker.errors import Progress
 from hpcdl.worker.evaluate import heldout_loss
+from hpcdl.worker.heartbeat import Progress
 from hpcdl.worker.memory import Meter, step_to_measure
 from hpcdl.worker.metrics import Metrics, evaluation, peak_memory_bytes
 from hpcdl.worker.optim import learning_rate
@@ -171,7 +171,8 @@ def run(parts: Parts, totals: Totals) -> str | None:
         with profiled or (meter.during() if meter else nullcontext()):
             watch.start()
             under.append(train_step(parts, step))
-            totals.step = parts.progress.step = step
+            totals.step = step
+            parts.progress.reach(step)
             # Of the step that takes this time, though the others may report theirs later.
             tokens = under[-1].tokens
             outcomes = _reached(parts, under, step)
@@ -196,7 +197,8 @@ def run(parts: Parts, totals: Totals) -> str | None:
         if stopping and parts.who.is_first:
             parts.run.event("stopping", reason=stop, step=totals.step)
         if last or _checkpoint_due(parts.spec, totals.step):
-            parts.checkpointer.save(totals, wait=last)
+            with parts.progress.during("checkpoint"):
+                parts.checkpointer.save(totals, wait=last)
         if stopping:
             return stop
 
@@ -274,8 +276,10 @@ def _evaluation_due(parts: Parts, step: int) -> bool:
 
 
 def _evaluate(parts: Parts, step: int) -> None:
-    loss = heldout_loss(parts.spec, parts.engine, parts.data.heldout, parts.data_rank, parts.data_ranks)
+    with parts.progress.during("evaluation"):
+        loss = heldout_loss(parts.spec, parts.engine, parts.data.heldout, parts.data_rank, parts.data_ranks)
     parts.metrics.write(evaluation(step, loss))
+    parts.checkpointer.note(step, loss)
 
 
 def _log(parts: Parts, totals: Totals, outcome: StepOutcome, watch: Stopwatch) -> None:

@@ -11,18 +11,19 @@ import sys
 from pathlib import Path
 
 from hpcdl.compress import quant
+from hpcdl.runs.spec import read_spec
 from hpcdl.runs.store import RunDir
-from hpcdl.worker import errors, monitor, process
+from hpcdl.worker import errors, heartbeat, monitor, process
+from hpcdl.worker.heartbeat import Progress
 from hpcdl.worker.process import Process
 from hpcdl.worker.signals import Stop
-from hpcdl.worker.spec import read_spec
 
 
 def main(run: RunDir) -> None:
     """Trains the run's experiment; leaves the process group only after everyone has come to the end."""
     who = process.from_environment()
-    progress = errors.Progress()
     process.die_with_parent()
+    progress = heartbeat.start(who)
     stop = Stop(run, watch_file=who.is_first)
     try:
         with monitor.watch(read_spec(run.spec_file).monitor, run, who):
@@ -35,7 +36,7 @@ def main(run: RunDir) -> None:
             os._exit(errors.exit_code(error))  # at once: a tidy exit would wait for ranks that wait for this one
 
 
-def train(run: RunDir, who: Process, stop: Stop, progress: errors.Progress) -> None:
+def train(run: RunDir, who: Process, stop: Stop, progress: Progress) -> None:
     """Joins the other ranks with the threads and cores that are this one's, then trains."""
     spec = read_spec(run.spec_file)
     quant.hide_unused(quant.needs(spec))

@@ -34,7 +34,8 @@ from hpcdl.worker import (
 from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.data.loader import Loader, Reading
 from hpcdl.worker.data.prepare import Dataset, open_dataset
-from hpcdl.worker.errors import Progress
+from hpcdl.worker.heartbeat import Progress
+from hpcdl.worker.keeping import Keeper
 from hpcdl.worker.memory import Meter
 from hpcdl.worker.process import Process, bf16_is_slow
 from hpcdl.worker.signals import Stop
@@ -69,7 +70,7 @@ def train(
 ) -> None:
     """Trains until the last step or the order to stop; the first rank leaves the result and the outcome."""
     ready = prepare(spec, run, who, device)
-    progress.step = ready.totals.step
+    progress.begin(ready.totals.step)
     tracker = trackers.start(spec, run, who.attempt, active=who.is_first)
     lines = metrics.Metrics(run, tracker, active=who.is_first)
     if who.is_first:
@@ -78,6 +79,7 @@ def train(
         lines.rewind(ready.totals.step)
     mfu_of = network.seconds_at_peak(spec, ready.size, device, who.world_size)
     reason = drive(spec, run, who, ready, lines, stop, progress, mfu_of)
+    progress.end()
     if who.is_first:
         summary = finish(spec, run, who, ready, lines, mfu_of) if reason is None else {}
         tracker.finish(summary)
@@ -99,7 +101,8 @@ def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.devic
         run.event("loaded", seconds=round(time.perf_counter() - started, 3))
     size = network.size_of(net.model)
     weights = control.fingerprint(net.trainable() if who.world_size > 1 else ())
-    found = resume.choose(run, who, weights, device, spec.trainer.resume_from)
+    keeper = Keeper(run, who, spec.trainer)
+    found = resume.choose(run, who, keeper, weights, device, spec.trainer.resume_from)
     first_step = resume.first_step(run, found)
     if grid.dims.world_size == grid.dims.dp_replicate:  # else a part of it will be enough for the device
         net.to_device()
@@ -107,7 +110,7 @@ def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.devic
         result.sample_before(spec, run, net, tokenizer)
     engine = network.parallelize(spec, net, grid)
     lesson = tasks.attach(spec, engine)
-    saver = Checkpointer(run, who, engine, spec, data_digest=data.digest, first_step=first_step)
+    saver = Checkpointer(run, who, engine, spec, keeper, data_digest=data.digest, first_step=first_step)
     rng.seed_all(spec.seed, who.rank)
     totals = resume.totals_from(run, found)
     if found is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hpcdl.errors import HpcdlError
 from hpcdl.launch import progress
 from hpcdl.launch.causes import Cause
 from hpcdl.launch.progress import Failure, Limits, verdict
@@ -152,6 +153,11 @@ def test_a_node_that_may_not_be_left_out_ends_the_run() -> None:
     assert (decided.then, decided.why) == ("stop", "node c3 is not fit, and the job can't be kept off it")
 
 
+def raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 def started(attempt: str, **more: Any) -> dict[str, Any]:
     return {"event": "started", "try": attempt, **more}
 
@@ -238,6 +244,12 @@ def test_kinds(type_name: str, message: str, more: dict[str, Any], kind: Kind) -
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
+        (
+            raised_from(HpcdlError("can't be written: [Errno 28] No space left on device"), OSError(28, "x")),
+            "disk",
+        ),
+        (raised_from(HpcdlError("model.path: no such file"), FileNotFoundError(2, "x")), "fault"),
+        (HpcdlError("lower optim.lr: No space left on device"), "fault"),
         (ImportError("x"), "fault"),
         (OSError(116, "Stale file handle"), "disk"),
         (BrokenPipeError(32, "Broken pipe"), "network"),

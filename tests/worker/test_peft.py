@@ -131,8 +131,8 @@ def test_methods_differ(alone: dict[str, Finished]) -> None:
 
 @pytest.mark.parametrize("name", METHODS[1:])
 def test_an_adapter_is_read_by_peft(alone: dict[str, Finished], name: str) -> None:
+    from hpcdl.runs.spec import read_spec
     from hpcdl.worker.check_adapter import plain_loss
-    from hpcdl.worker.spec import read_spec
 
     run = alone[name]
     assert plain_loss(read_spec(run.run.spec_file), Path(run.result()["adapter"])) == pytest.approx(

@@ -217,8 +217,8 @@ def test_model_and_adapter_load_elsewhere(workers: Workers) -> None:
     """What is saved gives the same loss in plain transformers and peft."""
     from transformers import AutoModelForCausalLM
 
+    from hpcdl.runs.spec import read_spec
     from hpcdl.worker.check_adapter import plain_loss
-    from hpcdl.worker.spec import read_spec
 
     tuned = workers.train(2, peft__name="lora", peft__rank=4, peft__targets=["q_proj", "v_proj"])
     adapter = Path(tuned.result()["adapter"])

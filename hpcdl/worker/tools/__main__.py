@@ -13,8 +13,8 @@ from typing import Any
 
 from hpcdl.compress import quant
 from hpcdl.errors import HpcdlError
+from hpcdl.runs.spec import read_spec
 from hpcdl.worker.process import kill_with_parent
-from hpcdl.worker.spec import read_spec
 from hpcdl.worker.tools import Request
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hpcdl import compress, parallel, tasks
 from hpcdl.compress import offload, prune, quant
@@ -12,7 +14,11 @@ from hpcdl.spec.plain import from_plain, load_yaml
 
 def read_spec(path: Path) -> ExperimentSpec:
     """The experiment that `path` holds; it was validated before it was written."""
-    plain = load_yaml(path)
+    return spec_of(load_yaml(path))
+
+
+def spec_of(plain: Mapping[str, Any]) -> ExperimentSpec:
+    """The experiment that spec.yaml's content says."""
     return from_plain(
         ExperimentSpec,
         plain,

@@ -1,0 +1,334 @@
+"""A hang told from slow progress: each node's agent listens to its own ranks, and asks them where they are.
+
+Slow is a step that takes long; a hang is one that takes `monitor.hang_factor` times as long as the median step of
+this try. What has no median (the start, the first step with its compilation, an evaluation, a checkpoint) has
+`monitor.hang_quiet_s`. Ranks that wait in a collective are silent too: who has not come there is told by the
+stacks, which each rank's faulthandler writes from a signal handler in C, also while Python itself can't run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from hpcdl.launch.causes import Cause
+from hpcdl.runs import beats, kinds
+from hpcdl.runs.beats import Beat
+from hpcdl.runs.files import write_json
+from hpcdl.runs.store import RunDir
+
+LOOK_EVERY_S = 1.0
+_ENOUGH = 3
+"""Timed steps that make a median."""
+_LONGEST_LOOK_S = 5.0
+"""An agent that was itself stopped (scontrol suspend, a laptop's lid) doesn't take that time for its ranks'."""
+_DUMP_LIMIT_S = 3.0
+_PEERS_LIMIT_S = 5.0
+"""How long to wait for what the other nodes' agents have seen: they count with their own clocks."""
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
+_WAITS = re.compile(
+    r"torch/distributed/|torch/autograd/graph\.py:.*_engine_run_backward|worker/control\.py:.* wait"
+)
+"""Innermost frames of a rank that waits for others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When silence is a hang (`monitor`)."""
+
+    factor: float
+    """Times the median step; 0: nobody listens."""
+    min_s: float
+    """But not before, in seconds."""
+    quiet_s: float
+    """Where there is no median, in seconds."""
+
+    @classmethod
+    def of(cls, monitor: Mapping[str, Any]) -> Limits:
+        """From spec.yaml's `monitor` section; one of an older version has no such keys: nobody listens."""
+        return cls(
+            factor=float(monitor.get("hang_factor", 0)),
+            min_s=float(monitor.get("hang_min_s", 0)),
+            quiet_s=float(monitor.get("hang_quiet_s", 0)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Where one silent rank is."""
+
+    rank: int
+    node: str
+    step: int
+    """Steps done."""
+    phase: str
+    state: str
+    """The kernel's letter for the process: S sleeps, R runs, D waits for a disk, T is stopped; empty: gone."""
+    frames: tuple[str, ...]
+    """The main thread's, innermost first: `worker/loop.py:12 train_step`; none: it gave no answer."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for other ranks."""
+        return bool(self.frames) and bool(_WAITS.search(self.frames[0]))
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        if self.state == "T":
+            return "is stopped (SIGSTOP)"
+        if self.state in ("", "Z"):
+            return "is gone"
+        if self.state == "D":
+            return f"waits for a disk{f' in {self.frames[0]}' if self.frames else ''}"
+        if not self.frames:
+            return "gives no answer"
+        return f"{'waits' if self.waits else 'is'} in {self.frames[0]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hang:
+    """Ranks of this node that have been silent for too long."""
+
+    silent_s: float
+    limit_s: float
+    median_s: float | None
+    beats: tuple[Beat, ...]
+    """All of the node's ranks."""
+
+    @property
+    def restart(self) -> int:
+        """Restarts in place before it."""
+        return max(beat.restart for beat in self.beats)
+
+    @property
+    def words(self) -> str:
+        """What was seen and why it is taken for a hang."""
+        usual = "" if self.median_s is None else f"; the median step takes {self.median_s:.3g} s"
+        steps = max(beat.step for beat in self.beats)
+        phase = next((beat.phase for beat in self.beats if beat.phase != "step"), "step")
+        what = "no step" if phase == "step" else f"no sign from the {phase}"
+        return f"{what} for {self.silent_s:.0f} s after step {steps} (limit {self.limit_s:.0f} s{usual})"
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What is known of one rank's signs."""
+
+    beat: Beat
+    silent_s: float = 0.0
+    took: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    """Seconds a step, a sample a look."""
+
+
+class Watch:
+    """Listens to this node's ranks.
+
+    Args:
+        folder: of the node's own, for the ranks' signs.
+        limits: when silence is a hang.
+    """
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self._folder = folder
+        self._limits = limits
+        self._heard: dict[int, _Heard] = {}
+        self._looked = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """The last step that a rank of this node has come to."""
+        return max((beat.step for beat in beats.listen(self._folder)), default=0)
+
+    def look(self) -> Hang | None:
+        """What there is to say by now; asks its ranks at most once a second."""
+        now = time.monotonic()
+        if not self._limits.factor or now - self._looked < LOOK_EVERY_S:
+            return None
+        passed, self._looked = min(now - self._looked, _LONGEST_LOOK_S), now
+        return self.hear(beats.listen(self._folder), passed)
+
+    def hear(self, said: Sequence[Beat], passed_s: float) -> Hang | None:
+        """Takes in the signs after `passed_s` seconds more; a hang, once any rank has been silent too long."""
+        for beat in said:
+            heard = self._heard.get(beat.rank)
+            if heard is None or heard.beat.pid != beat.pid:
+                self._heard[beat.rank] = _Heard(beat)
+                continue
+            heard.silent_s += passed_s
+            if beat.count == heard.beat.count:
+                continue
+            steps = beat.step - heard.beat.step
+            if steps > 0 and heard.beat.phase == beat.phase == "step":
+                heard.took.append(heard.silent_s / steps)
+            heard.beat, heard.silent_s = beat, 0.0
+        for heard in self._heard.values():
+            limit, median = self._limit(heard)
+            if heard.silent_s > limit:
+                self._heard = {}
+                return Hang(silent_s=heard.silent_s, limit_s=limit, median_s=median, beats=tuple(said))
+        return None
+
+    def _limit(self, heard: _Heard) -> tuple[float, float | None]:
+        if heard.beat.phase != "step" or len(heard.took) < _ENOUGH:
+            return self._limits.quiet_s, None
+        median = statistics.median(heard.took)
+        return max(self._limits.min_s, self._limits.factor * median), median
+
+    def dump(self, hang: Hang, run: RunDir, attempt: str, node: str) -> list[Look]:
+        """Has every rank of this node write its stacks into the run directory; where each of them is.
+
+        `errors/try<t>-restart<n>-rank<r>-stacks.txt`.
+        """
+        for beat in hang.beats:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(beat.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + _DUMP_LIMIT_S
+        texts = [""] * len(hang.beats)
+        while time.monotonic() < deadline:
+            before, texts = texts, [_read(beats.stacks_file(self._folder, beat.rank)) for beat in hang.beats]
+            if all(texts) and texts == before:
+                break
+            time.sleep(0.1)
+        looks = []
+        for beat, text in zip(hang.beats, texts, strict=True):
+            if text:
+                name = f"try{attempt}-restart{beat.restart}-rank{beat.rank}-stacks.txt"
+                shutil.copyfile(beats.stacks_file(self._folder, beat.rank), run.errors / name)
+            looks.append(
+                Look(
+                    rank=beat.rank,
+                    node=node,
+                    step=beat.step,
+                    phase=beat.phase,
+                    state=_state(beat.pid),
+                    frames=main_thread(text),
+                )
+            )
+        return looks
+
+
+def gather(run: RunDir, attempt: str, restart: int, node: int, nodes: int, own: Sequence[Look]) -> list[Look]:
+    """Tells the other nodes' agents where this node's ranks are; where all ranks are, as far as it was told.
+
+    Args:
+        run: the run.
+        attempt: the try.
+        restart: restarts in place before it.
+        node: this node's number.
+        nodes: how many there are.
+        own: this node's ranks.
+    """
+    stem = f"hang-try{attempt}-restart{restart}"
+    write_json(run.errors / f"{stem}-node{node}.looks", [asdict(look) for look in own])
+    deadline = time.monotonic() + _PEERS_LIMIT_S
+    files = list(run.errors.glob(f"{stem}-node*.looks"))
+    while len(files) < nodes and time.monotonic() < deadline:
+        time.sleep(0.1)
+        files = list(run.errors.glob(f"{stem}-node*.looks"))
+    looks = [_look(plain) for file in files for plain in json.loads(file.read_text(encoding="utf-8"))]
+    return sorted(looks, key=lambda look: look.rank)
+
+
+def _look(plain: Mapping[str, Any]) -> Look:
+    return Look(**{**plain, "frames": tuple(plain["frames"])})
+
+
+def differing(looks: Sequence[Look]) -> list[Look]:
+    """The ranks that the others wait for; none where they are all alike, or it can't be told."""
+    signs = (
+        lambda look: look.state in ("T", "D", "Z", "") or not look.frames,
+        lambda look: look.step < max(other.step for other in looks),
+        lambda look: not look.waits,
+    )
+    for differs in signs:
+        found = [look for look in looks if differs(look)]
+        if 0 < len(found) < len(looks):
+            return found
+    places = Counter(look.frames[:5] for look in looks)
+    (usual, count), *others = places.most_common()
+    if others and count > others[0][1]:
+        return [look for look in looks if look.frames[:5] != usual]
+    return []
+
+
+def cause(hang: Hang, looks: Sequence[Look], node: str) -> Cause:
+    """The hang as the root cause of the try's end: earlier than what it leads to.
+
+    Args:
+        hang: what this node's agent has seen.
+        looks: where all ranks are.
+        node: this node, to blame where no rank differs.
+    """
+    odd = differing(looks)
+    rest = [look for look in looks if look not in odd]
+    said = [f"rank {look.rank} ({look.node}) {look.where}" for look in odd[:4]]
+    for where, ranks in _together(rest).items():
+        said.append(f"{_ranks(ranks)} {where}")
+    since = datetime.now(UTC) - timedelta(seconds=hang.silent_s)
+    first = odd[0] if odd else None
+    return Cause(
+        time=since.isoformat(timespec="milliseconds"),
+        type=kinds.HANG,
+        message=f"{hang.words}: {'; '.join(said)}",
+        node=first.node if first else node,
+        rank=first.rank if first else None,
+        step=max(look.step for look in looks),
+    )
+
+
+def _together(looks: Sequence[Look]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for look in looks:
+        found.setdefault(look.where, []).append(look.rank)
+    return found
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    named = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
+
+
+def main_thread(text: str) -> tuple[str, ...]:
+    """The main thread's frames from what faulthandler last wrote, innermost first, `worker/loop.py:12 run`.
+
+    The main thread is the one that began in a module; faulthandler lists threads from the youngest to the oldest.
+    """
+    threads: list[list[str]] = []
+    for line in text.splitlines():
+        if line.endswith("(most recent call first):"):
+            threads.append([])
+        elif threads and (frame := _FRAME.match(line)):
+            path, number, name = frame.groups()
+            threads[-1].append(f"{_short(path)}:{number} {name}")
+    main = [frames for frames in threads if frames and frames[-1].endswith(("<module>", " _run_code"))]
+    return tuple((main or threads or [[]])[-1])
+
+
+def _short(path: str) -> str:
+    """`torch/distributed/x.py` of a package, else the last two parts."""
+    inside = path.rpartition("site-packages/")
+    return inside[2] if inside[1] else "/".join(Path(path).parts[-2:])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _state(pid: int) -> str:
+    return (_read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split() or [""])[0]
