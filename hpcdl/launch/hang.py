@@ -88,14 +88,14 @@ class Look:
     def where(self) -> str:
         """In words."""
         if self.state == "T":
-            return "is stopped (SIGSTOP)"
+            return "stopped (SIGSTOP)"
         if self.state in ("", "Z"):
-            return "is gone"
+            return "gone"
         if self.state == "D":
-            return f"waits for a disk{f' in {self.frames[0]}' if self.frames else ''}"
+            return f"waiting for a disk{f' in {self.frames[0]}' if self.frames else ''}"
         if not self.frames:
-            return "gives no answer"
-        return f"{'waits' if self.waits else 'is'} in {self.frames[0]}"
+            return "without an answer"
+        return f"{'waiting ' if self.waits else ''}in {self.frames[0]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
