@@ -17,8 +17,6 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from hpcdl import secrets
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
@@ -107,4 +105,6 @@ def format_faults(faults: Sequence[Fault]) -> str:
             if text:
                 lines.append(f"   {label + ':':<9}{text}")
         lines.append("")
+    from hpcdl import secrets  # only where there is something to say
+
     return secrets.mask("\n".join(lines).rstrip()) + "\n"

@@ -27,58 +27,43 @@ FILE = "~/.config/hpcdl/secrets.env"
 LEAST = 8
 """Shorter values are not looked for in what is written: too many words would be taken for them."""
 
-_NAME = re.compile(
+_NAME = (
     r"(^|_)(TOKENS?_SECRET|(ACCESS|AUTH|API|BEARER|REFRESH|ID)?TOKEN|(ACCESS|AUTH|API|SECRET|PRIVATE)?KEY|PASSPHRASE|PASSWD|PWD|PAT|JWT|CREDENTIALS?)$"
     r"|SECRET|PASSWORD|^AWS_"
 )
-_NO_SECRET = re.compile(
+_NO_SECRET = (
     r"_(FILE|PATH|DIR|FOLDER|HELPER|COMMAND|CMD|NAME|ID_FIELD)$|(^|_)(PUBLIC|SORT|PRIMARY|FOREIGN)_KEY$|^OLDPWD$|^PWD$"
     r"|^AWS_((DEFAULT_)?REGION|(DEFAULT_)?PROFILE|DEFAULT_OUTPUT|CONFIG_\w+|ENDPOINT_URL\w*|CA_BUNDLE|EC2_\w+|STS_\w+"
     r"|MAX_ATTEMPTS|RETRY_MODE|SHARED_\w+|PAGER|ROLE_\w+|EXECUTION_ENV|SDK_\w+)$"
 )
-_PLACE = re.compile(r"(~|\$\{?\w+\}?)?(/[\w.@+-]+)+")
+_PLACE = r"(~|\$\{?\w+\}?)?(/[\w.@+-]+)+"
 """A path: what a KEY or CREDENTIALS variable often holds instead of the secret itself."""
 
 _LITERAL = r"[^\s\"'`$<>(){}\[\],;|&…]"
 """What a value is made of that stands there itself; `$NAME`, `$(command)` and <placeholder> don't."""
-_LOOKS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    (
-        "a password in an address",
-        re.compile(r"[a-z][a-z0-9+.-]*://[^\s/@:\"']*:(?P<value>[^\s/@$\"'][^\s/@\"']*)@", re.I),
-    ),
-    ("a token in an address", re.compile(r"[a-z][a-z0-9+.-]*://(?P<value>[A-Za-z0-9_-]{20,})@", re.I)),
+_LOOKS: tuple[tuple[str, str], ...] = (
+    ("a password in an address", r"(?i)[a-z][a-z0-9+.-]*://[^\s/@:\"']*:(?P<value>[^\s/@$\"'][^\s/@\"']*)@"),
+    ("a token in an address", r"(?i)[a-z][a-z0-9+.-]*://(?P<value>[a-z0-9_-]{20,})@"),
     (
         "a key in an address",
-        re.compile(
-            r"[?&](?:[a-z_]*token|api_?key|key|sig|signature|password|x-amz-(?:signature|security-token))="
-            r"(?P<value>[^\s&#$\"']{4,})",
-            re.I,
-        ),
+        r"(?i)[?&](?:[a-z_]*token|api_?key|key|sig|signature|password|x-amz-(?:signature|security-token))="
+        r"(?P<value>[^\s&#$\"']{4,})",
     ),
-    (
-        "a token",
-        re.compile(r"\b(?P<value>hf_[A-Za-z0-9]{16,}|gh[opsru]_[A-Za-z0-9]{20,}|github_pat_\w{20,})\b"),
-    ),
-    ("a token", re.compile(r"\b(?P<value>glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|sk-[A-Za-z0-9_-]{20,})")),
-    ("a token", re.compile(r"\b(?P<value>(?:AKIA|ASIA)[0-9A-Z]{16}|wandb_v\d_\w{20,})\b")),
-    ("a token", re.compile(r"\b(?P<value>eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})")),
-    ("a private key", re.compile(r"(?P<value>-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END|\Z))")),
+    ("a token", r"\b(?P<value>hf_[A-Za-z0-9]{16,}|gh[opsru]_[A-Za-z0-9]{20,}|github_pat_\w{20,})\b"),
+    ("a token", r"\b(?P<value>glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|sk-[A-Za-z0-9_-]{20,})"),
+    ("a token", r"\b(?P<value>(?:AKIA|ASIA)[0-9A-Z]{16}|wandb_v\d_\w{20,})\b"),
+    ("a token", r"\b(?P<value>eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})"),
+    ("a private key", r"(?P<value>-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END|\Z))"),
     (
         "a password on a command line",
-        re.compile(
-            rf"(?<!\S)--?(?:token|password|passwd|api[-_]key|secret|auth)(?:\s+|=)[\"']?(?P<value>(?!-){_LITERAL}+)"
-        ),
+        r"(?<!\S)--?(?:token|password|passwd|api[-_]key|secret|auth)(?:\s+|=)[\"']?"
+        rf"(?P<value>(?!-){_LITERAL}+)",
     ),
-    (
-        "a token on a command line",
-        re.compile(rf"\bwandb\s+login\s+(?:--?\w\S*\s+)*(?P<value>(?!-){_LITERAL}{{8,}})"),
-    ),
-    (
-        "a token in a header",
-        re.compile(rf"\b(?:Bearer|Authorization:\s*\w+)\s+(?P<value>{_LITERAL}{{8,}})", re.I),
-    ),
+    ("a token on a command line", rf"\bwandb\s+login\s+(?:--?\w\S*\s+)*(?P<value>(?!-){_LITERAL}{{8,}})"),
+    ("a token in a header", rf"(?i)\b(?:Bearer|Authorization:\s*\w+)\s+(?P<value>{_LITERAL}{{8,}})"),
 )
-_ASSIGNED = re.compile(
+"""What secrets look like, by kind. Compiled when first looked for: that takes longer than a command's start may."""
+_ASSIGNED = (
     r"(?<![\w$])(?P<name>[A-Za-z_]\w*)[\"']?\]?(?:=|\s*:\s+|\s+=\s+(?=[\"']))"
     rf"(?=\"(?P<double>[^\"$`\n]+)\"|'(?P<single>[^'\n]+)'|(?P<bare>{_LITERAL}+)(?![\w(\[{{.]))"
 )
@@ -101,11 +86,10 @@ _LOWER = frozenset(
 )
 """Names in small letters that are secrets'; `pad_token` and `sort_key` are not."""
 
-_FILES = re.compile(
+_FILES = (
     r"\.env(\..*)?|.*\.env|\.netrc|_netrc|\.pgpass|\.git-credentials|\.pypirc|\.npmrc|id_(rsa|dsa|ecdsa|ed25519)(_.*)?"
     r"|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)|credentials(\..*)?|.*secrets?(\.(ya?ml|json|toml|ini|txt|cfg|conf))?"
-    r"|\.?(hf_|wandb_|api_|access_)?(token|api_?key)(\.txt)?",
-    re.I,
+    r"|\.?(hf_|wandb_|api_|access_)?(token|api_?key)(\.txt)?"
 )
 _FOLDERS = frozenset({".aws", ".ssh", ".gnupg", ".azure", ".kube", ".docker"})
 
@@ -124,7 +108,7 @@ class Found:
 def is_name(name: str) -> bool:
     """Whether a variable of this name holds a secret, as far as a name tells."""
     plain = re.sub(r"[^A-Z0-9_]", "_", name.upper())
-    return bool(_NAME.search(plain)) and not _NO_SECRET.search(plain)
+    return bool(re.search(_NAME, plain)) and not re.search(_NO_SECRET, plain)
 
 
 def is_value(name: str, value: str) -> bool:
@@ -136,7 +120,7 @@ def is_value(name: str, value: str) -> bool:
         or value.lstrip().startswith("$")
     ):
         return False
-    return not (_PLACE.fullmatch(value) and re.search(r"(KEY|CREDENTIALS?)$", name.upper()))
+    return not (re.fullmatch(_PLACE, value) and re.search(r"(KEY|CREDENTIALS?)$", name.upper()))
 
 
 def is_file(path: str) -> bool:
@@ -146,17 +130,17 @@ def is_file(path: str) -> bool:
         r"(example|sample|template|dist)$", pure.name, re.I
     ):
         return False
-    return bool(_FILES.fullmatch(pure.name)) or not _FOLDERS.isdisjoint(pure.parts)
+    return bool(re.fullmatch(_FILES, pure.name, re.I)) or not _FOLDERS.isdisjoint(pure.parts)
 
 
 def find(text: str) -> list[Found]:
     """The secrets that stand in a text literally, from its beginning on; none twice."""
     found = [
         Found(what, match["value"], *match.span("value"))
-        for what, look in _LOOKS
+        for what, look in _looks()
         for match in look.finditer(text)
     ]
-    for match in _ASSIGNED.finditer(text):
+    for match in _assigned().finditer(text):
         name, kind = match["name"], match.lastgroup or "bare"
         if (name.isupper() or name.lower() in _LOWER) and is_value(name, match[kind]):
             found.append(Found(f"a value of {name}", match[kind], *match.span(kind)))
@@ -165,6 +149,16 @@ def find(text: str) -> list[Found]:
         if not apart or each.start >= apart[-1].end:
             apart.append(each)
     return apart
+
+
+@cache
+def _looks() -> list[tuple[str, re.Pattern[str]]]:
+    return [(what, re.compile(look)) for what, look in _LOOKS]
+
+
+@cache
+def _assigned() -> re.Pattern[str]:
+    return re.compile(_ASSIGNED)
 
 
 def mask(text: str) -> str:

@@ -14,9 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pwd
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -29,10 +27,20 @@ MASKS: dict[str, int] = {"owner": 0o077, "group": 0o027, "all": 0o022}
 
 
 @contextlib.contextmanager
-def made_for(readers: Readers) -> Iterator[None]:
-    """Files and folders made meanwhile, and by processes started meanwhile, are for these readers."""
+def made_for(readers: Readers, *above: Path) -> Iterator[None]:
+    """Files and folders made meanwhile, and by processes started meanwhile, are for these readers.
+
+    Args:
+        readers: who.
+        above: folders that they have to get through; those that are there and this user's are opened for them.
+    """
     before = os.umask(MASKS[readers])
     try:
+        for folder in above:
+            with contextlib.suppress(OSError):  # not there yet, or somebody else's
+                mode = folder.stat().st_mode
+                if (wanted := mode | (0o755 & ~MASKS[readers])) != mode:
+                    folder.chmod(stat.S_IMODE(wanted))
         yield
     finally:
         os.umask(before)
@@ -74,6 +82,8 @@ def open_text(path: Path) -> IO[Any]:
 
 def owner(path: Path) -> str:
     """Name of a file's owner, or its number."""
+    import pwd  # as below: only where something is wrong
+
     number = path.lstat().st_uid
     try:
         return pwd.getpwuid(number).pw_name
@@ -90,6 +100,8 @@ def is_mine(path: Path) -> bool:
     number = path.lstat().st_uid
     if number in (os.geteuid(), 0):
         return True
+    import tempfile
+
     folder = path if path.is_dir() and not path.is_symlink() else path.parent
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".owner-") as probe:

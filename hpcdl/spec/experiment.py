@@ -66,3 +66,5 @@ class LaunchOptions:
     """Start only once this run or job has succeeded (sbatch --dependency=afterok)."""
     strict: bool = False
     """Refuse a whole sweep when one of its points can't be, rather than leave that point out."""
+    readable_by: Literal["owner", "group", "all"] = "owner"
+    """Who may read the run's files, whatever the umask; nobody but the owner ever writes them."""
