@@ -1,14 +1,29 @@
-"""The two things that an agent asks of Slurm: what is happening to its own job, and to be queued again."""
+"""What an agent asks of Slurm: what is happening to its own job, to be queued again, to submit its successor."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from hpcdl.errors import SchedulerError
+from hpcdl.launch.lost import NO_ANSWER, LostAnswer
+from hpcdl.runs.patience import Patience
+from hpcdl.runs.submissions import SBATCH_LIMIT_S
 
 Fate = Literal["running", "requeued", "timeout", "cancelled", "unknown"]
 _LIMIT_S = 30.0
+_AWAY_S = 600.0
+"""How long a requeue is asked for while the controller is away: it ends no job meanwhile either."""
+_BETWEEN_S = 5.0
+"""The most between two tries: a controller that comes back ends the job 30 s after its time limit."""
+_KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"})
+"""Settings of Slurm's own commands, which are no job's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +35,7 @@ class JobFate:
     """Slurm's own: the state and reason, or why it couldn't be asked."""
 
 
-def ask(job_id: str, requeue: int) -> JobFate:
+def ask(job_id: str, restarts: int) -> JobFate:
     """What is happening to a job whose processes were told to end.
 
     While processes are left, `JobState` is COMPLETING whatever the cause, so the cause is read from the rest
@@ -29,7 +44,7 @@ def ask(job_id: str, requeue: int) -> JobFate:
 
     Args:
         job_id: `123_4` for an array task.
-        requeue: SLURM_RESTART_COUNT of this try.
+        restarts: SLURM_RESTART_COUNT of this try.
     """
     done = run(["scontrol", "show", "job", "-o", job_id])
     if done.returncode != 0:
@@ -37,8 +52,8 @@ def ask(job_id: str, requeue: int) -> JobFate:
     fields = dict(re.findall(r"(?:^| )(\w+)=(\S*)", done.stdout))
     state, reason = fields.get("JobState", ""), fields.get("Reason", "")
     words = state if reason in ("", "None") else f"{state} ({reason})"
-    restarts = fields.get("Restarts", "")
-    if restarts.isdigit() and int(restarts) > requeue:
+    count = fields.get("Restarts", "")
+    if count.isdigit() and int(count) > restarts:
         return JobFate(fate="requeued", words=words)
     if state == "RUNNING":
         return JobFate(fate="running", words=words)
@@ -49,22 +64,90 @@ def ask(job_id: str, requeue: int) -> JobFate:
     return JobFate(fate="unknown", words=words)
 
 
-def requeue(job_id: str) -> str:
-    """Puts the job back into the queue; returns Slurm's words if it refuses, else an empty string."""
-    done = run(["scontrol", "requeue", job_id])
-    return "" if done.returncode == 0 else said(done)
+def requeue(job_id: str, waits: Patience | None = None) -> str:
+    """Puts the job back into the queue; returns Slurm's words if it refuses, else an empty string.
+
+    Args:
+        job_id: `123_4` for an array task.
+        waits: how long to go on while Slurm doesn't answer.
+    """
+    waits = waits or Patience(_AWAY_S, sleep=lambda delay: time.sleep(min(delay, _BETWEEN_S)))
+    while True:
+        done = run(["scontrol", "requeue", job_id])
+        words = said(done)
+        if done.returncode == 0:
+            return ""
+        if not _unanswered(done) or not waits.wait(words):
+            return words
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """One of Slurm's commands; a missing one gives code 127, one that doesn't answer in time 124."""
+def waited_for(job_id: str) -> str:
+    """A job of this user's that waits for this one's end, as Slurm says it; empty where there is none.
+
+    Raises:
+        SchedulerError: Slurm doesn't answer.
+    """
+    done = run(["squeue", "-h", "-a", "-t", "pending", "-u", str(os.getuid()), "-o", "%i|%E"])
+    if done.returncode != 0:
+        raise SchedulerError(said(done))
+    array, _, task = job_id.partition("_")
+    own = re.compile(rf":{array}(?![0-9_])" + (rf"|:{array}_(?:\*|{task}(?![0-9]))" if task else ""))
+    for line in done.stdout.splitlines():
+        other, _, dependency = line.partition("|")
+        if own.search(dependency):
+            return other
+    return ""
+
+
+def submit(script: Path) -> str:
+    """Runs sbatch once; returns the job's id.
+
+    Raises:
+        LostAnswer: whether it got through is not known.
+        SchedulerError: it was refused, or there is no sbatch here; with Slurm's own words.
+    """
+    unset = set(job_variables(os.environ))
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    done = run(["sbatch", "--parsable", str(script)], SBATCH_LIMIT_S, environment)
+    if done.returncode != 0:
+        raise LostAnswer(said(done)) if _unanswered(done) else SchedulerError(said(done))
+    found = re.match(r"(\d+)(;|$)", done.stdout.strip())
+    if found is None:
+        raise LostAnswer(f"sbatch said {done.stdout.strip()!r}")
+    return found.group(1)
+
+
+def job_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables by which a job would pass its own settings on to jobs that are submitted from inside it."""
+    return sorted(
+        name
+        for name in environment
+        if (name.startswith(("SLURM_", "SLURMD_")) and name not in _KEPT) or name == "HPCDL_LOCAL"
+    )
+
+
+def run(
+    command: list[str], limit_s: float = _LIMIT_S, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs one of Slurm's commands; one that is missing gives code 127, one that hangs 124."""
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            env=environment,
+            check=False,
         )
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not on this node's PATH")
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"{command[0]}: no answer in {_LIMIT_S:g} s")
+        return subprocess.CompletedProcess(command, 124, "", f"{command[0]}: no answer in {limit_s:g} s")
+
+
+def _unanswered(done: subprocess.CompletedProcess[str]) -> bool:
+    return done.returncode == 124 or NO_ANSWER.search(done.stderr) is not None
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:

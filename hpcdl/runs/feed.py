@@ -134,6 +134,8 @@ def _event_line(event: dict[str, Any]) -> str:
     if kind == "stopping":
         return f"stopping at step {event.get('step')}: {event.get('reason')}"
     if kind == "requeued":
+        if event.get("way") == "successor":
+            return f"job {event.get('job_id')} goes on: {event.get('reason')}"
         return f"put back into the queue: {event.get('reason')}"
     if kind == "hastened":
         return "requeued job asked to start now instead of in two minutes"

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpcdl.errors import SupersededError
+from hpcdl.runs import chain
 from hpcdl.runs.state import RunState
 from hpcdl.runs.store import RunDir
 
@@ -52,9 +53,11 @@ def update(
     Raises:
         SupersededError: a newer try holds it; nothing was written.
     """
+    before = chain.link(run.runs_dir, token)
 
     def guard(state: RunState) -> None:
-        newer = holder(state, attempt, token)
+        handed = before is not None and state.submission == before.token
+        newer = holder(state, attempt, state.submission if handed else token)
         if newer:
             raise SupersededError(f"{newer} has taken the run over from try {attempt}: nothing was written")
 

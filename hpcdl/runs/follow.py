@@ -6,13 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpcdl.runs import processes
 from hpcdl.runs.display import Display, for_console
 from hpcdl.runs.feed import Feed, end_line
+from hpcdl.runs.hurry import hurry
 from hpcdl.runs.reconcile import View, read, reconcile
 from hpcdl.runs.scheduler import Slurm
 from hpcdl.runs.state import ACTIVE, RunState
@@ -26,9 +26,6 @@ LOCAL_EVERY_S = 1.0
 SLURM_FIRST_S = 3.0
 SLURM_MOST_S = 30.0
 SLURM_GROWTH = 1.3
-HASTEN_S = 5.0
-"""A requeued job that would start later than this is asked to start now."""
-
 KILL_AFTER_S = 10.0
 """How long an agent that was asked twice may take."""
 
@@ -143,7 +140,7 @@ class Watcher:
         if due:
             self._asked = time.monotonic()
             before = [view.state.state for view in self.views]
-            self.views = [self._hasten(view) for view in reconcile(fresh, self._slurm)]
+            self.views = hurry(reconcile(fresh, self._slurm), self._slurm)
             self._judged = {view.run: view.state for view in fresh}
             if not self._local:
                 same = before == [view.state.state for view in self.views]
@@ -154,28 +151,6 @@ class Watcher:
             # A file that changes is news from the agent; what the scheduler makes of it is asked soon.
             self._every_s = LOCAL_EVERY_S if self._local else SLURM_FIRST_S
         return self.views
-
-    def _hasten(self, view: View) -> View:
-        """Slurm starts a requeued job about two minutes later; whoever watches may ask it to start now."""
-        job = view.job
-        if (
-            job is None
-            or not job.waiting
-            or job.reason != "BeginTime"
-            or job.start is None
-            or not view.state.job_id
-        ):
-            return view
-        ahead = datetime.fromisoformat(job.start) - datetime.now(UTC)
-        if ahead < timedelta(seconds=HASTEN_S) or not _requeued(view.run):
-            return view
-        if self._slurm.start_now(view.state.job_id):
-            view.run.event("hastened", begin_time=job.start)
-        return view
-
-
-def _requeued(run: RunDir) -> bool:
-    return any(event.get("event") == "requeued" for event in run.events())
 
 
 class Interrupts:

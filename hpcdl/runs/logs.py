@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hpcdl.errors import UsageError
 from hpcdl.runs import failure
+from hpcdl.runs.hurry import hurry
 from hpcdl.runs.judge import NO_LOG
 from hpcdl.runs.reconcile import View, look
 from hpcdl.runs.scheduler import Slurm
@@ -91,7 +92,7 @@ def follow(
     asked = float("-inf")
     while True:
         if time.monotonic() - asked >= ask_every_s or run.read_state().state not in ACTIVE:
-            view, asked = look(run, slurm), time.monotonic()
+            view, asked = hurry([look(run, slurm)], slurm)[0], time.monotonic()
         over = view.state.state not in ACTIVE
         for path in _files(run, wanted):
             tails.setdefault(path, Tail(path))

@@ -1,0 +1,45 @@
+"""A job that Slurm has put back into its queue starts about two minutes later, even on an idle cluster.
+
+An ordinary user may ask that it start now (`scontrol update StartTime=now`), but only once it is PENDING: the same
+call while the job is COMPLETING is accepted and has no effect. So the job can't do it for itself; whoever looks
+at the run from a login node does it. A begin time that the user has asked for stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+from hpcdl.runs.reconcile import View
+from hpcdl.runs.scheduler import Slurm
+from hpcdl.runs.store import RunDir
+
+AHEAD_S = 5.0
+"""A job that would start sooner is left alone."""
+
+
+def hurry(views: Iterable[View], slurm: Slurm | None = None) -> list[View]:
+    """The same runs; those of their jobs that Slurm holds back after a requeue are asked to start now."""
+    slurm = slurm or Slurm()
+    return [_hurry(view, slurm) for view in views]
+
+
+def _hurry(view: View, slurm: Slurm) -> View:
+    job, job_id = view.job, view.state.job_id
+    if job is None or job_id is None or not job.waiting or job.reason != "BeginTime" or job.start is None:
+        return view
+    ahead = datetime.fromisoformat(job.start) - datetime.now(UTC)
+    if ahead < timedelta(seconds=AHEAD_S) or not requeued(view.run) or not slurm.start_now(job_id):
+        return view
+    view.run.event("hastened", job_id=job_id, begin_time=job.start)
+    reason = f"requeued; asked to start now, {ahead.total_seconds():.0f} s before Slurm would have"
+    return dataclasses.replace(view, state=dataclasses.replace(view.state, reason=reason))
+
+
+def requeued(run: RunDir) -> bool:
+    """Whether a job of the run's present launch has been put back into the queue."""
+    for event in reversed(run.events()):
+        if event.get("event") in ("requeued", "submitted"):
+            return bool(event["event"] == "requeued")
+    return False
