@@ -24,3 +24,4 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in [k for k in os.environ if k.startswith(("SLURM_", "SBATCH_", "HPCDL_"))]:
         if key not in ("HPCDL_CACHE", "HPCDL_GOLDEN"):
             monkeypatch.delenv(key)
+    monkeypatch.setenv("HPCDL_SLURM_PATIENCE_S", "0")  # a Slurm that is away is asked once

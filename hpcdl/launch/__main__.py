@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from hpcdl.errors import HpcdlError
-from hpcdl.launch import arguments, modes, points, report, sweep
+from hpcdl.launch import after, arguments, modes, points, report, sweep
 from hpcdl.launch.compose import CONFIG_NAME, Composer
+from hpcdl.runs import private
+from hpcdl.runs.store import SUBMISSIONS
 
 INTERRUPTED = 130
 
@@ -30,16 +32,22 @@ def _main(argv: Sequence[str]) -> int:
     composer = Composer(config_dir=flags.config_dir, config_name=flags.config_name or CONFIG_NAME)
     asked = sweep.read(composer, flags.overrides, multirun=flags.multirun)
     options = asked.options
-    after = points.after_job(options, {point.spec.cluster.kind for point in asked.points})
+    parents = after.find(options, {point.spec.cluster.kind for point in asked.points})
     planned = points.plan(asked.points, options)
-    batches = points.batches([item for item in planned if item.launches], options, after)
+    batches = points.batches([item for item in planned if item.launches], options, parents)
     if options.dry_run:
-        shown, notes = points.as_if_forced(planned, batches, options, after)
+        shown, notes = points.as_if_forced(planned, batches, options, parents)
         report.dry_run(shown, [*report.refused_lines(asked.refused), *notes])
         return 0
     from hpcdl.launch import running  # a dry run needs none of what submits
+    from hpcdl.runs.query import SWEEPS
 
-    return running.launch(planned, batches, asked)
+    folder = points.runs_folder(options)
+    for line in private.warnings_about(folder):
+        print(f"warning: {line}", file=sys.stderr)
+    names = {folder / item.spec.name for item in planned}
+    with private.made_for(options.readable_by, folder, folder / SUBMISSIONS, folder / SWEEPS, *names):
+        return running.launch(planned, batches, asked)
 
 
 if __name__ == "__main__":

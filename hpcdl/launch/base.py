@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from hpcdl.runs.parents import Parent
 from hpcdl.spec import ClusterSpec
 
 
@@ -25,8 +26,13 @@ class JobRequest:
     """Absolute; array task i carries run_dirs[i]."""
     python: str
     """Python on the compute nodes."""
-    after_job: str | None = None
-    """Job id that must have succeeded first."""
+    parents: tuple[Parent, ...] = ()
+    """What must have succeeded first."""
+
+    @property
+    def after_jobs(self) -> tuple[str, ...]:
+        """Slurm's jobs that must have succeeded first, each once."""
+        return tuple(dict.fromkeys(p.job_id for p in self.parents if p.job_id is not None))
 
     @property
     def folder(self) -> Path:

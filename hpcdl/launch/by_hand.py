@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcdl.errors import ConfigError, HpcdlError, UsageError
+from hpcdl.runs import private
 from hpcdl.runs.store import SUBMISSIONS
 from hpcdl.spec.experiment import ExperimentSpec, default_runs_dir
 
@@ -95,8 +96,9 @@ def _first_start(overrides: Sequence[str], environment: Mapping[str, str], token
         state = planned.view.state
         raise UsageError(f"{planned.run.path} is {state.state} already, as job {state.job_id or '-'}")
     planned = dataclasses.replace(planned, spec=_with_cpus(planned.spec, flags.overrides, environment))
-    request = dataclasses.replace(points.request([planned], planned.spec.cluster, options, None), token=token)
-    return submit.adopt(points.Batch(request=request, runs=(planned,)), _job_id(environment))
+    request = dataclasses.replace(points.request([planned], planned.spec.cluster, options, ()), token=token)
+    with private.made_for(options.readable_by, planned.run.runs_dir, planned.run.path.parent):
+        return submit.adopt(points.Batch(request=request, runs=(planned,)), _job_id(environment))
 
 
 def _point(asked: sweep.Asked, task: int) -> sweep.Point:

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcdl.errors import HpcdlError, UsageError
-from hpcdl.launch import torchrun
+from hpcdl.launch import begin, torchrun
 from hpcdl.launch.agent import Agent
 from hpcdl.launch.place import find
-from hpcdl.runs import private
+from hpcdl.runs import chain, private
 from hpcdl.runs.store import RunDir
 
 
@@ -50,11 +50,14 @@ def main(argv: Sequence[str], worker: Sequence[str] = torchrun.WORKER) -> int:
     except (HpcdlError, OSError) as error:
         print(f"hpcdl: {os.uname().nodename}: {error}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, HpcdlError) else 1
-    if state.submission != place.token or state.array_index != place.index:
+    if not chain.owns(run, state, place.token, place.index):
         print(f"hpcdl: {run.path} has been launched again since: this job has nothing to do", file=sys.stderr)
         return 1
     if state.state == "COMPLETED":
         return 0
+    code = begin.nothing_to_do(run, place, state)
+    if code is not None:
+        return code
     return Agent(run, place, state, worker).main()
 
 

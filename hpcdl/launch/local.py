@@ -34,6 +34,7 @@ class LocalBackend:
     def render(self, request: JobRequest) -> str:
         """The shell text that starts the agent of each run."""
         last = len(request.run_dirs) - 1
+        wait = '"$HPCDL_PYTHON" -m hpcdl.launch.waiting "$HPCDL_RUNS_FILE" || exit'
         head = [
             "#!/bin/bash",
             f"# {request.name}: {last + 1} run{'s' if last else ''} on this machine",
@@ -45,6 +46,7 @@ class LocalBackend:
             template.frame(),
             "",
             "export HPCDL_LOCAL=1",
+            *([wait] if request.parents else []),
         ]
         one = '"$HPCDL_PYTHON" -m hpcdl.launch.job "$HPCDL_RUNS_FILE" 0\n'
         return "\n".join(head) + "\n" + (_LOOP.format(last=last) if last else one)

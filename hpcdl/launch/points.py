@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hpcdl.errors import ConfigError, Fault, UsageError
+from hpcdl.errors import UsageError
 from hpcdl.experiment.resolve import absolute
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.slurm import chunks, throttles
 from hpcdl.launch.sweep import Point
+from hpcdl.runs.parents import Parent
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ClusterSpec, ExperimentSpec, LaunchOptions
@@ -143,7 +144,7 @@ def _action(view: View | None, *, force: bool) -> Action:
     return "done" if view.state.state == "COMPLETED" else "resume"
 
 
-def batches(planned: Sequence[Planned], options: LaunchOptions, after: str | None) -> list[Batch]:
+def batches(planned: Sequence[Planned], options: LaunchOptions, after: Sequence[Parent]) -> list[Batch]:
     """The submissions: one array for each resource shape, split where it is longer than the cluster allows."""
     shapes: list[tuple[ClusterSpec, list[Planned]]] = []
     for item in planned:
@@ -164,7 +165,7 @@ def batches(planned: Sequence[Planned], options: LaunchOptions, after: str | Non
 
 
 def request(
-    runs: Sequence[Planned], cluster: ClusterSpec, options: LaunchOptions, after: str | None
+    runs: Sequence[Planned], cluster: ClusterSpec, options: LaunchOptions, after: Sequence[Parent]
 ) -> JobRequest:
     """The submission of these runs.
 
@@ -179,12 +180,12 @@ def request(
         runs_dir=runs_folder(options),
         run_dirs=tuple(item.run.path for item in runs),
         python=cluster.python or sys.executable,
-        after_job=after,
+        parents=tuple(after),
     )
 
 
 def as_if_forced(
-    planned: Sequence[Planned], made: Sequence[Batch], options: LaunchOptions, after: str | None
+    planned: Sequence[Planned], made: Sequence[Batch], options: LaunchOptions, after: Sequence[Parent]
 ) -> tuple[list[Batch], list[str]]:
     """What a dry run shows: the submissions, or where all runs are there already, what force=true would send."""
     there = [item for item in planned if not item.launches]
@@ -197,44 +198,3 @@ def as_if_forced(
         return list(made), notes
     notes.append("what follows is what force=true would submit")
     return batches(there, options, after), notes
-
-
-def after_job(options: LaunchOptions, kinds: set[str]) -> str | None:
-    """The job that must have succeeded first; None where there is none, or it has succeeded already.
-
-    Raises:
-        ConfigError: `after` names nothing, or something that can't be waited for.
-    """
-    if options.after is None:
-        return None
-    from hpcdl.runs import query
-
-    if "local" in kinds:
-        raise _bad_after(options.after, "cluster=local starts at once and can't wait for another run", "")
-    folder = runs_folder(options)
-    try:
-        found = query.find(options.after, folder)
-    except UsageError as error:
-        if re.fullmatch(r"\d+(_\d+)?", options.after):
-            return options.after  # a job of somebody else's, or not made by hpcdl
-        raise _bad_after(options.after, str(error).splitlines()[0], "hpcdl status lists the runs") from error
-    views = list(_views(found, check=not options.dry_run).values())
-    if len(views) > 1 and re.fullmatch(r"\d+", options.after):
-        return options.after
-    view = max(views, key=lambda view: view.state.created)
-    state = view.state
-    if state.state == "COMPLETED":
-        return None
-    if state.state not in ACTIVE:
-        problem = f"{state.run_id} is {state.state} and will not succeed: {state.reason}"
-        raise _bad_after(options.after, problem, "launch that run again first")
-    if state.job_id is None:
-        raise _bad_after(options.after, f"{state.run_id} has no job in Slurm's queue ({state.kind})", "")
-    return state.job_id
-
-
-def _bad_after(value: str, problem: str, fix: str) -> ConfigError:
-    allowed = "a run id or a job id of Slurm's queue, or null"
-    return ConfigError(
-        [Fault(key="after", value=value, problem=problem, allowed=allowed, fix=fix or "after=null")]
-    )

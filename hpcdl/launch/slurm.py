@@ -27,15 +27,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpcdl.errors import SchedulerError
-from hpcdl.launch import lost, template, torchrun
+from hpcdl.launch import control, lost, template, torchrun
 from hpcdl.launch.base import JobRequest
 from hpcdl.runs.scheduler import COMMENT
 from hpcdl.runs.submissions import SBATCH_LIMIT_S
 
 T = TypeVar("T")
-
-_KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"})
-"""Settings of Slurm's own commands, which are no job's."""
 
 
 def chunks(items: Sequence[T], max_array_size: int) -> tuple[tuple[T, ...], ...]:
@@ -115,9 +112,9 @@ def _header(request: JobRequest) -> list[str]:
         "exclude": cluster.exclude,
         "reservation": cluster.reservation,
         "signal": cluster.signal,
-        "dependency": None if request.after_job is None else f"afterok:{request.after_job}",
+        "dependency": ":".join(("afterok", *request.after_jobs)) if request.after_jobs else None,
         # Else a job whose predecessor has failed stays in the queue for ever.
-        "kill-on-invalid-dep": None if request.after_job is None else "yes",
+        "kill-on-invalid-dep": "yes" if request.after_jobs else None,
         "output": str(request.folder).replace("%", "%%") + "/slurm-%A_%a.out",
         "open-mode": "append",
     }
@@ -125,15 +122,6 @@ def _header(request: JobRequest) -> list[str]:
         f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None
     ]
     return [*lines, "#SBATCH --requeue", *(f"#SBATCH {option}" for option in cluster.extra)]
-
-
-def job_variables() -> list[str]:
-    """Variables by which a job would pass its own settings on to jobs that are submitted from inside it."""
-    return sorted(
-        name
-        for name in os.environ
-        if (name.startswith(("SLURM_", "SLURMD_")) and name not in _KEPT) or name == "HPCDL_LOCAL"
-    )
 
 
 def _sbatch(request: JobRequest, text: str) -> str:
@@ -171,7 +159,7 @@ def _executor_class() -> Any:
             return self.text
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            unset = [word for name in job_variables() for word in ("-u", name)]
+            unset = [word for name in control.job_variables(os.environ) for word in ("-u", name)]
             # An sbatch that hangs is ended. In a process group of its own: Ctrl-C is for the launcher, which
             # then finds out whether the job was made.
             limit = ["timeout", "--kill-after=5", str(SBATCH_LIMIT_S)]

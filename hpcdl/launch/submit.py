@@ -11,7 +11,8 @@ In this order, for each submission, under its lock:
 
 Killed between 1 and 3: PENDING runs without a job whose launcher is dead; the next look calls them FAILED, and
 launching again submits them. Killed between 3 and 4: the job is found in the queue by its comment, which
-holds the token, or has spoken for itself in state.json.
+holds the token, by the name of its output file, or has spoken for itself. Where Slurm doesn't answer, the runs
+stay PENDING without a job until it does (hpcdl.launch.lost).
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcdl.errors import SchedulerError, UsageError
-from hpcdl.launch import backends, code
+from hpcdl.launch import backends, code, lost
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.launch.points import Batch, Planned
 from hpcdl.launch.sweep import Refused
+from hpcdl.runs import parents
 from hpcdl.runs.files import locked, write_atomic, write_json
 from hpcdl.runs.query import SWEEPS
 from hpcdl.runs.state import RunState
-from hpcdl.runs.store import RunDir, now, read_submission
+from hpcdl.runs.store import RunDir, decide_job, note, now, read_submission
 from hpcdl.spec.plain import dump_yaml, to_plain
 
 FEW = 8
@@ -85,13 +88,20 @@ def _submit(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> 
     text = _write(request, mine)
     try:
         job_id = backends.get(request.cluster.kind).submit(request, text)
+    except lost.Unanswered as error:  # the runs stay as they are: the job may be there, and is found later
+        note(request.runs_dir, request.token, unanswered=str(error))
+        return Submitted(runs=mine, job_id=None, refused=str(error))
+    except KeyboardInterrupt:
+        print(f"\nhpcdl: {lost.INTERRUPTED}", file=sys.stderr, flush=True)
+        raise
     except SchedulerError as error:
         _give_up(request, mine, str(error))
         return Submitted(runs=mine, job_id=None, refused=str(error))
     except Exception as error:  # a bug of ours: runs must not seem to wait for a job that isn't there
         _give_up(request, mine, f"{type(error).__name__}: {error}")
         raise
-    _record(request, job_id=job_id)
+    if job_id is not None:
+        job_id = decide_job(request.runs_dir, request.token, job_id)
     _link_latest(request.runs_dir, mine[-1].run)
     return Submitted(runs=mine, job_id=job_id)
 
@@ -236,6 +246,8 @@ def _claim_again(item: Planned, claim: Claim, index: int) -> bool:
 def _write(request: JobRequest, mine: Sequence[Planned]) -> str:
     """The submission's files; each run gets the script as a second name of the same file."""
     text = backends.get(request.cluster.kind).render(request)
+    if request.parents:
+        parents.write(request.folder, request.parents)
     write_atomic(request.folder / "runs.txt", "".join(f"{item.run.path}\n" for item in mine))
     script = request.folder / "job.sh"
     write_atomic(script, text)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from hpcdl import experiment
 from hpcdl.errors import ConfigError, Fault
 from hpcdl.experiment import sections, words
+from hpcdl.launch import after
 from hpcdl.launch.compose import Composer
 from hpcdl.spec import ExperimentSpec, LaunchOptions
 
@@ -77,7 +78,7 @@ def read(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Asked:
         ConfigError: a fault of form in any point, or no point can be, or one can't with `strict=true`; carries
             every fault of all of them.
     """
-    overrides, faults = composer.parse(texts)
+    overrides, faults = composer.parse([after.spelled(text) for text in texts])
     if multirun:
         overrides = _from_files(composer, overrides) + overrides
     expanded = expand(overrides) if multirun else [tuple(overrides)]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpcdl.errors import SchedulerError
-from hpcdl.runs import failure, processes
-from hpcdl.runs.files import write_atomic
+from hpcdl.runs import failure, processes, wish
 from hpcdl.runs.judge import NO_LOG
+from hpcdl.runs.patience import Patience, of_environment
 from hpcdl.runs.reconcile import View, read, reconcile
 from hpcdl.runs.scheduler import Slurm
 from hpcdl.runs.state import ACTIVE
@@ -23,6 +22,11 @@ LIMIT_S = 120.0
 POLL_S = 1.0
 KILLED_S = 30.0
 """How long the end of a job is waited for once scancel was sent."""
+KEPT = "Slurm does not answer; the wish is kept: workers that train save and stop at their next step"
+TOLD_LATER = (
+    "The wish to cancel is kept in the run's directory: its workers save and stop, a job that starts ends at once,\n"
+    "and the next hpcdl status, follow or cancel tells Slurm when it answers."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,8 @@ def cancel(
 ) -> list[View]:
     """Ends all these runs, and waits until their ends are seen.
 
+    Where Slurm doesn't answer, the wish is written into the run's directory, and asked again within the limit.
+
     Args:
         runs: which.
         how: at once, or with a checkpoint, and how long that may take.
@@ -55,39 +61,76 @@ def cancel(
         The runs as they stand afterwards; one that is still active did not end within the limit.
 
     Raises:
-        SchedulerError: Slurm could not be reached; nothing was cancelled there.
+        SchedulerError: Slurm could not be reached; the wish is kept.
     """
     slurm = slurm or Slurm()
+    waits = Patience(of_environment(how.limit_s), say=say)
     views = reconcile(read(runs).views, slurm)
-    _require_scheduler(views)
+    away = [view for view in views if view.state.state == "UNKNOWN"]
+    ended = _cancel([view for view in views if view not in away], how, say, slurm, poll_s, waits)
+    for view in away:
+        wish.make(view.run, now=how.now)
+        say(f"{view.state.run_id}: {KEPT}")
+    while away:
+        if not waits.wait(away[0].unchecked):
+            raise SchedulerError(f"Slurm does not answer: {away[0].unchecked}\n{TOLD_LATER}")
+        answered = _fresh(away, slurm)
+        away = [view for view in answered if view.state.state == "UNKNOWN"]
+        ended += _cancel([view for view in answered if view not in away], how, say, slurm, poll_s, waits)
+    final = {view.run: view for view in ended}
+    return [final.get(view.run, view) for view in views]
+
+
+def _cancel(
+    views: Sequence[View],
+    how: How,
+    say: Callable[[str], None],
+    slurm: Slurm,
+    poll_s: float,
+    waits: Patience,
+) -> list[View]:
+    """Ends runs whose state is known."""
     for view in views:
         if view.state.state not in ACTIVE:
             say(f"{view.state.run_id} is over already: {_state(view)}")
     unsent = [v for v in views if v.state.state in ACTIVE and v.state.kind == "slurm" and not v.state.job_id]
     for view in unsent:
-        say(f"{view.state.run_id} is being submitted and has no job id yet: cancel it in a moment")
+        wish.make(view.run, now=how.now)
+        say(
+            f"{view.state.run_id} is being submitted: the wish is kept, and its job is cancelled once it is known"
+        )
     active = [view for view in views if view.state.state in ACTIVE and view not in unsent]
     waiting = [view for view in active if _in_queue(view)]
     running = [view for view in active if not _in_queue(view)]
     for view in running:
         _ask_to_stop(view, how, say)
     direct = [*waiting, *(view for view in running if how.now)]
-    slurm.cancel([v.state.job_id for v in direct if v.state.kind == "slurm" and v.state.job_id])
+    _scancel(direct, how, slurm, waits)
     waiting_now = {view.run for view in waiting}
     ended = _wait(direct, KILLED_S, slurm, poll_s)
     gently = _wait([view for view in running if not how.now], how.limit_s, slurm, poll_s)
-    ended += _finish(gently, how, slurm, poll_s, say)
+    ended += _finish(gently, how, slurm, poll_s, say, waits)
     for view in ended:
         never = view.run in waiting_now and not failure.log_files(view.run, view.state.attempt)
         say(f"{view.state.run_id} {_state(view)}{_never_logs(view) if never else ''}")
-    final = {view.run: view for view in ended}
-    return [final.get(view.run, view) for view in views]
+    return ended
 
 
-def _require_scheduler(views: Sequence[View]) -> None:
-    away = [view.unchecked for view in views if view.state.state == "UNKNOWN" and view.unchecked]
-    if away:
-        raise SchedulerError(f"Slurm could not be reached, so nothing was cancelled: {away[0]}")
+def _scancel(views: Sequence[View], how: How, slurm: Slurm, waits: Patience) -> None:
+    """Tells Slurm, again and again within the limit; the wish is kept meanwhile, and where it was in vain.
+
+    Raises:
+        SchedulerError: Slurm did not answer in time.
+    """
+    jobs = [view.state.job_id for view in views if view.state.kind == "slurm" and view.state.job_id]
+    while jobs:
+        try:
+            return slurm.cancel(jobs)
+        except SchedulerError as error:
+            for view in views:
+                wish.make(view.run, now=how.now)
+            if not waits.wait(str(error)):
+                raise SchedulerError(f"{error}\n{TOLD_LATER}") from error
 
 
 def _in_queue(view: View) -> bool:
@@ -103,7 +146,7 @@ def _ask_to_stop(view: View, how: How, say: Callable[[str], None]) -> None:
             time.sleep(0.5)  # two SIGINTs that arrive together count as one
             processes.signal_agent(state, signal.SIGINT)
         return
-    write_atomic(view.run.stop_file, f"cancel {os.environ.get('USER', '')}".rstrip() + "\n")
+    wish.make(view.run, now=False)
     if state.kind == "local":
         processes.signal_agent(state, signal.SIGINT)
     say(f"{state.run_id} saves a checkpoint and stops …")
@@ -131,13 +174,18 @@ def _fresh(views: Sequence[View], slurm: Slurm) -> list[View]:
 
 
 def _finish(
-    views: Sequence[View], how: How, slurm: Slurm, poll_s: float, say: Callable[[str], None]
+    views: Sequence[View],
+    how: How,
+    slurm: Slurm,
+    poll_s: float,
+    say: Callable[[str], None],
+    waits: Patience,
 ) -> list[View]:
     """What is left of the jobs is ended: exactly these array tasks, not their siblings."""
     late = [view for view in views if view.state.state in ACTIVE]
     for view in late:
         say(f"{view.state.run_id} has not stopped within {how.limit_s:g} s")
-    slurm.cancel([v.state.job_id for v in views if v.state.kind == "slurm" and v.state.job_id])
+    _scancel(views, how, slurm, waits)
     on_slurm = _wait([view for view in late if view.state.kind == "slurm"], KILLED_S, slurm, poll_s)
     ended = {view.run: view for view in on_slurm}
     return [ended.get(view.run, view) for view in views]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcdl.runs import failure
-from hpcdl.runs.scheduler import Job
+from hpcdl.runs import failure, parents
+from hpcdl.runs.slurm_text import Job
 from hpcdl.runs.state import RunState
 from hpcdl.runs.store import RunDir, now
 
@@ -30,6 +30,8 @@ QUEUE_WORDS = {
     "None": "",
 }
 """What Slurm's most common reasons mean."""
+ON_NODES = frozenset({"RUNNING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"})
+"""Slurm's words for a job that has its nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,11 @@ def never_started(why: str) -> Verdict:
     return _final("FAILED", reason, None, "failed", traceback="")
 
 
+def in_vain(why: str, found_by: str = "poll") -> Verdict:
+    """A run that waited for another one, which has not succeeded."""
+    return _final("CANCELLED", f"{why}; {NO_LOG}", None, "cancelled", by="dependency", found_by=found_by)
+
+
 def forgotten(run: RunDir, state: RunState) -> Verdict:
     """A job that the controller doesn't know, nor the accounting, and whose agent left no final state.
 
@@ -64,6 +71,8 @@ def forgotten(run: RunDir, state: RunState) -> Verdict:
     if failure.log_files(run, state.attempt):
         return _ended(run, state, "FAILED", f"{gone}, and its agent left no last word")
     output = failure.own_output(run, state)
+    if output is None and (vain := parents.failed(parents.of_submission(run.runs_dir, state.submission))):
+        return in_vain(vain)
     if output is None:
         return _final("CANCELLED", f"cancelled while pending; {NO_LOG}", None, "cancelled", by="scancel")
     said = failure.last_words(output)
@@ -76,7 +85,7 @@ def by_slurm(run: RunDir, state: RunState, job: Job) -> Verdict | None:
     if job.ended:
         return _by_end(run, state, job)
     if job.waiting:
-        return _waiting(state, job)
+        return _waiting(run, state, job)
     if job.state == "COMPLETING":  # the end, or a requeue, under way: a later poll knows which
         reason = state.reason or "Slurm is ending the job (COMPLETING)"
         return Verdict(changes={"reason": reason}, write=False)
@@ -84,6 +93,8 @@ def by_slurm(run: RunDir, state: RunState, job: Job) -> Verdict | None:
         return Verdict(changes={"reason": "the nodes are being started"}, write=False)
     if job.state == "SUSPENDED":
         return Verdict(changes={"reason": "suspended by Slurm"}, write=False)
+    if job.state not in ON_NODES:
+        return None
     if state.state == "PENDING" and job.start is not None and job.start >= _requeued_at(run, state):
         changes = {"state": "RUNNING", "reason": "", "started": state.started or job.start}
         return Verdict(changes={**changes, "node_list": job.node_list})
@@ -99,15 +110,18 @@ def queue_reason(job: Job, state: RunState) -> str:
     text = f"{word}: {meaning}" if meaning else word
     if job.start is not None:
         text = (
-            f"{text}; expected to start {_clock(job.start)}"
+            f"{text}; expected to start {clock(job.start)}"
             if text
-            else f"expected to start {_clock(job.start)}"
+            else f"expected to start {clock(job.start)}"
         )
     return text
 
 
-def _waiting(state: RunState, job: Job) -> Verdict:
+def _waiting(run: RunDir, state: RunState, job: Job) -> Verdict:
     reason = queue_reason(job, state)
+    if job.reason == "Dependency":
+        waits = parents.waits_for(parents.of_submission(run.runs_dir, state.submission))
+        reason = f"{job.reason}: {waits}" if waits else reason
     if state.state == "PENDING":
         return Verdict(changes={"reason": reason}, write=False)
     # Slurm put it back itself (pre-empted, a node failed): the agent had no time to say so. The agent of
@@ -128,6 +142,13 @@ def _by_end(run: RunDir, state: RunState, job: Job) -> Verdict:
         "REVOKED": "the job runs on another cluster (REVOKED)",
     }
     never_ran = not failure.log_files(run, state.attempt)
+    if job.state == "CANCELLED" and never_ran and not job.node_list:
+        awaited = parents.of_submission(run.runs_dir, state.submission)
+        vain = parents.failed(awaited)
+        if not vain and awaited and job.reason.startswith("Dependency"):
+            vain = f"{' or '.join(p.name for p in awaited)}, which it waited for, did not succeed"
+        if vain:
+            return in_vain(vain)
     if job.state == "CANCELLED":
         reason = (
             f"cancelled while pending; {NO_LOG}" if never_ran and not job.node_list else "cancelled (scancel)"
@@ -190,7 +211,7 @@ def _final(
         exit_code = exit_code or (None if word == "CANCELLED" else 1)
     said = {} if kind == "finished" else {"reason": reason}
     changes = {"state": word, "reason": reason, "exit_code": exit_code, "ended": ended or now()}
-    return Verdict(changes=changes, event=(kind, {**said, **details, "found_by": "poll"}))
+    return Verdict(changes=changes, event=(kind, {"found_by": "poll", **said, **details}))
 
 
 def _requeued_at(run: RunDir, state: RunState) -> str:
@@ -200,7 +221,7 @@ def _requeued_at(run: RunDir, state: RunState) -> str:
     return max((str(e.get("time", "")) for e in run.events() if e.get("event") == "requeued"), default="")
 
 
-def _clock(time: str) -> str:
+def clock(time: str) -> str:
     """A time for people: local, with the day where it isn't today."""
     local = datetime.fromisoformat(time).astimezone()
     today = datetime.now(UTC).astimezone().date()

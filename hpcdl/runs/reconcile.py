@@ -2,27 +2,28 @@
 
 A judgement rests on the state that was read before the scheduler was asked. It is written only if that state
 still stands (`RunDir.update(expect=…)`): the agent may have spoken meanwhile, and knows better.
+
+Where Slurm doesn't answer, a run of its is UNKNOWN since the last time that it did, and nothing is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-from hpcdl.errors import UsageError
-from hpcdl.runs import failure, judge, processes
-from hpcdl.runs.files import write_json
+from hpcdl.errors import SchedulerError, UsageError
+from hpcdl.runs import chain, contact, failure, judge, processes, submissions, wish
 from hpcdl.runs.judge import Verdict
+from hpcdl.runs.patience import Patience
 from hpcdl.runs.scheduler import Job, Slurm, with_comment
 from hpcdl.runs.state import ACTIVE, RunState
-from hpcdl.runs.store import RUNNER, SUBMISSIONS, RunDir, read_submission
+from hpcdl.runs.store import RUNNER, RunDir, read_submission
 
-SBATCH_GRACE_S = 30.0
-"""A launcher that dies may leave its sbatch behind, which can still succeed for this long."""
 UNBORN_GRACE_S = 30.0
 """From a local run's submission to its agent's first word."""
 
@@ -38,6 +39,8 @@ class View:
     """What Slurm said of it, if it was asked and knew."""
     unchecked: str = ""
     """Why this could not be verified; empty where it was."""
+    since: str | None = None
+    """Since when the state is unknown; null where it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +65,35 @@ def read(runs: Iterable[RunDir]) -> Reading:
     return reading
 
 
-def reconcile(views: Sequence[View], slurm: Slurm | None = None) -> list[View]:
+def reconcile(
+    views: Sequence[View], slurm: Slurm | None = None, patience: Patience | None = None
+) -> list[View]:
     """The same runs, in the same order, as they stand now. Only active ones are asked for.
 
     Args:
         views: as `read` gave them.
         slurm: whom to ask; by default the commands on PATH.
+        patience: how long to go on asking a Slurm that doesn't answer; by default it is asked once.
     """
     slurm = slurm or Slurm()
     active = [v for v in views if v.state.state in ACTIVE]
     on_slurm = [v for v in active if v.state.kind == "slurm"]
     checked = {v.run: _check_local(v) for v in active if v.state.kind == "local"}
-    checked.update({v.run: v for v in _find_submitted([v for v in on_slurm if not v.state.job_id], slurm)})
+    unsent = [v for v in on_slurm if not v.state.job_id]
+    checked.update({v.run: v for v in _find_submitted(unsent, slurm, patience)})
     with_id = [v for v in on_slurm if v.state.job_id] + [
         v for v in checked.values() if v.state.job_id and v.state.kind == "slurm" and v.state.state in ACTIVE
     ]
     answer = slurm.ask([v.state.job_id for v in with_id if v.state.job_id])
+    while answer.away and patience is not None and patience.wait(answer.away):
+        answer = slurm.ask([v.state.job_id for v in with_id if v.state.job_id])
+    if with_id and not answer.away:
+        for runs_dir in {v.run.runs_dir for v in with_id}:
+            contact.answered(runs_dir)
     for view in with_id:
         job = with_comment(answer.jobs.get(view.state.job_id or ""), view.state.submission)
-        checked[view.run] = _check_slurm(view, job, answer.away)
+        checked[view.run] = _check_slurm(view, job, answer.away, slurm)
+    _fulfil([checked[view.run] for view in with_id], slurm)
     return [checked.get(view.run, view) for view in views]
 
 
@@ -130,7 +143,10 @@ def _check_unborn(view: View) -> View:
         why = "the shell that starts the runs ended before its turn"
         said = failure.last_words(failure.own_output(view.run, state))
         return _apply_fresh(view, judge.never_started(f"{why}{': ' + said if said else ''}"))
-    if _launcher_lives(record) or _age_s(record.get("created") or state.created) < UNBORN_GRACE_S:
+    if (
+        submissions.launcher_lives(record)
+        or submissions.age_s(record.get("created") or state.created) < UNBORN_GRACE_S
+    ):
         return view
     return _apply_fresh(view, judge.never_started("its launcher ended before the run had begun"))
 
@@ -141,62 +157,69 @@ def _apply_fresh(view: View, verdict: Verdict) -> View:
     return _apply(view, verdict) if fresh == view.state else dataclasses.replace(view, state=fresh)
 
 
-def _check_slurm(view: View, job: Job | None, away: str) -> View:
+def _check_slurm(view: View, job: Job | None, away: str, slurm: Slurm) -> View:
     view = dataclasses.replace(view, job=job)
+    if job is None and away:
+        return _unknown(view, away)
+    if job is None or job.ended:
+        # Its agent may have been killed after it had submitted the job that goes on.
+        with contextlib.suppress(SchedulerError, UsageError):
+            handed = chain.follow(view.run, view.state, slurm)
+            if handed is not None:
+                return dataclasses.replace(view, state=handed, job=None)
     if job is not None:
         return _apply(view, judge.by_slurm(view.run, view.state, job))
-    if away:
-        reason = f"{view.state.state} when last known; Slurm does not answer: {away}"
-        unknown = dataclasses.replace(view.state, state="UNKNOWN", reason=reason)
-        return dataclasses.replace(view, state=unknown, unchecked=away)
     return _apply(view, judge.forgotten(view.run, view.state))
 
 
-def _find_submitted(views: Sequence[View], slurm: Slurm) -> list[View]:
-    """Runs whose launcher has not had sbatch's answer: are they in the queue all the same?"""
-    tokens = {v.state.submission for v in views if v.state.submission}
-    found, away = slurm.find(tokens)
-    for token, job_id in found.items():
-        runs_dir = next(v.run.runs_dir for v in views if v.state.submission == token)
-        record = read_submission(runs_dir, token)
-        if record and not record.get("job_id"):
-            write_json(runs_dir / SUBMISSIONS / token / "submission.json", {**record, "job_id": job_id})
-    return [_check_submitted(view, found, away) for view in views]
+def _unknown(view: View, away: str) -> View:
+    """Nobody could be asked: the last that is known, and since when."""
+    since = contact.last_answer(view.run.runs_dir) or view.state.started or view.state.created
+    sign = view.run.last_sign()
+    known = f"{view.state.state} when last known"
+    if sign is not None and sign > since and view.state.state == "RUNNING":
+        known += f", last sign of life {judge.clock(sign)}"
+    reason = f"unknown since {judge.clock(since)} ({known}); Slurm does not answer: {away}"
+    state = dataclasses.replace(view.state, state="UNKNOWN", reason=reason)
+    return dataclasses.replace(view, state=state, unchecked=away, since=since)
 
 
-def _check_submitted(view: View, found: dict[str, str], away: str) -> View:
-    state = view.state
-    token = state.submission
-    if token in found:
-        task = "" if state.array_index is None else f"_{state.array_index}"
-        return dataclasses.replace(view, state=view.run.update(expect=state, job_id=f"{found[token]}{task}"))
-    record = read_submission(view.run.runs_dir, token) if token else {}
-    if record.get("job_id"):  # the launcher has had it meanwhile
-        return dataclasses.replace(view, state=view.run.read_state())
-    host = record.get("host")
-    elsewhere = host not in (None, os.uname().nodename)
-    if (
-        _launcher_lives(record)
-        or _age_s(record.get("created") or state.created) < SBATCH_GRACE_S
-        or elsewhere
-    ):
+def _fulfil(views: Sequence[View], slurm: Slurm) -> None:
+    """A cancel that Slurm could not be told of is told now.
+
+    Of jobs in the queue, and of those that shall end at once; the others' workers see the wish by themselves.
+    """
+    wished = {v.run: wish.of(v.run) for v in views if v.job and not v.job.ended and v.state.state in ACTIVE}
+    due = [v for v in views if wished.get(v.run) == "now" or (wished.get(v.run) and v.job and v.job.waiting)]
+    if due:
+        with contextlib.suppress(SchedulerError):  # the next look tries again
+            slurm.cancel([v.state.job_id for v in due if v.state.job_id])
+
+
+def _find_submitted(views: Sequence[View], slurm: Slurm, patience: Patience | None) -> list[View]:
+    """Runs whose launcher has not had sbatch's answer: is there a job all the same?"""
+    members: dict[tuple[Path, str], list[RunDir]] = {}
+    for view in views:
+        if view.state.submission:
+            members.setdefault((view.run.runs_dir, view.state.submission), []).append(view.run)
+    jobs = {key: submissions.job_of(*key, runs) for key, runs in members.items()}
+    lost = {token for (_, token), job_id in jobs.items() if job_id is None}
+    found, away = slurm.find(lost)
+    while away and patience is not None and patience.wait(away):
+        found, away = slurm.find(lost)
+    for (runs_dir, token), job_id in jobs.items():
+        if job_id is None and token in found:
+            with contextlib.suppress(SchedulerError):  # their agents see that they are not meant
+                submissions.settle(runs_dir, token, found[token], slurm, lambda _: None)
+    return [_check_submitted(view, away) for view in views]
+
+
+def _check_submitted(view: View, away: str) -> View:
+    state, runs_dir = view.run.read_state(), view.run.runs_dir
+    if state.job_id is not None or state.state not in ACTIVE:  # found, or the launcher has had it meanwhile
+        return dataclasses.replace(view, state=state)
+    if submissions.may_still_come(runs_dir, state.submission, state.created):
         return dataclasses.replace(view, state=dataclasses.replace(state, reason="is being submitted"))
     if away:
-        unknown = dataclasses.replace(state, state="UNKNOWN", reason=f"Slurm does not answer: {away}")
-        return dataclasses.replace(view, state=unknown, unchecked=away)
+        return _unknown(view, away)
     return _apply(view, judge.never_started("its launcher ended before sbatch had answered"))
-
-
-def _launcher_lives(record: dict[str, Any]) -> bool:
-    pid, started = record.get("pid"), record.get("pid_started")
-    return (
-        isinstance(pid, int) and record.get("host") == os.uname().nodename and processes.alive(pid, started)
-    )
-
-
-def _age_s(created: str) -> float:
-    """Seconds since a time; a long time where there is none."""
-    try:
-        return (datetime.now(UTC) - datetime.fromisoformat(created)) / timedelta(seconds=1)
-    except ValueError:
-        return float("inf")

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,6 +138,7 @@ class RunDir:
         self,
         expect: RunState | None = None,
         event: tuple[str, dict[str, Any]] | None = None,
+        guard: Callable[[RunState], None] | None = None,
         **changes: Any,
     ) -> RunState:
         """Changes fields of the state under the run's lock.
@@ -145,6 +147,7 @@ class RunDir:
             expect: only change the state if it still is this one (as `read_state` gave it): someone who
                 decided on old knowledge must not overwrite what has happened since.
             event: kind and details of an event to append if, and only if, the state was changed.
+            guard: raises if the state as it stands may not be changed.
             **changes: fields and their new values.
 
         Returns:
@@ -158,6 +161,8 @@ class RunDir:
                 state = self.read_state()
                 if expect is not None and state != expect:
                     return state
+                if guard is not None:
+                    guard(state)
                 changed = dataclasses.replace(state, **changes)
                 # Keys that a newer hpcdl has written stay as they are.
                 write_json(self.state_file, {**self._read_plain(), **dataclasses.asdict(changed)})
@@ -183,6 +188,14 @@ class RunDir:
         """The last step that was logged; 0 before the first."""
         last = last_line(self.metrics_file, having="loss")
         return int(last["step"]) if last else 0
+
+    def last_sign(self) -> str | None:
+        """When the run's own processes wrote something last (UTC, ISO 8601); None before they have."""
+        times = []
+        for file in (self.metrics_file, self.events_file):
+            with contextlib.suppress(OSError):
+                times.append(file.stat().st_mtime)
+        return datetime.fromtimestamp(max(times), UTC).isoformat(timespec="milliseconds") if times else None
 
     @property
     def runs_dir(self) -> Path:
@@ -234,6 +247,43 @@ def read_submission(runs_dir: Path, token: str, file: str = "submission.json") -
     except (OSError, json.JSONDecodeError):
         return {}
     return dict(record) if isinstance(record, dict) else {}
+
+
+def decide_job(runs_dir: Path, token: str, job_id: str) -> str:
+    """Which job is the submission's: `job_id`, unless another one was written down before.
+
+    sbatch may have been run twice when its first answer was lost. Whoever comes first, the launcher, a look or
+    the job itself, decides; a second job has nothing to do.
+
+    Args:
+        runs_dir: the folder of all runs.
+        token: names the submission.
+        job_id: a job or array, without a task.
+    """
+    known = read_submission(runs_dir, token).get("job_id")
+    if known is not None:
+        return str(known)
+    with _changing(runs_dir, token) as record:
+        if record.get("job_id") is None:
+            record["job_id"] = job_id
+        return str(record["job_id"])
+
+
+def note(runs_dir: Path, token: str, **more: Any) -> None:
+    """Adds to the record of a submission what is known now, and changes nothing else."""
+    with _changing(runs_dir, token) as record:
+        record.update(more)
+
+
+@contextlib.contextmanager
+def _changing(runs_dir: Path, token: str) -> Iterator[dict[str, Any]]:
+    folder = runs_dir / SUBMISSIONS / token
+    with locked(folder / ".job.lock"):
+        record = read_submission(runs_dir, token)
+        before = dict(record)
+        yield record
+        if record != before:
+            write_json(folder / "submission.json", record)
 
 
 def all_runs(runs_dir: Path) -> Iterator[RunDir]:

@@ -15,7 +15,7 @@
 #SBATCH --exclude='c[1-2,7]'
 #SBATCH --reservation=tutorial
 #SBATCH --signal=B:USR2@300
-#SBATCH --dependency=afterok:4711
+#SBATCH --dependency=afterok:4711:4712_3
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --output='/shared/my runs/100%%/.submissions/20260131-120000-ab12/slurm-%A_%a.out'
 #SBATCH --open-mode=append

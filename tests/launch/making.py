@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl.launch.base import JobRequest
+from hpcdl.runs.parents import Parent
 from hpcdl.runs.state import RunState
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ClusterSpec
@@ -27,7 +28,9 @@ GOLDEN = HERE.parent / "golden"
 
 def request(count: int = 1, *, runs_dir: Path = Path("/shared/runs"), **fields: Any) -> JobRequest:
     """A submission of `count` runs; the other fields are ClusterSpec's and JobRequest's own."""
-    own = {k: fields.pop(k) for k in ("token", "name", "python", "after_job") if k in fields}
+    own = {k: fields.pop(k) for k in ("token", "name", "python") if k in fields}
+    jobs = fields.pop("after_jobs", ())
+    own["parents"] = tuple(Parent(run=None, name=f"job {job}", job_id=job) for job in jobs)
     values = {"token": TOKEN, "name": "lora", "python": "/shared/env/bin/python", **own}
     return JobRequest(
         cluster=ClusterSpec(**{"kind": "slurm", **fields}),

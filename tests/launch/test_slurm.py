@@ -33,7 +33,7 @@ ALL_OPTIONS = {
     "extra": ("--mail-type=END,FAIL", "--exclusive"),
     "srun_args": ("--mpi=none", "--cpu-bind=map_cpu:0, 1"),
     "array_parallelism": 2,
-    "after_job": "4711",
+    "after_jobs": ("4711", "4712_3"),
 }
 SCRIPTS = {
     "slurm-single.sh": request(time_min=60),
@@ -92,7 +92,7 @@ def test_values_with_spaces_and_signs_survive() -> None:
     assert found["exclude"] == "c[1-2,7]"
     assert found["mem"] == "492032M"
     assert found["array"] == "0-2%2"
-    assert found["dependency"] == "afterok:4711"
+    assert found["dependency"] == "afterok:4711:4712_3"
     assert found["kill-on-invalid-dep"] == "yes"
     assert found["mail-type"] == "END,FAIL"
     # %% is a plain % in Slurm's file name patterns.
@@ -137,8 +137,17 @@ def test_submit_sends_the_very_text_once(slurm: FakeSlurm, tmp_path: Path) -> No
     assert BACKEND.submit(job, text) == "1"
     (call,) = slurm.calls("sbatch")
     assert call["script"] == text
-    assert list(job.folder.iterdir()) == []  # submitit's copies are gone
-    assert BACKEND.submit(job, text) == "2"
+    names = sorted(file.name for file in job.folder.iterdir())
+    assert names == [".job.lock", "asked", "submission.json"], "submitit's copies are gone"
+
+
+def test_a_submission_has_one_job(slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = request(2, runs_dir=tmp_path / "runs")
+    assert [BACKEND.submit(job, BACKEND.render(job)) for _ in range(2)] == ["1", "1"]
+    assert [slurm.task(task)["state"] for task in ("1_0", "1_1", "2_0", "2_1")] == ["PENDING"] * 2 + [
+        "CANCELLED"
+    ] * 2
+    assert "has reached Slurm 2 times: 2 cancelled" in capsys.readouterr().err
 
 
 def test_a_launch_from_inside_a_job_takes_nothing_of_it_along(
@@ -151,7 +160,8 @@ def test_a_launch_from_inside_a_job_takes_nothing_of_it_along(
     job = request(runs_dir=tmp_path / "runs")
     BACKEND.submit(job, BACKEND.render(job))
     (call,) = slurm.calls("sbatch")
-    assert call["environment"] == {"SLURM_CONF": "/etc/slurm/slurm.conf", "HPCDL_RUNS": "/runs"}
+    passed = {k: v for k, v in call["environment"].items() if k != "HPCDL_SLURM_PATIENCE_S"}
+    assert passed == {"SLURM_CONF": "/etc/slurm/slurm.conf", "HPCDL_RUNS": "/runs"}
 
 
 def test_a_refusal_carries_sbatchs_words(slurm: FakeSlurm, tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ class FakeSlurm:
                 )
             if not known:
                 errors.append("slurm_load_jobs error: Invalid job id specified")
-        return subprocess.CompletedProcess(command, 1 if errors else 0, "\n".join(lines), "\n".join(errors))
+        text = "".join(f"{line}\n" for line in lines)
+        return subprocess.CompletedProcess(command, 1 if errors else 0, text, "\n".join(errors))
 
     def _sacct(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         if not self.accounting:

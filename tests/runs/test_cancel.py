@@ -79,10 +79,13 @@ def test_over_already(runs_dir: Path, fake: FakeSlurm) -> None:
 def test_the_controller_is_away(runs_dir: Path, fake: FakeSlurm) -> None:
     run = make_run(runs_dir, state="RUNNING", job_id="4_0")
     fake.away = True
-    with pytest.raises(SchedulerError, match="nothing was cancelled") as caught:
-        cancel([run], How(), lambda _: None, slurm=fake.slurm())
+    said: list[str] = []
+    with pytest.raises(SchedulerError, match="The wish to cancel is kept") as caught:
+        cancel([run], How(), said.append, slurm=fake.slurm())
     assert caught.value.exit_code == 3
-    assert not run.stop_file.exists()
+    assert "the wish is kept" in said[0]
+    assert run.stop_file.read_text().split()[0] == "cancel", "workers look here"
+    assert run.read_state().state == "RUNNING"
 
 
 def test_a_run_that_has_no_job_id_yet(runs_dir: Path, fake: FakeSlurm) -> None:

@@ -227,7 +227,7 @@ def test_a_failed_poll_is_not_a_state(runs_dir: Path, fake: FakeSlurm) -> None:
     fake.away = True
     view = look(run, fake.slurm())
     assert view.state.state == "UNKNOWN"
-    assert view.state.reason.startswith("RUNNING when last known; Slurm does not answer: ")
+    assert "(RUNNING when last known" in view.state.reason and "Slurm does not answer: " in view.state.reason
     assert run.state_file.read_bytes() == before
     fake.away = False
     fake.jobs["4"] = [FakeJob("RUNNING", "0")]

@@ -92,7 +92,7 @@ def test_a_thousand_runs_take_one_call(fake: FakeSlurm) -> None:
 def test_find_by_comment(fake: FakeSlurm) -> None:
     fake.jobs["8"] = [FakeJob("PENDING", "0-3", comment="hpcdl:tokA")]
     fake.jobs["9"] = [FakeJob("RUNNING", comment="(null)")]
-    assert fake.slurm().find({"tokA", "tokB"}) == ({"tokA": "8"}, "")
+    assert fake.slurm().find({"tokA", "tokB"}) == ({"tokA": ("8",)}, "")
 
 
 def test_scancel_that_fails_says_so(fake: FakeSlurm) -> None:
