@@ -133,10 +133,12 @@ class Worker:
         """Turns of both ways; the first of each is not counted: it imports, and makes the buffers."""
         from hpcdl.runs.store import RunDir
         from hpcdl.worker.checkpoint import Checkpointer
+        from hpcdl.worker.keeping import Keeper
         from hpcdl.worker.process import leave
 
         run = RunDir(folder)
-        self.saver = Checkpointer(run, self.who, self.engine, self.spec, data_digest="none")
+        keeper = Keeper(run, self.who, self.spec.trainer)
+        self.saver = Checkpointer(run, self.who, self.engine, self.spec, keeper, data_digest="none")
         turns = [self._turn() for _ in range(self.args.rounds + 1)][1:]
         if self.who.is_first:
             sizes = [event["bytes"] for event in run.events() if event["event"] == "checkpoint"]

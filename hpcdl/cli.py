@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_follow(verbs)
     _add_cancel(verbs)
     _add_result(verbs)
+    _add_checkpoints(verbs)
     _add_compare(verbs)
     return parser
 
@@ -179,6 +180,13 @@ def _add_result(verbs: Verbs) -> None:
     parser.add_argument("--json", action="store_true", help="result.json as it is")
 
 
+def _add_checkpoints(verbs: Verbs) -> None:
+    parser = _add(verbs, "checkpoints", _checkpoints, "what a run can go on from; 1 if any of it is damaged")
+    parser.add_argument("run", metavar="RUN", nargs="?", default="latest", help="(default: latest)")
+    parser.add_argument("--verify", action="store_true", help="read every byte, and compare the checksums")
+    parser.add_argument("--json", action="store_true", help="for scripts: a list, the oldest first")
+
+
 def _add_compare(verbs: Verbs) -> None:
     parser = _add(verbs, "compare", _compare, "runs side by side: speed, scaling, memory, loss")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, or a sweep: all its points")
@@ -212,6 +220,7 @@ def _console() -> Console:
 
 def _status(options: argparse.Namespace) -> int:
     from hpcdl.runs import query, status
+    from hpcdl.runs.hurry import hurry
     from hpcdl.runs.reconcile import read, reconcile
     from hpcdl.runs.store import all_runs
 
@@ -220,7 +229,7 @@ def _status(options: argparse.Namespace) -> int:
     reading = read(runs)
     if len(runs) == 1 and options.runs and reading.faults:
         raise UsageError(reading.faults[0])
-    views = sorted(reconcile(reading.views), key=lambda view: view.state.created, reverse=True)
+    views = sorted(hurry(reconcile(reading.views)), key=lambda view: view.state.created, reverse=True)
     single = len(options.runs) == 1 and len(views) == 1
     if options.json:
         _print_json(status.as_json(views[0]) if single else [status.as_json(view) for view in views])
@@ -292,6 +301,18 @@ def _result(options: argparse.Namespace) -> int:
     else:
         result.print_result(_console(), view, record)
     return 0
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from hpcdl.runs import checkpoints, query
+
+    run = query.find_one(options.run, query.runs_dir(options.runs_dir))
+    found = checkpoints.collect(run, verify=options.verify)
+    if options.json:
+        _print_json(checkpoints.as_json(found))
+    else:
+        checkpoints.print_list(_console(), run, found)
+    return 1 if any(each.damage for each in found) else 0
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ LEFT_OUT = {
         ),
         *("setup", "teardown", "extra", "srun_args", "python", "partitions"),
         *("max_restarts", "max_requeues", "requeue", "array_parallelism", "max_array_size"),
+        *("min_nodes", "exclude_failed_nodes", "lost_after_s"),
     ),
     "offload": ("folder",),
     "trainer": ("keep_best",),

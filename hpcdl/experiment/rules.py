@@ -282,6 +282,21 @@ def what_is_recomputed_is_offloaded(trainer: TrainerSpec, cluster: ClusterSpec) 
         )
 
 
+def best_is_known(trainer: TrainerSpec) -> Iterator[Fault]:
+    """Only a checkpoint whose step is evaluated can be among the best."""
+    every, saved = trainer.eval_every, trainer.checkpoint_every
+    if not trainer.keep_best or (every and saved and not saved % every):
+        return
+    at = saved or every
+    yield Fault(
+        key="trainer.keep_best",
+        value=str(trainer.keep_best),
+        problem=f"the held-out loss at checkpoints isn't known: eval_every={every}, checkpoint_every={saved}",
+        allowed="0; or checkpoint_every a multiple of eval_every, both above 0",
+        fix=f"trainer.eval_every={at} trainer.checkpoint_every={at}" if at else "trainer.keep_best=0",
+    )
+
+
 def _nearest_divisor(number: int, near: int) -> int:
     divisors = (d for d in range(1, number + 1) if number % d == 0)
     return min(divisors, key=lambda d: (abs(d - near), d))
@@ -305,6 +320,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("parallel", "cluster"), ranks.degrees_make_the_world),
     (("trainer", "parallel", "cluster"), ranks.batch_divides),
     (("trainer", "cluster"), what_is_recomputed_is_offloaded),
+    (("trainer",), best_is_known),
     (("cluster",), resources.one_machine_is_one_node),
     (("cluster",), resources.a_process_a_gpu),
     (("cluster",), resources.partition_is_known),

@@ -76,7 +76,10 @@ class TrainerSpec:
     """Write checkpoints in the background, from a copy in host memory, while training goes on; the last one
     of a run is waited for."""
     keep_last: Annotated[int, Ge(1)] = 2
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept: the newest ones."""
+    keep_best: Annotated[int, Ge(0)] = 0
+    """Checkpoints that are kept besides: those with the lowest held-out loss, of steps that are evaluated too
+    (`checkpoint_every` is a multiple of `eval_every`)."""
     resume_from: str | None = None
     """Another run whose training this one goes on with, on any number of ranks and under any strategy: as
     asked for a run id, its beginning, `latest`, a run's directory or one of its checkpoints; as recorded the

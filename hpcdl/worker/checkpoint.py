@@ -2,7 +2,10 @@
 
     .metadata, __<rank>_0.distcp   torch.distributed.checkpoint: trained weights, buffers, optimizer
     rng-00000.pt                   random states of one rank
-    trainer.json                   step, totals, the data's digest, every file's size; written last
+    trainer.json                   step, totals, the data's digest, every file's size and checksum; written last
+
+writing.py writes the files, keeping.py makes them a checkpoint and takes old ones away, resume.py chooses the one to
+go on from and verifies it, reading.py reads it.
 
 The learning rate is a function of the step and the batches are one of (seed, step): the step is their
 state, so the same run goes on with the same batches on any number of ranks.
@@ -10,8 +13,6 @@ state, so the same run goes on with the same batches on any number of ranks.
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,21 +23,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from hpcdl.distributed.decoder import Stage, named_parameters
 from hpcdl.distributed.engine import Engine
-from hpcdl.errors import HpcdlError
-from hpcdl.runs.files import write_json
+from hpcdl.errors import CheckpointError, HpcdlError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.spec.checkpoint import TRAINER, Found, Totals, name_of
+from hpcdl.spec.checkpoint import Found, Totals, Written, name_of, newest
 from hpcdl.worker import rng
+from hpcdl.worker.keeping import Keeper, missing
 from hpcdl.worker.process import Process
 
 # torch.distributed.checkpoint takes half a second to import: not before the first step.
 
-TEMPORARY = ".tmp-step-"
 OWN = "own."
 """Names of what only one strategy needs: others resume without it."""
 
@@ -55,6 +54,10 @@ class Saving:
     """Where it is written."""
     started: float
     """When it was due; perf_counter."""
+    must: bool
+    """Whether the training can't go on without it: it is the last one."""
+    size: int = 0
+    """Bytes written by all ranks; rank 0 only."""
     stalled_s: float = 0.0
     """Seconds that training has waited because of it."""
     copied: Event = field(default_factory=Event)
@@ -72,10 +75,13 @@ class Checkpointer:
     during the next step's passes, which change no weight; `settle`, called before what changes them, waits
     for the copy; for the writing itself where the engine's state is too large for a copy. One save is under way
     at a time.
+
+    A disk that takes a checkpoint not (full, a quota, an I/O error) ends the training only where it was to be the
+    last one: else all ranks drop it together, an event says so, and the next one is tried when it is due.
     """
 
     def __init__(
-        self, run: RunDir, who: Process, engine: Engine, spec: ExperimentSpec, *,
+        self, run: RunDir, who: Process, engine: Engine, spec: ExperimentSpec, keeper: Keeper, *,
         data_digest: str, first_step: int = 0,
     ) -> None:  # fmt: skip
         """Takes what it saves.
@@ -85,6 +91,7 @@ class Checkpointer:
             who: this rank.
             engine: what is saved.
             spec: the experiment.
+            keeper: puts them away.
             data_digest: tells the data from other data.
             first_step: the step that the run began from: above 0 where it continues another one.
         """
@@ -92,6 +99,7 @@ class Checkpointer:
         self._who = who
         self._engine = engine
         self._spec = spec
+        self._keeper = keeper
         self._data_digest = data_digest
         self._first_step = first_step
         self._under: Saving | None = None
@@ -106,30 +114,34 @@ class Checkpointer:
 
     def clean(self) -> None:
         """Takes away what killed tries left half-written. Rank 0 alone, before anyone saves."""
-        for path in self._run.checkpoints.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._keeper.clean()
+
+    def note(self, step: int, heldout_loss: float) -> None:
+        """Tells what the model of a step is worth; any rank, rank 0 writes it into that step's checkpoint."""
+        if self._who.is_first:
+            self._keeper.note(step, heldout_loss)
 
     def save(self, totals: Totals, *, wait: bool = True) -> None:
         """Writes a checkpoint of this step; it exists for readers only once it is whole and on disk.
 
         Args:
             totals: the counts of this step.
-            wait: return only once it is written. Else it is written in the background (where
-                `trainer.checkpoint_async` allows it), and `settle` must be called before the state changes.
+            wait: it is the last one: return only once it is written. Else it may be written in the background
+                (where `trainer.checkpoint_async` allows it), and `settle` must be called before the state
+                changes.
 
         Raises:
-            HpcdlError: this one, or the one before it that was still under way, can't be written.
+            CheckpointError: it is the last one, and the disk doesn't take it.
         """
         started = time.perf_counter()
         self.drain()
-        path = self._run.checkpoints / name_of(totals.step)
-        temporary = path.with_name(f"{TEMPORARY}{totals.step}-{self._who.attempt}-{self._who.restart}")
         saving = Saving(
-            totals=asdict(totals), state=self._engine.state(), random_states=rng.states(),
-            path=path, temporary=temporary, started=started,
+            totals=asdict(totals), state=self._engine.state(), random_states=rng.states(), must=wait,
+            path=self._run.checkpoints / name_of(totals.step), temporary=self._keeper.temporary(totals.step),
+            started=started,
         )  # fmt: skip
         if wait or self._thread is None:
-            _in_plain_words(saving, lambda: self._write(saving, None))
+            self._ended(saving, lambda: self._write(saving, None))
             return
         self._under, saving.in_background = saving, True
         after = torch.cuda.current_stream().record_event() if self._engine.device.type == "cuda" else None
@@ -137,11 +149,7 @@ class Checkpointer:
         saving.stalled_s = time.perf_counter() - started
 
     def settle(self) -> None:
-        """Waits until what is being saved has been copied. To be called before the state changes.
-
-        Raises:
-            HpcdlError: a save in the background has failed.
-        """
+        """Waits until what is being saved has been copied. To be called before the state changes."""
         saving = self._under
         if saving is None:
             return
@@ -159,14 +167,10 @@ class Checkpointer:
         return saving is None or saving.future is None or saving.future.done()
 
     def drain(self) -> None:
-        """Waits until nothing is being saved any more.
-
-        Raises:
-            HpcdlError: a save in the background has failed.
-        """
+        """Waits until nothing is being saved any more."""
         saving, self._under = self._under, None
         if saving is not None and saving.future is not None:
-            _in_plain_words(saving, saving.future.result)
+            self._ended(saving, saving.future.result)
 
     def _in_background(self, saving: Saving, after: Any) -> None:
         """The thread's part of a save."""
@@ -181,29 +185,46 @@ class Checkpointer:
             saving.copied.set()  # after a failure nobody must wait
 
     def _write(self, saving: Saving, planner: Any) -> None:
-        """Writes all of it. Rank 0 renames; the others may go on meanwhile: all their parts are written."""
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        """Writes all of it, on all ranks, or nothing: what one can't write, all drop."""
         from torch.distributed.checkpoint.state_dict_saver import save
 
         from hpcdl.worker.staging import PassingSaver
+        from hpcdl.worker.writing import Writer
 
-        saving.temporary.mkdir(parents=True, exist_ok=True)
-        random_states = saving.temporary / f"rng-{self._who.rank:05d}.pt"
-        torch.save(saving.random_states, random_states)
-        _fsync(random_states)
-        # Its last collective tells rank 0 that every rank has written (and fsynced) its part.
-        save(
-            saving.state,
-            storage_writer=FileSystemWriter(saving.temporary, sync_files=True),
-            planner=planner or PassingSaver(self._engine.let_go),
-            process_group=self._group,
-        )
+        try:
+            save(
+                saving.state,
+                storage_writer=Writer(
+                    saving.temporary, saving.random_states, lambda files: self._publish(saving, files)
+                ),
+                planner=planner or PassingSaver(self._engine.let_go),
+                process_group=self._group,
+            )
+        except Exception:
+            if self._who.is_first:  # every rank has ended its writing
+                self._keeper.drop(saving.temporary)
+            raise
         if self._who.is_first:
-            self._publish(saving)
+            took = time.perf_counter() - saving.started
+            self._run.event(
+                "checkpoint",
+                step=saving.totals["step"],
+                seconds=round(took, 4),
+                stalled_s=round(saving.stalled_s if saving.in_background else took, 4),
+                bytes=saving.size,
+            )
+            self._keeper.prune()
 
-    def _publish(self, saving: Saving) -> None:
-        """Makes a checkpoint that is all on disk one that readers see."""
-        files = {p.name: p.stat().st_size for p in sorted(saving.temporary.iterdir())}
+    def _publish(self, saving: Saving, files: Mapping[str, Written]) -> None:
+        """Rank 0, when all files are on disk: the record, and the name by which readers find it."""
+        sizes = {name: file.size for name, file in files.items()}
+        unseen = list(missing(saving.temporary, sizes))
+        if unseen:
+            raise HpcdlError(
+                f"{self._who.node} doesn't see {unseen[0]}, which another rank has written to"
+                f" {saving.temporary.parent}: is the disk shared by all nodes?"
+            )
+        saving.size = sum(sizes.values())
         record = {
             "totals": saving.totals,
             "first_step": self._first_step,
@@ -211,23 +232,49 @@ class Checkpointer:
             "data_digest": self._data_digest,
             "seed": self._spec.seed,
             "global_batch_size": self._spec.trainer.global_batch_size,
-            "files": files,
+            "files": sizes,
+            "crc32": {name: f"{file.crc32:08x}" for name, file in files.items()},
         }
-        write_json(saving.temporary / TRAINER, record)
-        _fsync(saving.temporary)
-        if saving.path.exists():  # a torn one that was passed over, or the same step saved by an earlier try
-            shutil.rmtree(saving.path)
-        saving.temporary.rename(saving.path)
-        _fsync(saving.path.parent)
-        took = time.perf_counter() - saving.started
-        self._run.event(
-            "checkpoint",
-            step=saving.totals["step"],
-            seconds=round(took, 4),
-            stalled_s=round(saving.stalled_s if saving.in_background else took, 4),
-            bytes=sum(files.values()),
+        self._keeper.publish(saving.temporary, record)
+
+    def _ended(self, saving: Saving, write: Callable[[], None]) -> None:
+        """Runs what writes, or waits for it; where the disk is at fault, says so.
+
+        Raises:
+            CheckpointError: the disk took it not, and it is the last one.
+            SupersededError: another try has taken the run over.
+            HpcdlError: the disk isn't shared.
+            RuntimeError: anything else on any rank, with that rank's traceback.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            write()
+        except CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            if isinstance(cause, HpcdlError):
+                raise cause from error
+            where = f"{_unwritten(saving)}, by rank {rank}"
+            if not isinstance(cause, OSError):
+                raise RuntimeError(f"{where}: {type(cause).__name__}: {cause}") from error
+            self._not_saved(saving, f"{where}: {cause}")
+        except OSError as error:
+            self._not_saved(saving, f"{_unwritten(saving)}: {error}")
+
+    def _not_saved(self, saving: Saving, problem: str) -> None:
+        found, _ = newest(self._run.checkpoints)
+        have = f"{found.path.name} is kept" if found else "there is no other one yet"
+        step = saving.totals["step"]
+        if self._who.is_first:
+            more = {"step": step, "kept": found.step if found else None}
+            self._run.event("checkpoint_failed", **more, last=saving.must, message=f"{problem}; {have}")
+            print(f"warning: {problem}; {have}", flush=True)
+        if not saving.must:
+            return
+        again = f"launched again, the run goes on from step {found.step}" if found else "it is lost"
+        raise CheckpointError(
+            f"{problem}: what was learned up to step {step} is not saved; {have}; make room, and {again}"
         )
-        self._prune(saving.path.name)
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step lies; of the step that the run began from, in another run."""
@@ -244,10 +291,11 @@ class Checkpointer:
             HpcdlError: this run would not have the batches that the other one would have had, or has other
                 tensors.
         """
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
+        from hpcdl.worker.reading import saved_tensors
         from hpcdl.worker.staging import PassingLoader
+        from hpcdl.worker.unpickle import SafeReader
 
         self._must_go_on_alike(found)
         state, saved = self._engine.state(), saved_tensors(found.path)
@@ -264,8 +312,7 @@ class Checkpointer:
                     f"{key} is {tuple(saved[key].size)} in {found.path.name}, and {tuple(tensor.shape)} here:"
                     " it is of another model"
                 )
-        reader = FileSystemReader(found.path)
-        load(fitting, storage_reader=reader, planner=PassingLoader(self._engine.let_go))
+        load(fitting, storage_reader=SafeReader(found.path), planner=PassingLoader(self._engine.let_go))
         self._engine.restored(found.step, frozenset(saved))
         if found.world_size == self._who.world_size:
             rng.load(found.path / f"rng-{self._who.rank:05d}.pt")
@@ -290,63 +337,6 @@ class Checkpointer:
                 f" it would get other batches; set {key}={theirs}"
             )
 
-    def _prune(self, newest_name: str) -> None:
-        # Later ones than this were torn, and passed over at the resume.
-        later = [p for p in self._run.checkpoints.glob("step-*") if p.name > newest_name]
-        kept = sorted(p for p in self._run.checkpoints.glob("step-*") if p.name <= newest_name)
-        for old in later + kept[: -self._spec.trainer.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
 
-
-def saved_tensors(path: Path) -> Mapping[str, Any]:
-    """The tensors in a checkpoint: DCP's TensorStorageMetadata by name."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    saved: Mapping[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
-    return saved
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Sets a whole model's trained parameters to a checkpoint's, whoever wrote it. One rank alone."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    state = {
-        f"model.{name}": parameter.detach()
-        for name, parameter in named_parameters(Stage(model)).items()
-        if parameter.requires_grad
-    }
-    load(state, storage_reader=FileSystemReader(path), no_dist=True)
-
-
-def _in_plain_words(saving: Saving, write: Callable[[], None]) -> None:
-    """Runs what writes; where the disk is at fault, says so without a traceback.
-
-    Raises:
-        HpcdlError: an OSError on any rank.
-        RuntimeError: anything else on any rank, with that rank's traceback.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        write()
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        message = f"{_failed(saving)}, by rank {rank}: "
-        if isinstance(cause, OSError):
-            raise HpcdlError(f"{message}{cause}") from error
-        raise RuntimeError(f"{message}{type(cause).__name__}: {cause}") from error
-    except OSError as error:
-        raise HpcdlError(f"{_failed(saving)}: {error}") from error
-
-
-def _failed(saving: Saving) -> str:
+def _unwritten(saving: Saving) -> str:
     return f"the checkpoint of step {saving.totals['step']} can't be written to {saving.path.parent}"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

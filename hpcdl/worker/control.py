@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,18 +44,30 @@ def fingerprint(parameters: Iterable[nn.Parameter]) -> Tensor:
     return total
 
 
-def agree_on_start(step: int, weights: Tensor, device: torch.device) -> int:
-    """Rank 0's `step`, after checking that all ranks start from the same trainable weights.
+def must_start_alike(weights: Tensor, device: torch.device) -> None:
+    """Checks that all ranks start from the same trainable weights.
 
     Raises:
         HpcdlError: they don't (a folder that differs from node to node).
     """
-    everyone = gather([float(step), weights], device)
     # Sums of the same numbers in the same order on the same kind of device: equal up to the last digits.
-    sums = everyone[:, 1]
+    sums = gather([weights], device)[:, 0]
     odd = (~torch.isclose(sums, sums[0], rtol=1e-6, atol=1e-6)).nonzero().flatten().tolist()
     if odd:
         raise HpcdlError(
             f"ranks {odd} start from other weights than rank 0: is model.path the same on every node?"
         )
-    return int(everyone[0, 0])
+
+
+def word_of_first(value: Any = None) -> Any:
+    """Rank 0's `value`, on all ranks; what others give doesn't count."""
+    words = [value]
+    dist.broadcast_object_list(words, src=0)
+    return words[0]
+
+
+def words_of_all(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of ranks, on all of them."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone

@@ -20,7 +20,6 @@ from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
 from hpcdl.spec import ExperimentSpec
 from hpcdl.worker import optim, pruning, quantized
-from hpcdl.worker.checkpoint import load_weights
 from hpcdl.worker.data.prepare import Rows
 from hpcdl.worker.metrics import flops_per_token, peak_flops
 from hpcdl.worker.model import load
@@ -113,6 +112,8 @@ def from_checkpoint(
     spec: ExperimentSpec, place: str | None, path: Path, device: torch.device, text: Rows | None = None
 ) -> Network:
     """The trained model, whole, on this rank alone: loaded anew, with a checkpoint's weights."""
+    from hpcdl.worker.reading import load_weights  # torch's checkpoints take half a second to import
+
     net = prepare(spec, load(spec, place), device, text)
     load_weights(path, net.model)
     net.model.to(device)

@@ -291,6 +291,7 @@ def alone(tmp_path: Path) -> Iterator[Callable[..., Alone]]:
     import torch.distributed as dist
 
     from hpcdl.worker.checkpoint import Checkpointer
+    from hpcdl.worker.keeping import Keeper
     from hpcdl.worker.process import from_environment
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -304,7 +305,9 @@ def alone(tmp_path: Path) -> Iterator[Callable[..., Alone]]:
             state=lambda: dict(state), device=torch.device("cpu"), staged=True, let_go=lambda tensor: None
         )
         spec = tiny_spec(**{"trainer__checkpoint_every": 1, "trainer__keep_last": 9, **dotted})
-        made.append(Checkpointer(run, from_environment(), engine, spec, data_digest="d"))  # type: ignore[arg-type]
+        who = from_environment()
+        keeper = Keeper(run, who, spec.trainer)
+        made.append(Checkpointer(run, who, engine, spec, keeper, data_digest="d"))  # type: ignore[arg-type]
         return Alone(made[-1], state, run)
 
     yield make
