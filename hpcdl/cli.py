@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except HpcdlError as error:
-        print(f"hpcdl: {error}", file=sys.stderr)
+        from hpcdl.runs import terminal
+
+        print(terminal.line(f"hpcdl: {error}", to=sys.stderr), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -210,9 +212,9 @@ def _count(text: str) -> int:
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from hpcdl.runs import terminal
 
-    console = Console(highlight=False, emoji=False)
+    console = terminal.console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # whoever reads a file or a pipe wants whole lines
     return console
@@ -242,19 +244,18 @@ def _status(options: argparse.Namespace) -> int:
     else:
         rows = views if options.all or options.runs else views[: options.n]
         status.print_table(_console(), rows, views)
-    for fault in reading.faults:
-        print(f"hpcdl: left out: {fault}", file=sys.stderr)
+    _left_out(reading.faults)
     return 0
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from hpcdl.runs import logs, query
+    from hpcdl.runs import logs, query, terminal
 
     run = query.find_one(options.run, query.runs_dir(options.runs_dir))
     wanted = logs.Wanted(node=options.node, rank=options.rank, attempt=options.attempt)
 
     def write(line: str) -> None:
-        print(line, flush=options.follow)
+        print(terminal.line(line), flush=options.follow)
 
     if options.follow:
         logs.follow(run, wanted, write, _remark)
@@ -280,8 +281,14 @@ def _cancel(options: argparse.Namespace) -> int:
     runs = query.find_all(options.runs, query.runs_dir(options.runs_dir))
     if len(runs) >= CONFIRM_FROM and not options.yes and not _confirmed(len(runs)):
         return 1
-    views = cancel.cancel(runs, cancel.How(now=options.now, limit_s=options.limit), print)
+    views = cancel.cancel(runs, cancel.How(now=options.now, limit_s=options.limit), _say)
     return 1 if any(view.state.state in ACTIVE for view in views) else 0
+
+
+def _say(line: str) -> None:
+    from hpcdl.runs import terminal
+
+    print(terminal.line(line))
 
 
 def _confirmed(count: int) -> bool:
@@ -326,8 +333,7 @@ def _compare(options: argparse.Namespace) -> int:
         _print_json(compare_view.as_json(comparison))
     else:
         compare_view.print_comparison(_console(), comparison)
-    for fault in comparison.left_out:
-        print(f"hpcdl: left out: {fault}", file=sys.stderr)
+    _left_out(comparison.left_out)
     if options.plot is not None:
         file = file or compare_plot.default_file(comparison)
         compare_plot.draw(comparison, file)
@@ -338,10 +344,21 @@ def _compare(options: argparse.Namespace) -> int:
 def _print_json(value: object) -> None:
     import json
 
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    from hpcdl.runs import terminal
+
+    print(terminal.line(json.dumps(value, indent=1, ensure_ascii=False)))
+
+
+def _left_out(faults: Sequence[str]) -> None:
+    from hpcdl.runs import terminal
+
+    for fault in faults:
+        print(terminal.line(f"hpcdl: left out: {fault}", to=sys.stderr), file=sys.stderr)
 
 
 def _remark(line: str) -> None:
     """A remark beside the log: on standard error, so that a pipe gets the log only."""
+    from hpcdl.runs import terminal
+
     sys.stdout.flush()
-    print(f"[{line}]", file=sys.stderr, flush=True)
+    print(terminal.line(f"[{line}]", to=sys.stderr), file=sys.stderr, flush=True)

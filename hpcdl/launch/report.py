@@ -142,8 +142,7 @@ def _left_out(refused: Sequence[Refused], sweep: str) -> None:
 
 def print_result(item: Planned) -> None:
     """What the run has achieved."""
-    from rich.console import Console
-
+    from hpcdl.runs import terminal
     from hpcdl.runs.reconcile import View
     from hpcdl.runs.result import load
     from hpcdl.runs.result import print_result as show
@@ -154,4 +153,4 @@ def print_result(item: Planned) -> None:
     except HpcdlError as error:
         print(f"result     {error}")
         return
-    show(Console(), view, record)
+    show(terminal.console(), view, record)

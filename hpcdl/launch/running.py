@@ -113,6 +113,6 @@ def _console(options: LaunchOptions) -> Console | None:
     """Where progress goes: with `parsable`, standard output is for the lines of runs alone."""
     if not options.parsable:
         return None
-    from rich.console import Console
+    from hpcdl.runs import terminal
 
-    return Console(stderr=True, highlight=False)
+    return terminal.console(stderr=True, highlight=False)

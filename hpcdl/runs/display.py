@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from hpcdl.runs import processes, words
+from hpcdl.runs import processes, terminal, words
 from hpcdl.runs.feed import Feed, Progress
 from hpcdl.runs.reconcile import View
 
@@ -50,9 +50,7 @@ class Display(Protocol):
 
 def for_console(console: Console | None) -> Display:
     """The view that fits where the output goes."""
-    from rich.console import Console
-
-    console = console or Console(highlight=False)
+    console = console or terminal.console(highlight=False)
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
 
 
