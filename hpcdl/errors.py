@@ -4,7 +4,7 @@
     ├── ConfigError             the config is wrong: all faults at once          exit 2
     ├── UsageError              a command was called wrongly (no such run, …)    exit 2
     ├── RunFailedError          the run itself failed                            exit 1
-    ├── CheckpointError         the disk didn't take a run's last checkpoint     exit 1
+    ├── UnsavedError            the disk didn't take what a run must leave       exit 1
     │   └── SupersededError     a newer try has taken the run over               exit 1
     └── SchedulerError          the scheduler could not be reached, or refused   exit 3
 
@@ -70,8 +70,8 @@ class SupersededError(RunFailedError):
     """A try of a run may write nothing any more: a newer one holds the run (hpcdl.runs.fence)."""
 
 
-class CheckpointError(HpcdlError):
-    """The disk didn't take the checkpoint without which training can't end or stop; what is kept, it says."""
+class UnsavedError(HpcdlError):
+    """The disk didn't take what a run must leave: its last checkpoint, or its result. It says what is kept."""
 
     exit_code = 1
 

@@ -94,14 +94,21 @@ def find(
         node: this node's name.
         killed_by_kernel: whether this node's kernel has killed a process of the job for want of memory.
     """
-    causes = list(_recorded(run, attempt))
-    own = from_torchrun(list(words), node, killed_by_kernel=killed_by_kernel)
+    said = list(words)
+    causes = [*_recorded(run, attempt), *_said(said)]
+    own = from_torchrun(said, node, killed_by_kernel=killed_by_kernel)
     spoken = {cause.rank for cause in causes if not cause.by_torchrun}
-    heard = [c for c in (*causes, own) if not c.by_torchrun or (c.rank is not None and c.rank not in spoken)]
+    heard = [
+        c
+        for c in (*causes, own)
+        if not c.by_torchrun or c.signal or (c.rank is not None and c.rank not in spoken)
+    ]
     return min(heard or [own], key=_when)
 
 
-def record(run: RunDir, attempt: str, node: int, cause: Cause, *, restart: int | None = None) -> None:
+def record(
+    run: RunDir, attempt: str, node: int, cause: Cause, *, restart: int | None = None, by: str = "agent"
+) -> None:
     """Leaves this node's cause for the first node's agent: `errors/try<…>-node<k>.json`.
 
     Args:
@@ -111,6 +118,7 @@ def record(run: RunDir, attempt: str, node: int, cause: Cause, *, restart: int |
         cause: what was seen here.
         restart: how often the workers had been restarted in place, where the agent ended them itself and they
             may start anew; null: this node's last word of the try.
+        by: what of the agent saw it: each leaves one file a restart.
     """
     plain = {
         "time": cause.time,
@@ -129,7 +137,7 @@ def record(run: RunDir, attempt: str, node: int, cause: Cause, *, restart: int |
         "kind": cause.told,
     }
     run.errors.mkdir(exist_ok=True)
-    again = "" if restart is None else f"-restart{restart}-agent"
+    again = "" if restart is None else f"-restart{restart}-{by}"
     write_json(run.errors / f"try{attempt}{again}-node{node}.json", plain)
 
 
@@ -151,7 +159,7 @@ def from_torchrun(words: list[str], node: str, *, killed_by_kernel: bool = False
     rank = _number(report.get("rank", ""))
     time = _time(report.get("time", ""))
     if code is None or rank is None:
-        said = [line for line in words if not _NO_WORDS.match(line)]
+        said = [line for line in words if not (_NO_WORDS.match(line) or line.startswith(kinds.CAUSE))]
         return Cause(
             time=now(),
             type="torchrun",
@@ -159,6 +167,19 @@ def from_torchrun(words: list[str], node: str, *, killed_by_kernel: bool = False
             message=said[-1].strip() if said else "ended without a word",
             node=node,
         )
+    return of_exit(code, rank, node, time, killed_by_kernel=killed_by_kernel)
+
+
+def of_exit(code: int, rank: int | None, node: str, time: str, *, killed_by_kernel: bool = False) -> Cause:
+    """A worker's end as torchrun saw it.
+
+    Args:
+        code: as torchrun gives it: the exit code, or less than 0: the signal's number.
+        rank: global rank, where it is known.
+        node: where it ran.
+        time: when it was found; UTC, ISO 8601.
+        killed_by_kernel: whether the kernel has killed a process there; it was the rank that died by SIGKILL.
+    """
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         starved = killed_by_kernel and name == "SIGKILL"
@@ -211,6 +232,14 @@ def _last_restart(run: RunDir) -> tuple[int, str]:
         elif event.get("event") == "restarted":
             found = (int(event.get("restart", 0)), str(event.get("time", "")))
     return found
+
+
+def _said(words: Iterable[str]) -> Iterator[Cause]:
+    """What ranks of this node could only print: the run directory took it not."""
+    for line in words:
+        cause = _read(line.removeprefix(kinds.CAUSE)) if line.startswith(kinds.CAUSE) else None
+        if cause is not None:
+            yield cause
 
 
 def _read(text: str) -> Cause | None:

@@ -21,22 +21,25 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from hpcdl import secrets
+from hpcdl.runs.kinds import CAUSE
 from hpcdl.runs.private import open_to_write
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-_RANK_LINE = re.compile(rb"\[rank \d+\] ")
+_RANK_LINE = re.compile(rb"\[rank (\d+)\] ")
 _FRAME = re.compile(rb"frame #\d+: ")
 _CLOSING = re.compile(rb"Sending process (\d+) closing signal")
-CLOSING_GRACE_S = 8.0
+_FAILED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+CLOSING_GRACE_S = 3.0
 """How long torchrun's workers may live on once it has told them to end, because one of them has failed. They
-take its SIGTERM for a wish to save and stop, which they can't do without the dead one; torchrun itself would
-wait 30 s."""
+take its SIGTERM for a wish to save and stop, which they can't do without the dead one: it is the time to say what
+has gone wrong with them. torchrun itself would wait 30 s."""
 _TICK_S = 0.2
 _KILL_LIMIT_S = 10.0
 _KEPT_LINES = 200
@@ -65,6 +68,8 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = open_to_write(path, os.O_WRONLY | os.O_APPEND)
+        self._lost = 0
+        """Lines that found no room."""
 
     def write(self, lines: Sequence[bytes]) -> None:
         """Appends whole lines; those without a rank are torchrun's own words."""
@@ -81,8 +86,27 @@ class Log:
 
     def _append(self, data: bytes) -> None:
         data = secrets.of_this_process().hide_bytes(data)
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        left = data
+        if self._lost:
+            left = f"\n[agent] {self._lost} lines are not here: the disk was full\n".encode() + data
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+            self._lost = 0
+        except OSError:  # nothing that is only told may end the training
+            self._lost += data.count(b"\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A worker that torchrun has found dead."""
+
+    code: int
+    """Its exit code; less than 0: the number of the signal that ended it."""
+    rank: int | None
+    """Global rank; null where none of the node's workers had said a word."""
+    time: str
+    """When; UTC, ISO 8601."""
 
 
 class Torchrun:
@@ -122,6 +146,10 @@ class Torchrun:
         self._closing: dict[int, float] = {}
         self.disturbed = False
         """Whether it has said that a worker failed or is told to end: a restart in place may follow."""
+        self.failures: list[Failed] = []
+        """Each failure of a worker that torchrun has acted on: by a restart in place, or by its own end."""
+        self.ranks: set[int] = set()
+        """Global ranks that have printed something here."""
         self.words: deque[str] = deque(maxlen=_KEPT_LINES)
         """The last lines that torchrun itself said."""
 
@@ -176,13 +204,23 @@ class Torchrun:
             return
         self._log.write(lines)
         for line in lines:
-            if _RANK_LINE.match(line):
+            if spoke := _RANK_LINE.match(line):
+                self.ranks.add(int(spoke.group(1)))
+                if line.startswith(CAUSE.encode(), spoke.end()):
+                    self.words.append(line[spoke.end() :].decode(errors="replace"))
                 continue
+            if failed := _FAILED.search(line):
+                self._note(int(failed.group(1)), int(failed.group(2)))
             self.words.append(secrets.hide(line.decode(errors="replace")))
             found = _CLOSING.search(line)
             self.disturbed |= found is not None or b"failed (exitcode" in line
             if found:
                 self._closing[int(found.group(1))] = time.monotonic() + CLOSING_GRACE_S
+
+    def _note(self, code: int, local_rank: int) -> None:
+        rank = min(self.ranks) + local_rank if self.ranks else None  # a node's ranks are consecutive
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.failures.append(Failed(code=code, rank=rank, time=time))
 
     def _end_the_closing(self) -> None:
         late = [pid for pid, deadline in self._closing.items() if time.monotonic() > deadline]

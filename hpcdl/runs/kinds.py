@@ -18,6 +18,9 @@ NEVER_RESTART = 78
 """Exit code of workers, agents and jobs whose failure would be the same again (sysexits.h: EX_CONFIG). An agent
 that finds it in state.json doesn't start, whoever has put the job back into the queue."""
 
+CAUSE = "hpcdl: cause: "
+"""What a rank prints before its cause as JSON, where the run directory doesn't take it."""
+
 Kind = Literal[
     "fault",
     "memory",

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from typing import Any, get_args
 from hpcdl.errors import UsageError
 from hpcdl.runs.files import append_line, last_line, locked, read_lines, write_json
 from hpcdl.runs.state import RunState, State
+from hpcdl.secrets import hide
 
 SUBMISSIONS = ".submissions"
 RUNNER = "runner.json"
@@ -132,7 +134,7 @@ class RunDir:
 
     def write_state(self, state: RunState, *, durable: bool = True) -> None:
         """Replaces the state."""
-        write_json(self.state_file, dataclasses.asdict(state), durable=durable)
+        write_json(self.state_file, dataclasses.asdict(state), durable=durable, into_own_block=True)
 
     def update(
         self,
@@ -156,6 +158,8 @@ class RunDir:
         Raises:
             UsageError: the run is someone else's and may not be changed.
         """
+        if "reason" in changes:
+            changes["reason"] = hide(changes["reason"])
         try:
             with locked(self.path / ".lock"):
                 state = self.read_state()
@@ -165,7 +169,8 @@ class RunDir:
                     guard(state)
                 changed = dataclasses.replace(state, **changes)
                 # Keys that a newer hpcdl has written stay as they are.
-                write_json(self.state_file, {**self._read_plain(), **dataclasses.asdict(changed)})
+                full = {**self._read_plain(), **dataclasses.asdict(changed)}
+                write_json(self.state_file, full, into_own_block=True)
                 if event is not None:
                     self.event(event[0], **event[1])
         except PermissionError as error:
@@ -173,8 +178,9 @@ class RunDir:
         return changed
 
     def event(self, kind: str, **details: Any) -> None:
-        """Appends to events.jsonl: `{"time": …, "event": kind, …details}`."""
-        append_line(self.events_file, {"time": now(), "event": kind, **details})
+        """Appends to events.jsonl: `{"time": …, "event": kind, …details}`; no secret of this environment."""
+        shown = {key: hide(value) if isinstance(value, str) else value for key, value in details.items()}
+        append_line(self.events_file, {"time": now(), "event": kind, **shown})
 
     def events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
@@ -230,10 +236,31 @@ def parse_state(plain: Mapping[str, Any], source: Path) -> RunState:
     if lacking:
         raise UsageError(f"{source}: not a state file that hpcdl wrote (without {', '.join(lacking)})")
     values = {**_STAND_INS, **values, "node_list": tuple(values.get("node_list") or ())}
+    _refuse_what_does_not_fit(values, source)
     if values["state"] not in get_args(State):
         values["reason"] = f"state.json says {values['state']!r}, which this version of hpcdl doesn't know"
         values["state"] = "UNKNOWN"
     return RunState(**values)
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "None": (type(None),)}
+_TYPES = {
+    field.name: tuple(kind for part in str(field.type).split(" | ") for kind in _PLAIN.get(part, (str,)))
+    for field in dataclasses.fields(RunState)
+    if field.name != "node_list"
+}
+_NAMES = {"job_id": r"\d+(_\d+)?", "submission": r"\w[\w.-]*", "running_try": r"[\d.]*"}
+"""What becomes an argument of Slurm's commands, or a part of a path."""
+
+
+def _refuse_what_does_not_fit(values: Mapping[str, Any], source: Path) -> None:
+    """Somebody else may have written the file: what it says is looked at before anything is done with it."""
+    for name in values.keys() & _TYPES.keys():
+        value, pattern = values[name], _NAMES.get(name)
+        if type(value) not in _TYPES[name] or (pattern and value and not re.fullmatch(pattern, value)):
+            raise UsageError(f"{source}: not a state file that hpcdl wrote ({name} is {value!r})")
+    if not all(isinstance(node, str) for node in values["node_list"]):
+        raise UsageError(f"{source}: not a state file that hpcdl wrote (node_list)")
 
 
 _STAND_INS: dict[str, Any] = {"kind": "local", "nodes": 1, "world_size": 1, "max_steps": 0, "created": ""}
@@ -246,7 +273,9 @@ def read_submission(runs_dir: Path, token: str, file: str = "submission.json") -
         record = json.loads((runs_dir / SUBMISSIONS / token / file).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
-    return dict(record) if isinstance(record, dict) else {}
+    if not isinstance(record, dict) or not re.fullmatch(r"\d+(_\d+)?", str(record.get("job_id") or 0)):
+        return {}  # somebody else may have written it
+    return dict(record)
 
 
 def decide_job(runs_dir: Path, token: str, job_id: str) -> str:

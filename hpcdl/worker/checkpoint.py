@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpcdl.distributed.engine import Engine
-from hpcdl.errors import CheckpointError, HpcdlError
+from hpcdl.errors import HpcdlError, UnsavedError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.checkpoint import Found, Totals, Written, name_of, newest
@@ -131,7 +131,7 @@ class Checkpointer:
                 changes.
 
         Raises:
-            CheckpointError: it is the last one, and the disk doesn't take it.
+            UnsavedError: it is the last one, and the disk doesn't take it.
         """
         started = time.perf_counter()
         self.drain()
@@ -241,7 +241,7 @@ class Checkpointer:
         """Runs what writes, or waits for it; where the disk is at fault, says so.
 
         Raises:
-            CheckpointError: the disk took it not, and it is the last one.
+            UnsavedError: the disk took it not, and it is the last one.
             SupersededError: another try has taken the run over.
             HpcdlError: the disk isn't shared.
             RuntimeError: anything else on any rank, with that rank's traceback.
@@ -257,11 +257,11 @@ class Checkpointer:
             where = f"{_unwritten(saving)}, by rank {rank}"
             if not isinstance(cause, OSError):
                 raise RuntimeError(f"{where}: {type(cause).__name__}: {cause}") from error
-            self._not_saved(saving, f"{where}: {cause}")
+            self._not_saved(saving, f"{where}: {cause}", cause)
         except OSError as error:
-            self._not_saved(saving, f"{_unwritten(saving)}: {error}")
+            self._not_saved(saving, f"{_unwritten(saving)}: {error}", error)
 
-    def _not_saved(self, saving: Saving, problem: str) -> None:
+    def _not_saved(self, saving: Saving, problem: str, cause: OSError) -> None:
         found, _ = newest(self._run.checkpoints)
         have = f"{found.path.name} is kept" if found else "there is no other one yet"
         step = saving.totals["step"]
@@ -272,9 +272,9 @@ class Checkpointer:
         if not saving.must:
             return
         again = f"launched again, the run goes on from step {found.step}" if found else "it is lost"
-        raise CheckpointError(
+        raise UnsavedError(
             f"{problem}: what was learned up to step {step} is not saved; {have}; make room, and {again}"
-        )
+        ) from cause
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step lies; of the step that the run began from, in another run."""

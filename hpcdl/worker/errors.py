@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 
+from hpcdl import secrets
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.files import write_json
-from hpcdl.runs.kinds import NEVER_RESTART, of_exception
+from hpcdl.runs.kinds import CAUSE, NEVER_RESTART, of_exception
 from hpcdl.runs.store import RunDir, now
 from hpcdl.worker.metrics import resident_peak_bytes
 from hpcdl.worker.process import Process
@@ -31,7 +33,8 @@ def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
 
     A user's fault (HpcdlError) is printed without one: its message says it all.
     """
-    text = "".join(traceback.format_exception(error))
+    text = secrets.hide("".join(traceback.format_exception(error)))
+    message = secrets.hide(str(error))
     # Another rank's death shows here as a broken connection: the time decides who was first.
     record = {
         "time": now(),
@@ -40,10 +43,13 @@ def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
         "step": step,
         "type": type(error).__name__,
         "kind": of_exception(error),
-        "message": str(error),
+        "message": message,
         "traceback": text,
         "peak_memory_bytes": _peak_memory_bytes(),
     }
-    run.errors.mkdir(exist_ok=True)
-    write_json(run.errors / f"try{who.attempt}-restart{who.restart}-rank{who.rank}.json", record)
-    print(f"error: {error}" if isinstance(error, HpcdlError) else text, file=sys.stderr, flush=True)
+    print(f"error: {message}" if isinstance(error, HpcdlError) else text, file=sys.stderr, flush=True)
+    try:
+        run.errors.mkdir(exist_ok=True)
+        write_json(run.errors / f"try{who.attempt}-restart{who.restart}-rank{who.rank}.json", record)
+    except OSError:  # the disk may be what is wrong: this node's agent reads what its workers print
+        print(f"{CAUSE}{json.dumps({**record, 'traceback': ''})}", file=sys.stderr, flush=True)

@@ -72,7 +72,10 @@ class Meter:
                 message=f"rank {self._who.rank}: a step's memory is unknown: {self._watching.fault}",
             )
         record = self.record(step)
-        write_json(report.file_of(self._run.path, self._who.rank), record)
+        try:
+            write_json(report.file_of(self._run.path, self._who.rank), record)
+        except OSError as error:  # not worth the training's end
+            print(f"memory: {error}", flush=True)
         if self._who.is_first:
             print(report.as_text(record), flush=True)
         return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 from hpcdl import __version__
 from hpcdl.distributed.decoder import trunk
 from hpcdl.distributed.held import Matrix
+from hpcdl.errors import UnsavedError
 from hpcdl.runs import memory as memory_report
-from hpcdl.runs.files import last_line, write_atomic, write_json
+from hpcdl.runs.files import is_full, last_line, write_atomic, write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.spec.checkpoint import Totals
+from hpcdl.spec.checkpoint import Totals, newest
 from hpcdl.worker import pruning
-from hpcdl.worker.cache import make_readable
+from hpcdl.worker.cache import anew
 from hpcdl.worker.data.prepare import Rows
 from hpcdl.worker.metrics import Metrics
 from hpcdl.worker.network import Network, Size, merged
@@ -58,7 +60,24 @@ def sample_before(spec: ExperimentSpec, run: RunDir, net: Network, tokenizer: To
 
 
 def save(finished: Finished) -> dict[str, Any]:
-    """Writes everything and returns what stands in result.json."""
+    """Writes everything and returns what stands in result.json.
+
+    Raises:
+        UnsavedError: the disk is full. What was there before is as it was, half of nothing is left.
+    """
+    try:
+        return _save(finished)
+    except Exception as error:
+        if not (is_full(error) or (error.__cause__ is not None and is_full(error.__cause__))):
+            raise
+        found, _ = newest(finished.run.checkpoints)
+        kept = f"{found.path.name} is kept, so that only the result is left to do: " if found else ""
+        raise UnsavedError(
+            f"the result can't be written to {finished.run.path}: {error}; {kept}make room, and launch again"
+        ) from error
+
+
+def _save(finished: Finished) -> dict[str, Any]:
     before, after = _samples(finished)
     weights, zeros = _save_weights(finished)
     result = {**_figures(finished), **zeros, "adapter": str(weights) if weights.name == "adapter" else None}
@@ -125,23 +144,27 @@ def _save_weights(finished: Finished) -> tuple[Path, dict[str, float]]:
         zeros = pruning.sparsity(model)
     if not has_adapter(model):
         folder = run.path / "model"
-        finished.net.save(model, folder)
-        finished.tokenizer.save(folder)
-        make_readable(folder)
+        anew(folder, lambda made: _fill(made, finished, lambda: finished.net.save(model, made)))
         return folder, zeros
     base = finished.place
     if base is None:  # random weights lie nowhere yet, and an adapter is worth nothing without its base
         base = str(run.path / "base")
-        _save_base(model, Path(base))
+        anew(Path(base), lambda made: _save_base(model, made))
     config = model.peft_config["default"]
     config.base_model_name_or_path = base
     config.revision = finished.spec.model.revision
     folder = run.path / "adapter"
     # The embedding is not trained; "auto" would ask the hub about it.
-    model.save_pretrained(folder, save_embedding_layers=False)
-    finished.tokenizer.save(folder)
-    make_readable(folder)
+    anew(
+        folder,
+        lambda made: _fill(made, finished, lambda: model.save_pretrained(made, save_embedding_layers=False)),
+    )
     return folder, zeros
+
+
+def _fill(folder: Path, finished: Finished, save_weights: Callable[[], None]) -> None:
+    save_weights()
+    finished.tokenizer.save(folder)
 
 
 def _save_base(model: Any, folder: Path) -> None:
@@ -161,7 +184,6 @@ def _save_base(model: Any, folder: Path) -> None:
     fresh = type(base)(base.config)
     fresh.to(dtype).load_state_dict(plain)
     fresh.save_pretrained(folder)
-    make_readable(folder)
 
 
 def _zeros(spec: ExperimentSpec, result: dict[str, Any]) -> list[str]:

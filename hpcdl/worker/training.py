@@ -11,7 +11,8 @@ import torch
 from hpcdl.compress import offload
 from hpcdl.distributed.engine import Engine
 from hpcdl.distributed.mesh import Grid
-from hpcdl.runs.files import write_json
+from hpcdl.errors import UnsavedError
+from hpcdl.runs.files import unwritten, write_json
 from hpcdl.runs.store import RunDir, now
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.checkpoint import Found, Totals
@@ -196,7 +197,17 @@ def finish(
 
 
 def write_outcome(run: RunDir, who: Process, step: int, reason: str | None) -> None:
-    """Tells the agent how the loop ended: rank 0's last act."""
+    """Tells the agent how the loop ended: rank 0's last act.
+
+    Raises:
+        UnsavedError: lines of metrics or events still find no room.
+    """
+    for file in (run.metrics_file, run.events_file):
+        if count := unwritten(file):
+            raise UnsavedError(
+                f"{count} lines of {file.name} can't be written to {run.path}: the disk is full; make room, and"
+                " launch again"
+            )
     outcome = {
         "try": who.attempt,
         "status": "finished" if reason is None else "stopped",
