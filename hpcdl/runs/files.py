@@ -2,6 +2,9 @@
 
 On a full disk nothing that was there is lost: a file that is to be replaced stays (small ones can be overwritten in
 their own block, which needs no room), and lines that find no room wait in memory until there is some.
+
+Who may read a file is told by the folder that it lies in, and nothing is written through a symbolic link
+(hpcdl.runs.private).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from hpcdl.runs.private import open_text, open_to_write
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a user's quota, a limit on files (`ulimit -f`)."""
@@ -48,7 +53,7 @@ def write_atomic(path: Path, text: str, *, durable: bool = True, into_own_block:
     """
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with open_text(temporary) as file:
             file.write(text)
             file.flush()
             if durable:
@@ -68,7 +73,7 @@ def _overwrite(path: Path, data: bytes) -> bool:
     finds JSON at any moment. Only a node that loses its power in between could tear it.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY)
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
@@ -136,7 +141,7 @@ def append_bytes(path: Path, line: bytes) -> None:
     Raises:
         OSError: there is no room for it; what was written of it is taken back.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = open_to_write(path, os.O_RDWR | os.O_APPEND)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -161,7 +166,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     records = []
-    for line in text.splitlines():
+    for line in text.split(
+        "\n"
+    ):  # not splitlines(): a text in a record may hold what that takes for a line's end
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -180,7 +187,7 @@ def last_line(path: Path, *, having: str | None = None, window: int = 65536) -> 
             tail = file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
-    for line in reversed(tail.splitlines()):
+    for line in reversed(tail.split("\n")):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -197,7 +204,7 @@ def locked(path: Path) -> Iterator[None]:
     A file system without locks (Lustre mounted without `-o flock`) is said once, as a warning: the
     window that the lock closes is some milliseconds wide.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_to_write(path, os.O_RDWR)
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX)
