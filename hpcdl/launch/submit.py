@@ -34,7 +34,7 @@ from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.launch.points import Batch, Planned
 from hpcdl.launch.sweep import Refused
-from hpcdl.runs import parents
+from hpcdl.runs import parents, private
 from hpcdl.runs.files import locked, write_atomic, write_json
 from hpcdl.runs.query import SWEEPS
 from hpcdl.runs.state import RunState
@@ -61,7 +61,7 @@ def submit(batch: Batch, sweep: str | None) -> Submitted:
     for number in itertools.count(1):
         token = batch.request.token if number == 1 else f"{batch.request.token}-{number}"
         request = dataclasses.replace(batch.request, token=token)
-        request.folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(request)
         with locked(request.folder / ".lock"):
             if not any(_is_open(item) for item in batch.runs):
                 return Submitted(runs=(), job_id=None)  # somebody was quicker with all of them
@@ -69,6 +69,21 @@ def submit(batch: Batch, sweep: str | None) -> Submitted:
                 continue  # an earlier job's, whose run directories were deleted: it must not run these
             return _submit(request, batch.runs, sweep)
     raise AssertionError("unreachable")
+
+
+def _make_folder(request: JobRequest) -> None:
+    """The submission's own folder: its name can be foretold, and what it holds is executed.
+
+    Raises:
+        UsageError: it is somebody else's, or can't be made.
+    """
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise UsageError(
+            f"{error.filename}: you may not write here ({error.strerror})\nfix: runs_dir=… of your own"
+        ) from error
+    private.require_mine(request.folder)
 
 
 def _is_open(item: Planned) -> bool:
@@ -113,7 +128,7 @@ def adopt(batch: Batch, job_id: str) -> Path:
         UsageError: somebody else was quicker with the run.
     """
     request = batch.request
-    request.folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(request)
     with locked(request.folder / ".lock"):
         _record(request, job_id=None)
         mine = _claim(request, batch.runs, None)
@@ -185,9 +200,14 @@ def _claim_new(item: Planned, claim: Claim, index: int) -> bool:
         write_json(draft.path / "sweep.json", {"sweep": claim.sweep}, durable=False)
     draft.write_state(first_state(item, claim.request, index), durable=claim.durable)
     draft.event("submitted", attempt=0, submission=claim.request.token)
-    item.run.path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        item.run.path.parent.mkdir(parents=True, exist_ok=True)
         draft.path.rename(item.run.path)
+    except PermissionError as error:
+        raise UsageError(
+            f"{item.run.path.parent} belongs to {private.owner(item.run.path.parent)}, and you may not write in it\n"
+            "fix: another name=…, or runs_dir=… of your own"
+        ) from error
     except OSError:
         if not item.run.state_file.exists():
             raise
@@ -215,6 +235,7 @@ def first_state(item: Planned, request: JobRequest, index: int) -> RunState:
 
 def _claim_again(item: Planned, claim: Claim, index: int) -> bool:
     assert item.view is not None
+    private.require_mine(item.run.path)
     request = claim.request
     claimed = item.run.update(
         expect=item.view.state,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpcdl.errors import SchedulerError
-from hpcdl.runs import failure, processes, wish
+from hpcdl.runs import failure, private, processes, wish
 from hpcdl.runs.judge import NO_LOG
 from hpcdl.runs.patience import Patience, of_environment
 from hpcdl.runs.reconcile import View, read, reconcile
@@ -64,6 +64,9 @@ def cancel(
         SchedulerError: Slurm could not be reached; the wish is kept.
     """
     slurm = slurm or Slurm()
+    for run in (foreign := [run for run in runs if not private.is_mine(run.path)]):
+        say(f"{run.path} is {private.owner(run.path)}'s: only they can cancel it")
+    runs = [run for run in runs if run not in foreign]
     waits = Patience(of_environment(how.limit_s), say=say)
     views = reconcile(read(runs).views, slurm)
     away = [view for view in views if view.state.state == "UNKNOWN"]
