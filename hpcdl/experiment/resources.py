@@ -278,7 +278,7 @@ def lines_are_lines(cluster: ClusterSpec) -> Iterator[Fault]:
             problem = "holds a line break or another control character"
             yield Fault(key=f"cluster.env.{name}", value=value, problem=problem, fix="leave it out")
     python = cluster.python
-    if python is not None and (not python.strip() or re.search(r"[\x00-\x1f]", python)):
+    if python is not None and (not python.strip() or re.search(r"[\x00-\x1f]|^-", python)):
         yield Fault(
             key="cluster.python",
             value=repr(python),

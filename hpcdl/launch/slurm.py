@@ -118,10 +118,14 @@ def _header(request: JobRequest) -> list[str]:
         "output": str(request.folder).replace("%", "%%") + "/slurm-%A_%a.out",
         "open-mode": "append",
     }
-    lines = [
-        f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None
-    ]
+    lines = [f"#SBATCH --{name}={_word(str(value))}" for name, value in options.items() if value is not None]
     return [*lines, "#SBATCH --requeue", *(f"#SBATCH {option}" for option in cluster.extra)]
+
+
+def _word(value: str) -> str:
+    """A value in an #SBATCH line, which sbatch reads by rules of its own: quotes as in a shell, but a backslash takes
+    the next character's meaning away inside of single quotes, too."""
+    return shlex.quote(value.replace("\\", "\\\\"))
 
 
 def _sbatch(request: JobRequest, text: str) -> str:
