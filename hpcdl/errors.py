@@ -4,8 +4,9 @@
     ├── ConfigError             the config is wrong: all faults at once          exit 2
     ├── UsageError              a command was called wrongly (no such run, …)    exit 2
     ├── RunFailedError          the run itself failed                            exit 1
+    │   ├── SupersededError     a newer try has taken the run over               exit 1
+    │   └── NotFitError         a node lacks what the run needs (preflight)      exit 1
     ├── UnsavedError            the disk didn't take what a run must leave       exit 1
-    │   └── SupersededError     a newer try has taken the run over               exit 1
     └── SchedulerError          the scheduler could not be reached, or refused   exit 3
 
 Anything else that reaches the user is a bug of ours, and keeps its traceback.
@@ -68,6 +69,21 @@ class RunFailedError(HpcdlError):
 
 class SupersededError(RunFailedError):
     """A try of a run may write nothing any more: a newer one holds the run (hpcdl.runs.fence)."""
+
+
+class NotFitError(RunFailedError):
+    """A node lacks something that the run needs.
+
+    Args:
+        node: its name.
+        problems: what it lacks, a sentence each.
+        shared: whether it is the disk that all nodes share which is at fault, and no node.
+    """
+
+    def __init__(self, node: str, problems: Iterable[str], *, shared: bool = False) -> None:
+        super().__init__(f"preflight on node {node}: {'; '.join(problems)}")
+        self.node = node
+        self.shared = shared
 
 
 class UnsavedError(HpcdlError):

@@ -17,13 +17,16 @@ import signal
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from hpcdl.launch import causes, torchrun
 from hpcdl.launch.causes import Cause
+from hpcdl.launch.child import Torchrun
+from hpcdl.launch.place import Place
 from hpcdl.runs import beats, kinds
 from hpcdl.runs.beats import Beat
 from hpcdl.runs.files import write_json
@@ -218,6 +221,49 @@ class Watch:
                 )
             )
         return looks
+
+
+class Guard:
+    """An agent's watch over its ranks, and what it does about a hang: everything is written down, then they end.
+
+    Whether they start anew is decided as after any other failure (hpcdl.launch.progress).
+
+    Args:
+        run: the run.
+        place: which part of which job this is.
+        attempt: the try.
+        folder: of the node's own; it is there as long as the try goes on.
+    """
+
+    def __init__(self, run: RunDir, place: Place, attempt: str, folder: Path) -> None:
+        self._run, self._place, self._attempt = run, place, attempt
+        monitor = torchrun.plain_spec(run).get("monitor", {})
+        self.watch = Watch(folder, Limits.of(monitor))
+        self.environment = {beats.FOLDER: str(folder)}
+        """For the ranks: where they give their signs."""
+
+    def look(self, child: Torchrun, say: Callable[[str], None]) -> None:
+        """Ends the ranks if they hang; to be called several times a second."""
+        found = self.watch.look()
+        if found is None:
+            return
+        say(f"hang: {found.words}; asking all ranks where they are")
+        place, restart = self._place, found.restart
+        own = self.watch.dump(found, self._run, self._attempt, place.name)
+        looks = gather(self._run, self._attempt, restart, place.node, len(place.nodes), own)
+        why = cause(found, looks, place.name)
+        causes.record(self._run, self._attempt, place.node, why, restart=restart, by="hang")
+        if place.first:
+            odd = differing(looks)
+            self._run.event(
+                kinds.HANG.lower(),
+                message=why.message,
+                ranks=[look.rank for look in odd],
+                nodes=sorted({look.node for look in odd}),
+                stacks=f"{self._run.errors}/try{self._attempt}-restart{restart}-rank*-stacks.txt",
+            )
+        say(f"{why.reason}; ending the workers")
+        child.signal_workers(signal.SIGKILL)
 
 
 def gather(run: RunDir, attempt: str, restart: int, node: int, nodes: int, own: Sequence[Look]) -> list[Look]:

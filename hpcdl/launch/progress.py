@@ -15,7 +15,6 @@ from hpcdl.launch.causes import Cause
 from hpcdl.runs import kinds
 from hpcdl.runs.kinds import NEVER_RESTART, Kind
 from hpcdl.runs.store import RunDir
-from hpcdl.spec.checkpoint import newest
 
 SAME_STEP = 3
 """Tries in a row that may end at the same step by the same kind of failure; the last of them ends the run."""
@@ -24,6 +23,9 @@ Then = Literal["restart", "requeue", "stop"]
 
 RESTARTING = "restarting"
 """The event of a restart in place; that of a requeue is `requeued`. Both carry `details()`."""
+BY_TORCHRUN = "torchrun"
+BY_THE_JOB = "job"
+"""Who restarts in place (`in_place` of the event): torchrun its workers, or the job a new try of its own."""
 
 _NEVER: frozenset[Kind] = frozenset({"fault", "memory"})
 _ELSEWHERE: frozenset[Kind] = frozenset({"node", "device"})
@@ -62,6 +64,8 @@ class Limits:
     """Starts of the job without progress in a row."""
     can_exclude: bool = True
     """Whether the job may be kept off a node that is not fit."""
+    spare: bool = False
+    """Whether the job has nodes enough without that one (cluster.min_nodes)."""
     same_step: int = SAME_STEP
 
 
@@ -108,7 +112,7 @@ def verdict(history: Sequence[Failure], failure: Failure, limits: Limits) -> Ver
     exclude = (failure.node,) if failure.kind in _ELSEWHERE and failure.node else ()
     if exclude and not limits.can_exclude:
         return _stop(f"node {failure.node} is not fit, and the job can't be kept off it", failure.exit_code)
-    if failure.kind not in _ELSEWHERE | _ASKED:
+    if limits.spare or failure.kind not in _ELSEWHERE | _ASKED:
         restarts = _restarts(streak)
         if restarts < limits.max_restarts:
             return Verdict(then="restart", why=f"restart in place {restarts + 1} of {limits.max_restarts}")
@@ -201,7 +205,7 @@ def history(events: Iterable[Mapping[str, Any]], attempt: int) -> list[Failure]:
             open_try = True
         elif kind in (RESTARTING, "requeued") and event.get("kind") in get_args(Kind):
             found.append(_read(event, "restart" if kind == RESTARTING else "requeue"))
-            open_try = kind == RESTARTING
+            open_try = kind == RESTARTING and event.get("in_place") != BY_THE_JOB
         elif kind == "submitted":
             found, open_try = [], False
     return found
@@ -224,6 +228,8 @@ def _int(value: Any) -> int:
 
 def saved(run: RunDir) -> int:
     """Step of the newest whole checkpoint; 0 without one."""
+    from hpcdl.spec.checkpoint import newest  # with the spec: 40 ms
+
     found, _ = newest(run.checkpoints)
     return found.step if found else 0
 

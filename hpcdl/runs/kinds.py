@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Literal
 
-from hpcdl.errors import HpcdlError
+from hpcdl.errors import HpcdlError, NotFitError, UnsavedError
 from hpcdl.runs.failure import is_out_of_memory
 
 NEVER_RESTART = 78
@@ -65,7 +65,7 @@ WORDS: dict[str, str] = {
 """Each kind in a sentence."""
 
 HANG = "Hang"
-PREFLIGHT = "Preflight"
+PREFLIGHT = "NotFitError"
 NODE_LOST = "NodeLost"
 """Types of causes that agents find themselves."""
 
@@ -169,6 +169,10 @@ def of_exception(error: BaseException) -> Kind:
 
     Of an HpcdlError it is what it was raised from that tells: «the checkpoint can't be written» is the disk's.
     """
+    if isinstance(error, NotFitError):
+        return "disk" if error.shared else "node"
+    if isinstance(error, UnsavedError):
+        return "disk"
     if isinstance(error, HpcdlError):
         return "fault" if error.__cause__ is None else of_words(str(error)) or of_exception(error.__cause__)
     return kind_of(

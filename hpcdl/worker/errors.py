@@ -7,7 +7,7 @@ import sys
 import traceback
 
 from hpcdl import secrets
-from hpcdl.errors import HpcdlError
+from hpcdl.errors import HpcdlError, NotFitError
 from hpcdl.runs.files import write_json
 from hpcdl.runs.kinds import CAUSE, NEVER_RESTART, of_exception
 from hpcdl.runs.store import RunDir, now
@@ -38,7 +38,7 @@ def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
     # Another rank's death shows here as a broken connection: the time decides who was first.
     record = {
         "time": now(),
-        "node": who.node,
+        "node": error.node if isinstance(error, NotFitError) else who.node,
         "rank": who.rank,
         "step": step,
         "type": type(error).__name__,

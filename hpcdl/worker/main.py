@@ -49,8 +49,9 @@ def train(run: RunDir, who: Process, stop: Stop, progress: Progress) -> None:
         if who.local_rank == 0:
             run.event("warning", message=f"{who.node}: {threads.warning}")
 
-    from hpcdl.worker import training
+    from hpcdl.worker import preflight, training
 
+    preflight.links(spec.preflight, run, who, device)
     training.train(spec, run, who, device, stop, progress)
 
 
