@@ -6,10 +6,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hpcdl.errors import UsageError, nearest_name
+from hpcdl.runs import chain
 from hpcdl.runs.reconcile import View, read
 from hpcdl.runs.store import RunDir, all_runs
 
@@ -103,13 +105,20 @@ def _by_job(query: str, folder: Path) -> list[RunDir]:
     found = _JOB_ID.fullmatch(query)
     if found is None:
         return []
-    array = found.group(1)
-    views = [v for v in by_age(all_runs(folder)) if v.state.job_id is not None]
-    exact = [v.run for v in views if v.state.job_id == query]
+    # A run may have gone on in another job since (hpcdl.runs.chain): it is still found by its earlier ones.
+    earlier = cache(lambda token: tuple(chain.earlier_jobs(folder, token)))
+    jobs: list[tuple[str, RunDir]] = []
+    for view in by_age(all_runs(folder)):
+        own = [view.state.job_id] if view.state.job_id else []
+        for job_id in (*own, *earlier(view.state.submission)):
+            jobs.append((job_id, view.run))
+    exact = [run for job_id, run in jobs if job_id == query]
     if exact or found.group(2) is not None:
-        return exact
-    tasks = [v for v in views if (v.state.job_id or "").partition("_")[0] == array]
-    return [v.run for v in sorted(tasks, key=lambda v: v.state.array_index or 0)]
+        return list(dict.fromkeys(exact))
+    tasks = [(job_id, run) for job_id, run in jobs if job_id.partition("_")[0] == found.group(1)]
+    return list(
+        dict.fromkeys(run for _, run in sorted(tasks, key=lambda one: int(one[0].partition("_")[2] or 0)))
+    )
 
 
 def _by_name(query: str, folder: Path) -> list[RunDir]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from hpcdl.errors import SchedulerError
 from hpcdl.launch import control
+from hpcdl.launch.lost import LostAnswer
+from hpcdl.runs.patience import Patience
 from tests.fake_slurm import FakeSlurm
 
 COMMON = "JobId=7 ArrayJobId=7 ArrayTaskId=0 JobName=probe.sh UserId=student(1000) "
@@ -40,3 +45,36 @@ def test_no_answer_is_not_a_fate(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", "/nowhere")
     assert control.ask("7_0", 0).words == "scontrol is not on this node's PATH"
     assert control.requeue("7_0") == "scontrol is not on this node's PATH"
+
+
+def test_a_requeue_waits_for_a_controller_that_is_away(slurm: FakeSlurm) -> None:
+    slurm.set(down=True)
+    waited: list[float] = []
+    refused = control.requeue(
+        "7_0", Patience(100.0, say=lambda _: None, sleep=waited.append, clock=lambda: sum(waited))
+    )
+    assert "Unable to contact slurm controller" in refused
+    assert sum(waited) == 100.0
+
+    def comes_back(delay: float) -> None:
+        slurm.set(down=False)
+
+    slurm.set(requeue_refused="Requested operation is presently disabled")
+    refused = control.requeue("7_0", Patience(100.0, say=lambda _: None, sleep=comes_back))
+    assert refused == "Requested operation is presently disabled"
+
+
+def test_sbatch_from_inside_a_job(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    script = tmp_path / "job.sh"
+    script.write_text("#!/bin/bash\n")
+    assert control.submit(script) == "1"
+    (call,) = slurm.calls("sbatch")
+    assert {k for k in call["environment"] if k.startswith("SLURM")} == {"SLURM_CONF"}
+    slurm.set(refuse="Batch job submission failed: Invalid partition name specified")
+    with pytest.raises(SchedulerError, match="Invalid partition"):
+        control.submit(script)
+    slurm.set(refuse="Batch job submission failed: Socket timed out on send/recv operation")
+    with pytest.raises(LostAnswer, match="Socket timed out"):
+        control.submit(script)

@@ -17,6 +17,8 @@ from hpcdl.runs import follow as following
 from hpcdl.runs.feed import Feed
 from hpcdl.runs.files import write_json
 from hpcdl.runs.follow import exit_code, follow, follow_all
+from hpcdl.runs.hurry import hurry
+from hpcdl.runs.reconcile import read, reconcile
 from hpcdl.runs.store import RunDir, now
 from tests.runs.making import FakeJob, FakeSlurm, add_steps, ago, make_run
 
@@ -163,6 +165,22 @@ def test_a_requeued_job_is_asked_to_start_now(runs_dir: Path, fake: FakeSlurm) -
     later(lambda: fake.names().count("squeue") > 3, pending)
     assert follow(run, console=console(), slurm=fake.slurm()).state == "COMPLETED"
     assert "hastened" in [e["event"] for e in run.events()]
+
+
+def test_a_look_asks_for_the_start_as_well(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = make_run(runs_dir, job_id="4_0", requeues=1)
+    fake.jobs["4"] = [FakeJob("PENDING", "0", "BeginTime", start="2099-01-01T10:00:00")]
+    update = ["scontrol", "update", "jobid=4_0", "StartTime=now"]
+
+    def look() -> str:
+        return hurry(reconcile(read([run]).views, fake.slurm()), fake.slurm())[0].state.reason
+
+    run.event("requeued", reason="in an earlier launch", requeues=1)
+    run.event("submitted", attempt=1)
+    assert look().startswith("BeginTime: ") and update not in fake.calls, "the user's own begin time"
+    run.event("requeued", reason="signal USR2", requeues=1)
+    assert look().startswith("requeued; asked to start now, ") and update in fake.calls
+    assert run.events()[-1]["event"] == "hastened"
 
 
 def test_a_begin_time_that_the_user_asked_for_is_kept(runs_dir: Path, fake: FakeSlurm) -> None:
