@@ -124,7 +124,8 @@ def _header(request: JobRequest) -> list[str]:
 
 def _word(value: str) -> str:
     """A value in an #SBATCH line, which sbatch reads by rules of its own: quotes as in a shell, but a backslash takes
-    the next character's meaning away inside of single quotes, too."""
+    the next character's meaning away inside of single quotes, too.
+    """
     return shlex.quote(value.replace("\\", "\\\\"))
 
 
