@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_logs(verbs)
     _add_follow(verbs)
     _add_cancel(verbs)
+    _add_resubmit(verbs)
     _add_result(verbs)
     _add_checkpoints(verbs)
     _add_compare(verbs)
@@ -173,6 +174,20 @@ def _add_cancel(verbs: Verbs) -> None:
     parser.add_argument(
         "--limit", type=float, default=120.0, metavar="S", help="longest wait, in seconds (120)"
     )
+    parser.add_argument("--yes", action="store_true", help=f"don't ask, even for {CONFIRM_FROM} runs or more")
+
+
+def _add_resubmit(verbs: Verbs) -> None:
+    parser = _add(verbs, "resubmit", _resubmit, "runs that ended too early go on from their last checkpoint")
+    parser.add_argument(
+        "words", nargs="+", metavar="RUN|KEY=VALUE", help="runs or sweeps; cluster.mem_gb=16, …"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="STATES",
+        help="failed,timeout,oom,node_fail,preempted (the default), cancelled",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted (dry_run=true)")
     parser.add_argument("--yes", action="store_true", help=f"don't ask, even for {CONFIRM_FROM} runs or more")
 
 
@@ -279,7 +294,7 @@ def _cancel(options: argparse.Namespace) -> int:
     from hpcdl.runs.state import ACTIVE
 
     runs = query.find_all(options.runs, query.runs_dir(options.runs_dir))
-    if len(runs) >= CONFIRM_FROM and not options.yes and not _confirmed(len(runs)):
+    if len(runs) >= CONFIRM_FROM and not options.yes and not _confirmed(len(runs), "Cancel", "cancelled"):
         return 1
     views = cancel.cancel(runs, cancel.How(now=options.now, limit_s=options.limit), _say)
     return 1 if any(view.state.state in ACTIVE for view in views) else 0
@@ -291,10 +306,24 @@ def _say(line: str) -> None:
     print(terminal.line(line))
 
 
-def _confirmed(count: int) -> bool:
+def _confirmed(count: int, verb: str, done: str) -> bool:
     if not sys.stdin.isatty():
-        raise UsageError(f"{count} runs would be cancelled: say --yes")
-    return input(f"Cancel {count} runs? [y/N] ").strip().lower() in ("y", "yes")
+        raise UsageError(f"{count} runs would be {done}: say --yes")
+    return input(f"{verb} {count} runs? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _resubmit(options: argparse.Namespace) -> int:
+    from hpcdl.launch import resubmit
+    from hpcdl.runs import query
+
+    words = [*options.words, *(["dry_run=true"] if options.dry_run else [])]
+    chosen = resubmit.choose(words, options.only, query.runs_dir(options.runs_dir))
+    if chosen.left_out:
+        print(f"hpcdl: left as they are: {chosen.left_out}", file=sys.stderr)
+    ask = chosen.count >= CONFIRM_FROM and not (options.yes or chosen.options.dry_run)
+    if ask and not _confirmed(chosen.count, "Resubmit", "resubmitted"):
+        return 1
+    return resubmit.submit(chosen)
 
 
 def _result(options: argparse.Namespace) -> int:

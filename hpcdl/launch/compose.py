@@ -208,6 +208,14 @@ class Composer:
         faults += self._misplaced(plain)
         return Composed(plain=plain, faults=tuple(faults), incomplete=frozenset(incomplete - {""}))
 
+    def changed(self, plain: dict[str, Any], values: Sequence[Override]) -> Composed:
+        """A config that is there already, with these values in it; what they don't touch stays as it is."""
+        sections = {override.key_or_group.split(".")[0] for override in values}
+        config = OmegaConf.create({name: plain[name] for name in sections if name in plain})
+        OmegaConf.set_struct(config, True)
+        composed = self._compose(Files(config=config), values) if values else Composed(plain={})
+        return dataclasses.replace(composed, plain={**plain, **composed.plain})
+
     def spelled_out(self, texts: Sequence[str]) -> list[str]:
         """The overrides as Hydra itself would have them: a plus where only the spec knows the key.
 

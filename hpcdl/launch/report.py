@@ -113,16 +113,18 @@ def _many(planned: Sequence[Planned], asked: Asked, sweep: str) -> None:
     said = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
     points = sum(len(item.labels) for item in planned)
     same = f" ({points} points; equal ones are one run)" if points != len(planned) else ""
-    print(f"sweep      {sweep}: {len(planned)} run{'s' * (len(planned) != 1)}{same}: {said}")
+    print(
+        f"{f'sweep      {sweep}: ' * bool(sweep)}{len(planned)} run{'s' * (len(planned) != 1)}{same}: {said}"
+    )
     print(f"directory  {runs_folder(options) / planned[0].spec.name}")
     for item in planned[:SHOWN]:
         print(
             f"  {item.run.path.name:<15} {_job(item):<12} {WORDS[item.action]:<13} {'; '.join(item.labels)}"
         )
     if len(planned) > SHOWN:
-        print(f"  … and {len(planned) - SHOWN} more: hpcdl status {sweep}")
+        print(f"  … and {len(planned) - SHOWN} more: hpcdl status {sweep or '--all'}")
     _left_out(asked.refused, sweep)
-    if any(item.spec.cluster.kind == "slurm" for item in planned):
+    if sweep and any(item.spec.cluster.kind == "slurm" for item in planned):
         _next(sweep, options, compare=True)
 
 

@@ -47,7 +47,7 @@ def launch(planned: Sequence[Planned], batches: Sequence[Batch], asked: Asked) -
         raise SchedulerError("\n".join(dict.fromkeys(refused)))
     code = _stay_here(here, made[len(away) :], sweep, options)
     if options.wait and code != INTERRUPTED:
-        code = max(code, _wait_for([item.run for item in seen if _is_away(item)], options))
+        code = max(code, wait_for([item.run for item in seen if _is_away(item)], options))
     return code
 
 
@@ -100,7 +100,7 @@ def _is_away(item: Planned) -> bool:
     return item.action != "done" and (item.spec.cluster.kind == "slurm" or item.action == "active")
 
 
-def _wait_for(runs: Sequence[RunDir], options: LaunchOptions) -> int:
+def wait_for(runs: Sequence[RunDir], options: LaunchOptions) -> int:
     """Follows jobs to their end; the worst exit code."""
     if not runs:
         return 0

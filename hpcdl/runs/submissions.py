@@ -87,10 +87,10 @@ def may_still_come(runs_dir: Path, token: str | None, created: str) -> bool:
         created: when the run was launched.
     """
     record = read_submission(runs_dir, token) if token else {}
+    if record.get("unanswered"):
+        return False  # the launcher has given up in order: no sbatch of its is left
     if launcher_lives(record):
         return True
-    if record.get("unanswered"):
-        return False  # the launcher has ended in order: no sbatch of its is left
     age = min(age_s(record.get("created") or created), _touched_s(runs_dir, token))
     here = record.get("host") in (None, os.uname().nodename)
     return age < (SBATCH_GRACE_S if here else ELSEWHERE_GRACE_S)

@@ -26,7 +26,9 @@ class FakeSlurm:
 
     def set(self, **settings: Any) -> None:
         """Settings: refuse (sbatch's words), down (every command fails), run (sbatch really runs the tasks),
-        addresses (NodeAddr by node), job_show (text of `scontrol show job`), requeue_refused (words)."""
+        addresses (NodeAddr by node), job_show (text of `scontrol show job`), requeue_refused (words), modes (how
+        each call of a command behaves, in turn: away, hang, slow, garbage; and, once it is done: lost, killed,
+        taken_hang, nothing, cut, failing)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "settings.json"
         old = json.loads(file.read_text()) if file.exists() else {}
@@ -43,3 +45,18 @@ class FakeSlurm:
     def task(self, job_id: str) -> dict[str, Any]:
         """The record of one array task (`1_0`) or job."""
         return dict(json.loads((self.folder / "tasks" / f"{job_id}.json").read_text()))
+
+    def jobs(self) -> list[str]:
+        """The ids of all jobs that were ever taken and not refused, less those that were cancelled."""
+        tasks = {path.stem: json.loads(path.read_text()) for path in (self.folder / "tasks").glob("*.json")}
+        return sorted({task.split("_")[0] for task, record in tasks.items() if record["state"] != "CANCELLED"})
+
+    def change(self, job_id: str, **record: Any) -> None:
+        """Changes the record of one array task (`1_0`)."""
+        file = self.folder / "tasks" / f"{job_id}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **record}))
+
+    def forget(self, job_id: str) -> None:
+        """As after MinJobAge: the controller knows nothing of an array any more."""
+        for file in (self.folder / "tasks").glob(f"{job_id}_*.json"):
+            file.unlink()

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """All commands of the fake Slurm; each name in this folder is a link to this file."""
 
+import contextlib
+import fcntl
+import io
 import json
 import os
 import re
@@ -47,8 +50,30 @@ def write(task, **changes):
 
 
 def option(text, name):
-    found = re.search(rf"^#SBATCH --{name}=(\S+)", text, re.M)
-    return found.group(1).strip("'\"") if found else None
+    words = [word for line in text.splitlines() if line.startswith("#SBATCH") for word in split(line[7:])]
+    found = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
+    return found[-1] if found else None
+
+
+def split(line):
+    """The words of an #SBATCH line as sbatch has it: a backslash counts in all quotes, # begins a comment."""
+    words, word, quote, escaped = [], None, "", False
+    for char in line:
+        if escaped:
+            word, escaped = (word or "") + char, False
+        elif char == "\\":
+            escaped = True
+        elif quote:
+            quote, word = ("", word) if char == quote else (quote, word + char)
+        elif char in "'\"":
+            quote, word = char, word or ""
+        elif char.isspace():
+            words, word = (words, None) if word is None else ([*words, word], None)
+        elif char == "#":
+            break
+        else:
+            word = (word or "") + char
+    return words if word is None else [*words, word]
 
 
 def tasks_of(job):
@@ -85,7 +110,7 @@ def sbatch(argv):
         subprocess.Popen(
             command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-    print(f"Submitted batch job {job}")
+    print(job if "--parsable" in argv else f"Submitted batch job {job}")
 
 
 def slurmd(argv):
@@ -105,9 +130,8 @@ def slurmd(argv):
             "SLURM_JOB_NUM_NODES": str(count),
             "SLURM_CPUS_PER_TASK": option(text, "cpus-per-task") or "1",
         }
-        output = (
-            option(text, "output").replace("%A", job).replace("%a", task.split("_")[1]).replace("%%", "%")
-        )
+        patterns = {"A": job, "a": task.split("_")[1], "%": "%"}
+        output = re.sub("%(.)", lambda found, p=patterns: p[found.group(1)], option(text, "output"))
         with Path(output).open("ab") as out:
             process = subprocess.Popen(["bash", script], env=environment, stdout=out, stderr=out)
             write(task, state="RUNNING", pid=process.pid, nodes=",".join(nodes))
@@ -152,6 +176,11 @@ def scontrol(argv):
         print("\n".join(argv[2].split(",")))
         return
     log("scontrol")
+    if argv == ["-o"]:  # commands on standard input, as an answer for many jobs is asked for
+        failures = [line for line in sys.stdin.read().splitlines() if not show_jobs(line.split()[-1])]
+        for _ in failures:
+            print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
+        sys.exit(1 if failures else 0)
     if argv[:2] == ["show", "node"]:
         address = settings().get("addresses", {}).get(argv[-1])
         if address is None:
@@ -167,11 +196,7 @@ def scontrol(argv):
         task = argv[-1]
         if not (TASKS / f"{task}.json").exists():
             fail("slurm_load_jobs error: Invalid job id specified")
-        record = read(task)
-        print(
-            f"JobId=7 ArrayJobId={task.split('_')[0]} ArrayTaskId={task.split('_')[1]} JobName=x "
-            f"JobState={record['state']} Reason={record['reason']} Restarts={record['restarts']} ExitCode=0:0"
-        )
+        show_jobs(task)
         return
     if argv[0] == "requeue":
         if words := settings().get("requeue_refused"):
@@ -182,6 +207,19 @@ def scontrol(argv):
     if argv[0] == "update":
         return
     fail(f"fake scontrol: {argv}")
+
+
+def show_jobs(word):
+    """Prints a job's or an array's records; whether there are any."""
+    found = [task for task in ids([word]) if (TASKS / f"{task}.json").exists()]
+    for task in found:
+        record = read(task)
+        print(
+            f"JobId=7 ArrayJobId={task.split('_')[0]} ArrayTaskId={task.split('_')[1]} JobName=x "
+            f"JobState={record['state']} Reason={record['reason']} Restarts={record['restarts']} "
+            f"ExitCode={record.get('exit_code', 0)}:0 Comment={record['comment']}"
+        )
+    return bool(found)
 
 
 def squeue(argv):
@@ -220,6 +258,47 @@ def sinfo(argv):
     print("PARTITION AVAIL TIMELIMIT NODES STATE NODELIST\ndebug* up 1-00:00:00 4 idle n[1-4]")
 
 
+def mode(name):
+    """How this call behaves: the command's modes in their turn, the last of them for ever after."""
+    modes = settings().get("modes", {}).get(name, [])
+    if not modes:
+        return "well"
+    with (HOME / f"{name}.turns").open("a+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        file.seek(0)
+        turn = len(file.read())
+        file.write("x")
+    return modes[min(turn, len(modes) - 1)]
+
+
+def behave(name, how, arguments):
+    """What a command does that a controller in trouble doesn't answer as it should."""
+    if how == "away":
+        fail(f"{name}: error: Unable to contact slurm controller (connect failure)")
+    if how == "hang":
+        time.sleep(600)
+    if how == "garbage":
+        print("\x00\x1b[2J<html>504 Gateway Time-out</html>")
+        return
+    if how == "slow":
+        time.sleep(0.5)
+    answer = io.StringIO()
+    with contextlib.redirect_stdout(answer):
+        globals()[name](arguments)
+    text = answer.getvalue()
+    if how == "lost":
+        fail(f"{name}: error: Batch job submission failed: Socket timed out on send/recv operation")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "taken_hang":
+        time.sleep(600)
+    if how == "nothing":
+        return
+    print(text[: len(text) // 2] if how == "cut" else text, end="", flush=True)
+    if how == "failing":
+        fail(f"{name}: error: slurm_receive_msg: Zero Bytes were transmitted or received")
+
+
 if __name__ == "__main__":
     name = Path(sys.argv[0]).name
     arguments = sys.argv[1:]
@@ -227,4 +306,8 @@ if __name__ == "__main__":
         name, arguments = arguments[0], arguments[1:]
     if settings().get("down") and name not in ("srun", "slurmd"):
         fail(f"{name}: error: Unable to contact slurm controller (connect failure)")
-    globals()[name](arguments)
+    how = mode(name)
+    if how == "well":
+        globals()[name](arguments)
+    else:
+        behave(name, how, arguments)
