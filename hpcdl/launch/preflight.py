@@ -72,7 +72,8 @@ def check(run: RunDir, node: str, environment: Mapping[str, str] = os.environ) -
     """
     started = time.perf_counter()
     report = Report(node)
-    skew_s = _run_directory(run, report)
+    readable(run, node)
+    skew_s = _probe(run, node)
     plain = torchrun.plain_spec(run)
     # A run of an older version has no such section.
     settings: Mapping[str, Any] = plain.get("preflight") or {"name": "none", "disk_gb": None}
@@ -88,17 +89,23 @@ def check(run: RunDir, node: str, environment: Mapping[str, str] = os.environ) -
     return report
 
 
-def _run_directory(run: RunDir, report: Report) -> float:
-    """It is there, and can be written; how far this node's clock is ahead of its disk's, in seconds.
+def readable(run: RunDir, node: str) -> None:
+    """The run directory is there.
 
     Raises:
         NotFitError: it isn't.
     """
-    node = report.node
     if not run.spec_file.is_file():
-        raise NotFitError(
-            node, [f"{run.spec_file} can't be read: runs_dir must lie on a disk that all nodes share"]
-        )
+        lacking = f"{run.spec_file} can't be read: runs_dir must lie on a disk that all nodes share"
+        raise NotFitError(node, [lacking])
+
+
+def _probe(run: RunDir, node: str) -> float:
+    """The run directory can be written; how far this node's clock is ahead of its disk's, in seconds.
+
+    Raises:
+        NotFitError: it can't.
+    """
     probe = run.path / f".probe-{node}-{os.getpid()}"
     try:
         run.logs.mkdir(exist_ok=True)
