@@ -16,7 +16,7 @@ from typing import Any
 from hpcdl.launch import control
 from hpcdl.launch.place import Place
 from hpcdl.runs import parents, wish
-from hpcdl.runs.state import ACTIVE, RunState
+from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir, decide_job, now
 
 INTERRUPTED = 130
@@ -25,15 +25,14 @@ SEEN_AFTER_S = 60.0
 POLL_S = 1.0
 
 
-def nothing_to_do(run: RunDir, place: Place, state: RunState) -> int | None:
+def nothing_to_do(run: RunDir, place: Place) -> int | None:
     """The exit code of a job that has nothing to do; None for one that has.
 
     Args:
         run: the run that this job carries.
         place: which part of which job this is.
-        state: the run's state as it was found.
     """
-    if _is_second(run, place, state):
+    if _is_second(run, place):
         return 0
     if not place.first:
         return None  # the first node's agent decides; its end is this one's
@@ -42,18 +41,17 @@ def nothing_to_do(run: RunDir, place: Place, state: RunState) -> int | None:
     return _after(run, place)
 
 
-def _is_second(run: RunDir, place: Place, state: RunState) -> bool:
-    if place.job_id is None or state.submission is None:
+def _is_second(run: RunDir, place: Place) -> bool:
+    if place.job_id is None:
         return False
     mine = place.job_id.partition("_")[0]
     meant = decide_job(run.runs_dir, place.token, mine)
     if meant == mine:
         return False
-    print(
-        f"hpcdl: submission {place.token} reached Slurm twice, and its job is {meant}: "
-        f"job {mine} has nothing to do",
-        file=sys.stderr,
+    words = (
+        f"submission {place.token} reached Slurm twice, and its job is {meant}: job {mine} has nothing to do"
     )
+    print(f"hpcdl: {words}", file=sys.stderr)
     return True
 
 
@@ -83,7 +81,12 @@ def cancel(run: RunDir, token: str, why: str, *, by: str) -> int:
     """Ends a run of a submission that has not started; returns the exit code."""
     state = run.read_state()
     if state.state in ACTIVE and state.submission == token:
-        changes: dict[str, Any] = {"state": "CANCELLED", "reason": why, "exit_code": INTERRUPTED, "ended": now()}
+        changes: dict[str, Any] = {
+            "state": "CANCELLED",
+            "reason": why,
+            "exit_code": INTERRUPTED,
+            "ended": now(),
+        }
         run.update(expect=state, event=("cancelled", {"by": by, "reason": why}), **changes)
     print(f"hpcdl: {run.path}: {why}", file=sys.stderr, flush=True)
     return INTERRUPTED

@@ -17,6 +17,7 @@ state.json itself is replaced by rename: it holds the old state or the new one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from hpcdl.errors import HpcdlError, UsageError
 from hpcdl.launch import begin, torchrun
 from hpcdl.launch.agent import Agent
 from hpcdl.launch.place import find
-from hpcdl.runs import chain, private
+from hpcdl.runs import chain, fence, private
 from hpcdl.runs.store import RunDir
 
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str], worker: Sequence[str] = torchrun.WORKER) -> int:
         runs_file = Path(argv[0])
         place = find(runs_file, int(argv[1]) if len(argv) == 2 else None, os.environ)
         private.require_mine(runs_file.parent)
-        run = RunDir(_run_path(runs_file, place.index))
+        run = RunDir(run_path(runs_file, place.index))
         private.require_mine(run.path)
         private.take_over(run.path)
         state = run.read_state()
@@ -55,14 +56,28 @@ def main(argv: Sequence[str], worker: Sequence[str] = torchrun.WORKER) -> int:
         return 1
     if state.state == "COMPLETED":
         return 0
-    code = begin.nothing_to_do(run, place, state)
+    code = begin.nothing_to_do(run, place)
     if code is not None:
         return code
-    return Agent(run, place, state, worker).main()
+    if fence.number(state.running_try) > fence.number(place.attempt(state.attempt)):
+        print(f"hpcdl: {run.path} is at try {state.running_try} already: nothing to do", file=sys.stderr)
+        return 1
+    agent = Agent(run, place, state, worker)
+    code = agent.main()
+    while agent.again and place.kind == "local":  # under Slurm hpcdl.launch.steps does it, on all nodes
+        place = dataclasses.replace(place, again=(place.again or 0) + 1)
+        agent = Agent(run, place, run.read_state(), worker, agent.unheard)
+        code = agent.main()
+    return code
 
 
-def _run_path(runs_file: Path, index: int) -> Path:
+def run_path(runs_file: Path, index: int) -> Path:
     # Not splitlines(): some characters that a path may hold end a line for it.
+    """The run directory that a submission's task carries.
+
+    Raises:
+        UsageError: it has no such task.
+    """
     lines = runs_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if not 0 <= index < len(lines):
         raise UsageError(f"{runs_file} has {len(lines)} runs; there is no number {index}")
