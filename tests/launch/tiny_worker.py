@@ -49,6 +49,23 @@ def wait_for_the_word():
         time.sleep(0.02)
 
 
+def further():
+    """Dies a step later each time; the fourth process finishes."""
+    file = run / f"lives-{rank}"
+    lives = int(file.read_text()) if file.exists() else 0
+    file.write_text(str(lives + 1))
+    if rank == 0:
+        with (run / "metrics.jsonl").open("a") as metrics:
+            metrics.write(json.dumps({"step": lives, "loss": 1.0}) + "\n")
+    if lives == 3:
+        outcome("finished")
+        return
+    while rank == 1 and not Path(run, "lives-0").exists():
+        time.sleep(0.02)
+    time.sleep(0.2 if rank else 60)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main():
     print("hello", rank, flush=True)
     print("to stderr", file=sys.stderr, flush=True)
@@ -63,6 +80,10 @@ def main():
         outcome("stopped", (run / "STOP").read_text().strip())
     elif mode == "wait":
         outcome("stopped", wait_for_the_word())
+    elif mode == "save":  # a checkpoint that takes its time
+        word = wait_for_the_word()
+        time.sleep(float(os.environ["SAVE_S"]))
+        outcome("stopped", word)
     elif mode == "fail" and rank == 1:
         raise ValueError("the loss is nan\nsecond line")
     elif mode == "starve" and rank == 1:
@@ -75,11 +96,11 @@ def main():
     elif mode == "exit3" and rank == 1:
         sys.exit(3)
     elif mode == "twice" and rank == 1:
-        raise ValueError(f"restart {restart}")
+        raise ConnectionError(f"restart {restart}")
     elif mode == "once" and restart == "0" and rank == 1:
-        raise ValueError("only once")
-    elif mode == "twice" and rank == 1:
-        raise ValueError(f"restart {restart}")
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif mode == "further":
+        further()
     elif mode == "once" and restart != "0":
         outcome("finished")
     elif mode == "leak":
