@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from tests.slurm.cluster import CLUSTER, Cluster, Launched
+from tests.slurm.cluster import CLUSTER, Cluster
 from tests.slurm.test_runs import LONG, TINY
 
 
@@ -24,58 +24,6 @@ def test_cancel_pending_and_running(cluster: Cluster) -> None:
     assert cluster.wait_state(sibling.run_id, "CANCELLED")["state"] == "CANCELLED"
     logs = cluster.run("hpcdl", "logs", held.run_id, check=False)
     assert "cancelled" in (logs.stdout + logs.stderr).lower()
-
-
-def test_a_requeued_run_resumes_exactly(cluster: Cluster) -> None:
-    words = (*TINY, "trainer.max_steps=300", "cluster.processes_per_node=2", "optim.warmup_steps=10")
-    disturbed, calm = cluster.launch(*words, "-m", "seed=5", "trainer.keep_last=2,3")
-    cluster.wait_step(disturbed, 20)
-    # What Slurm sends before the time limit: every process of the step gets it (slurm-facts 1).
-    cluster.shell(f"scancel --signal=USR2 {disturbed.job_id}")
-    requeued = cluster.until(
-        lambda: _event(cluster, disturbed, "requeued"),
-        "a requeue",
-        story=lambda: cluster.story(disturbed.run_id),
-    )
-    assert "USR2" in requeued["reason"]
-    _start_now(cluster, disturbed)
-    status, _ = cluster.wait_done([disturbed, calm])
-    assert (status["requeues"], status["step"]) == (1, 300)
-    (resumed,) = cluster.events(disturbed, "resumed")
-    assert 20 <= resumed["step"] < 300
-    assert cluster.losses(disturbed) == cluster.losses(calm), "bit for bit"
-
-
-def test_a_requeue_by_the_administrator_resumes_from_the_last_checkpoint(cluster: Cluster) -> None:
-    words = (*TINY, "trainer.max_steps=200", "trainer.checkpoint_every=10")
-    disturbed, calm = cluster.launch(*words, "-m", "seed=6", "trainer.keep_last=2,3")
-    cluster.wait_step(disturbed, 15)
-    cluster.shell(f"scontrol requeue {disturbed.job_id}")
-    _start_now(cluster, disturbed)
-    cluster.wait_done([disturbed, calm])
-    (resumed,) = cluster.events(disturbed, "resumed")
-    assert resumed["step"] >= 10
-    assert cluster.losses(disturbed) == cluster.losses(calm)
-
-
-def _event(cluster: Cluster, run: Launched, kind: str) -> dict[str, object] | None:
-    events = cluster.events(run, kind)
-    return events[-1] if events else None
-
-
-def _start_now(cluster: Cluster, run: Launched) -> None:
-    """Slurm holds a requeued job back for two minutes (facts 3 and 24); once it is PENDING a user may start it."""
-
-    def started() -> bool | None:
-        job = cluster.shell(f"scontrol show job {run.job_id}", check=False)
-        if "Restarts=0" in job:
-            return None
-        if "JobState=PENDING" in job:
-            cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now", check=False)
-            return None
-        return True if "JobState=RUNNING" in job or "JobState=COMPLETED" in job else None
-
-    cluster.until(started, f"{run.job_id} running again", story=lambda: cluster.story(run.run_id))
 
 
 def test_a_killed_agent_is_seen_by_the_next_poll(cluster: Cluster) -> None:

@@ -103,6 +103,20 @@ def test_a_signal_of_scancels(cluster: Cluster, signal: str) -> None:
     assert no_step_was_lost(cluster, run) == 1
 
 
+@pytest.mark.slow
+def test_a_requeue_by_the_administrator(cluster: Cluster) -> None:
+    words = (*TINY, "trainer.max_steps=100", "optim.warmup_steps=10", "seed=6")
+    disturbed, calm = cluster.launch(*words, "-m", "trainer.keep_last=2,3")
+    cluster.wait_step(disturbed, 15)
+    cluster.shell(f"scontrol requeue {disturbed.job_id}")
+    assert wait_event(cluster, disturbed, "requeued", 1)["way"] == "slurm"
+    follower = cluster.run("hpcdl", "follow", disturbed.run_id)  # the second to look at it
+    assert "requeued job asked to start now" in follower.stdout
+    cluster.wait_done([disturbed, calm])
+    assert no_step_was_lost(cluster, disturbed) == 1
+    assert cluster.losses(disturbed) == cluster.losses(calm)
+
+
 @pytest.fixture
 def grace(cluster: Cluster) -> Iterator[None]:
     """A cluster whose preempted jobs get no signal of their own, but SIGTERM and a grace time (fact 17)."""
