@@ -162,8 +162,10 @@ def kept(whole: Sequence[Found], last: int, best: int) -> dict[str, list[str]]:
         last: how many of the newest stay (`trainer.keep_last`).
         best: how many of those with the lowest held-out loss do (`trainer.keep_best`).
     """
-    evaluated = [found for found in whole if found.heldout_loss is not None]
-    ranked = sorted(evaluated, key=lambda found: (found.heldout_loss, -found.step))
+    evaluated = [
+        (found.heldout_loss, -found.step, found) for found in whole if found.heldout_loss is not None
+    ]
+    ranked = [found for loss, _, found in sorted(evaluated, key=lambda each: each[:2]) if math.isfinite(loss)]
     stay: dict[str, list[str]] = {}
     for word, chosen in (("last", whole[:last]), ("best", ranked[:best])):
         for found in chosen:
