@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -10,18 +11,33 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from hpcdl import secrets
-from hpcdl.errors import HpcdlError, RunFailedError
-from hpcdl.launch import causes, closing, memory, network, preflight, secret_file, torchrun
+from hpcdl.errors import HpcdlError, RunFailedError, SupersededError
+from hpcdl.launch import (
+    causes,
+    closing,
+    hang,
+    judging,
+    memory,
+    network,
+    peers,
+    preflight,
+    secret_file,
+    strays,
+    torchrun,
+)
 from hpcdl.launch.child import Log, Torchrun, started_at
 from hpcdl.launch.place import Place
+from hpcdl.runs import fence
 from hpcdl.runs.files import write_atomic
 from hpcdl.runs.state import RunState
 from hpcdl.runs.store import RunDir, now
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _LOOK_S = 1.0
+"""Between two looks at the shared disk."""
 
 
 class Agent:
@@ -32,37 +48,75 @@ class Agent:
         place: which part of which job this is.
         state: the run's state as it was found.
         worker: what torchrun starts on each rank; the run directory follows.
+        signals: those that came before this try began.
     """
 
-    def __init__(self, run: RunDir, place: Place, state: RunState, worker: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        place: Place,
+        state: RunState,
+        worker: Sequence[str],
+        signals: Sequence[int] = (),
+    ) -> None:
         self.run = run
         self.place = place
-        self.attempt = f"{state.attempt}.{place.requeue}"
+        self.attempt = place.attempt(state.attempt)
         self._worker = (*worker, str(run.path))
-        self._restarts_known = state.restarts
+        self.again: tuple[str, ...] = ()
+        """Nodes of the next try in place, once this one has ended; none where there is no such try."""
         self._next_look = 0.0
-        self._signals: list[int] = []
+        self._signals: list[int] = list(signals)
         self._acted = 0
         self._killed = False
         self._kills = memory.kills()
         self._child: Torchrun | None = None
         self._log: Log | None = None
+        self._peers: peers.Peers | None = None
+        self._judge: judging.Judge | None = None
+        self._guard: hang.Guard | None = None
+        self._measured: dict[str, object] = {}
+        self._over: peers.Over | None = None
+        self._ended_here = False
+        self._superseded = ""
+
+    @property
+    def unheard(self) -> tuple[int, ...]:
+        """Signals that came too late to be acted on."""
+        return tuple(self._signals[self._acted :])
 
     def main(self) -> int:
         """Runs the try; returns the agent's exit code."""
         for number in _SIGNALS:
             signal.signal(number, lambda n, _: self._signals.append(n))
+        end = None
         try:
             secret_file.load(os.environ)
-            preflight.check(self.run, self.place.name)
+            preflight.readable(self.run, self.place.name)
             cluster = torchrun.resources(self.run)
+            end = closing.Closing(self.run, self.place, self.attempt, cluster, self._say)
+            self._preflight()
+            self._judge = judging.Judge(self.run, self.place, self.attempt, end, cluster.max_restarts)
             left = self._torchrun(cluster)
+            code = end.first(left) if self.place.first else end.another(left)
+        except SupersededError as error:
+            self._say(str(error))
+            return 1
         except (HpcdlError, OSError) as error:
-            return self._broken(error)
-        end = closing.Closing(self.run, self.place, self.attempt, cluster, self._say)
-        return end.first(left) if self.place.first else end.another(left)
+            code = self._broken(error, end)
+        self.again = end.again if end is not None else ()
+        return code
 
-    def _started(self) -> None:
+    def _preflight(self) -> None:
+        """Looks at this node; what is only a warning is told, what is a fault is raised."""
+        name = self.place.name
+        report = preflight.check(self.run, name)
+        for warning in report.warnings:
+            self._say(f"preflight: {warning}")
+            self.run.event("warning", message=f"preflight on node {name}: {warning}")
+        self._measured = report.measured
+
+    def _started(self, cluster: torchrun.NodeResources | None) -> None:
         """The first node's agent takes the state over."""
         closing.forget_signal(self.run)  # an earlier try's
         place = self.place
@@ -71,13 +125,20 @@ class Agent:
             "nodes": len(place.nodes),
             "node_list": list(place.nodes),
             "job_id": place.job_id,
+            "preflight": self._measured,
         }
         before = self.run.read_state()
-        self.run.update(
+        fence.update(
+            self.run,
+            self.attempt,
+            None,
             event=("started", started),
+            running_try=self.attempt,
             state="RUNNING",
             reason="",
             job_id=place.job_id,
+            submission=place.token,  # a successor's own, where the job before it could not hand the run over
+            array_index=place.index,
             node_list=place.nodes,
             host=os.uname().nodename,
             agent_pid=os.getpid(),
@@ -86,35 +147,50 @@ class Agent:
             exit_code=None,
             started=before.started or now(),
             ended=None,
+            nodes=len(place.nodes) if cluster else before.nodes,
+            world_size=len(place.nodes) * cluster.processes_per_node if cluster else before.world_size,
         )
 
     def _torchrun(self, cluster: torchrun.NodeResources) -> closing.Left:
-        if len(self.place.nodes) != cluster.nodes:
-            raise RunFailedError(f"the run wants {cluster.nodes} nodes, the job has {len(self.place.nodes)}")
+        count, fewest = len(self.place.nodes), cluster.min_nodes or cluster.nodes
+        if not fewest <= count <= cluster.nodes:
+            wanted = f"{cluster.nodes}" if fewest == cluster.nodes else f"{fewest} to {cluster.nodes}"
+            raise RunFailedError(f"the run wants {wanted} nodes, the job has {count}")
+        cluster = dataclasses.replace(cluster, nodes=count)
         meeting = self._rendezvous()
         environment = torchrun.environment(cluster, self.attempt, os.environ)
-        if len(self.place.nodes) > 1:
+        if count > 1:
             environment.update(network.gloo_settings(meeting.local_address, environment))
+            self._peers = peers.Peers(self.place, self.attempt, cluster.lost_after_s)
         log_dir = tempfile.mkdtemp(prefix="hpcdl-torchrun-")
+        self._guard = hang.Guard(self.run, self.place, self.attempt, Path(log_dir))
+        environment |= {**self._guard.environment, strays.AGENT: strays.name_of_this_agent()}
         argv = torchrun.command(cluster, sys.executable, meeting, log_dir, self._worker)
         self._log = Log(self.run.logs / f"{self.place.name}-try{self.attempt}.log")
         self._log.say(f"try {self.attempt} on {self.place.name}, job {self.place.job_id or 'local'}")
         try:
             self._child = Torchrun(argv, environment, self._log)
             if self.place.first:
-                self._started()  # only now: torchrun imports torch meanwhile, which takes seconds
+                self._started(cluster)  # only now: torchrun imports torch meanwhile, which takes seconds
             code = self._child.watch(self._tick)
         finally:
             shutil.rmtree(log_dir, ignore_errors=True)
-        if self.place.first and self._child.disturbed:
-            self._next_look = 0.0
-            self._look_for_restarts()
+            if self._child is not None:
+                self._child.kill()
+            if self._peers is not None:
+                self._peers.leave(end=self._ended_here)
+        if self._superseded:
+            raise SupersededError(self._superseded)
+        self._judge_failures()
         return closing.Left(
             code=code,
             words=tuple(self._child.words),
             signals=tuple(self._signals),
             killed=self._killed,
             out_of_memory=self._memory_ran_out(),
+            cause=self._over.cause if self._over else None,
+            lost=self._over.lost if self._over else (),
+            told=self._over is not None,
         )
 
     def _rendezvous(self) -> torchrun.Rendezvous:
@@ -132,35 +208,59 @@ class Agent:
             local_address=address,
         )
 
-    def _look_for_restarts(self) -> None:
-        """After a disturbance: rank 0 says by an event that the workers have been started anew in place."""
-        if time.monotonic() < self._next_look:
-            return
-        self._next_look = time.monotonic() + _LOOK_S
-        restarts = sum(event.get("event") == "restarted" for event in self.run.events())
-        if restarts != self._restarts_known:
-            self._restarts_known = restarts
-            self.run.update(restarts=restarts)
-
     def _tick(self) -> None:
         """Acts on signals: never inside the handler, which may interrupt anything."""
         assert self._child is not None
         while self._acted < len(self._signals):
             self._acted += 1
             self._act(self._signals[self._acted - 1])
-        if self.place.first and self._child.disturbed:
-            self._look_for_restarts()
+        assert self._guard is not None
+        self._guard.look(self._child, self._log_line)
+        self._judge_failures()
+        self._look_at_peers()
         if self._signals and self.place.first and len(self.place.nodes) > 1:
             # Told to end because another node's agent could not start: nobody will come to the rendezvous.
             broken = causes.of_nodes(self.run, self.attempt)
             if broken and not any(self.run.errors.glob(f"try{self.attempt}-*-rank*.json")):
-                self._child.kill()
+                self._end()
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_S
+            self._look_at_fence()
+
+    def _judge_failures(self) -> None:
+        """A worker has failed, and torchrun would start all of them anew."""
+        assert self._child is not None and self._judge is not None
+        why = self._judge.look(self._child, killed_by_kernel=self._memory_ran_out())
+        if not why and self._signals and self._child.failures:
+            why = "a worker has failed on its way out"
+        if why and not self._ended_here:
+            self._log_line(f"no restart in place: {why}")
+            self._end()
+
+    def _look_at_peers(self) -> None:
+        if self._peers is None or self._over is not None:
+            return
+        self._over = self._peers.look()
+        if self._over is not None:
+            self._log_line(self._over.words)
+            self._end()
+
+    def _look_at_fence(self) -> None:
+        newer = fence.holder(self.run.read_state(), self.attempt, self.place.token)
+        if newer:
+            self._superseded = f"{newer} has taken the run over from try {self.attempt}: this one is stopped"
+            self._end()
+
+    def _end(self) -> None:
+        """Ends the workers here, and on the first node everywhere."""
+        assert self._child is not None
+        self._ended_here = True
+        self._child.kill()
 
     def _act(self, number: int) -> None:
         assert self._child is not None
         name = signal.Signals(number).name
-        if self._log is not None:
-            self._log.say(f"got {name}")
+        self._log_line(f"got {name}")
         if self._signals[: self._acted].count(signal.SIGINT) > 1:
             self._killed = True
             self._child.kill()
@@ -171,30 +271,38 @@ class Agent:
             self._child.signal_workers(signal.SIGUSR2)
         if self.place.first and not self.run.stop_file.exists():
             # For workers that are still importing, with the signal ignored: they look here at each step.
-            write_atomic(self.run.stop_file, f"{name}\n")
+            with contextlib.suppress(OSError):  # the disk is full: they have the signal, unless they import
+                write_atomic(self.run.stop_file, f"{name}\n")
 
     def _memory_ran_out(self) -> bool:
         """Whether the kernel has killed a process of this node's part of the job since the agent started."""
         kills = memory.kills()
         return kills is not None and self._kills is not None and kills > self._kills
 
-    def _broken(self, error: Exception) -> int:
+    def _broken(self, error: Exception, end: closing.Closing | None) -> int:
         """Torchrun could not even be started here."""
-        cause = causes.Cause(time=now(), type=type(error).__name__, message=str(error), node=self.place.name)
+        cause = preflight.cause(error, self.place.name)
         self._say(cause.reason)
         with contextlib.suppress(OSError):  # the run directory may be what is broken
-            if self.place.first:
-                if self._child is None:
-                    self._started()
-                event = ("failed", {"reason": cause.reason, "traceback": ""})
-                self.run.update(event=event, state="FAILED", reason=cause.reason, exit_code=1, ended=now())
-            else:
+            if not self.place.first:
                 causes.record(self.run, self.attempt, self.place.node, cause)
+                return 1
+            if self._child is None:
+                self._started(None)
+            if end is not None:
+                return end.first(closing.Left(code=1, cause=cause, signals=tuple(self._signals)))
+            event = ("failed", {"reason": cause.reason, "traceback": ""})
+            self.run.update(event=event, state="FAILED", reason=cause.reason, exit_code=1, ended=now())
         return 1
+
+    def _log_line(self, text: str) -> None:
+        if self._log is not None:
+            self._log.say(text)
 
     def _say(self, text: str) -> None:
         """To this node's log, and to standard error: the Slurm output file."""
         text = secrets.hide(text)
         if self._log is not None:
             self._log.say(text)
-        print(f"hpcdl: {self.place.name}: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # that file's disk may be full, too
+            print(f"hpcdl: {self.place.name}: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""What an agent does once torchrun has ended on its node: the final state, or its view of a failure."""
+"""What follows once a try has ended on this node: the end, another try in place, or the queue again.
+
+The first node's agent says it; where that one was killed, the supervisor of the job's steps (hpcdl.launch.steps).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hpcdl.launch import causes, control, ending, torchrun
+from hpcdl.launch import causes, control, ending, nodes, progress, requeue, torchrun
 from hpcdl.launch.place import Place
+from hpcdl.runs import fence, kinds, wish
 from hpcdl.runs.state import ACTIVE, State
 from hpcdl.runs.store import RunDir, now
 
@@ -21,6 +25,8 @@ _STATE_LIMIT_S = 20.0
 """How long another agent waits with its non-zero end, upon which srun kills the first node's agent, until
 that one has written why."""
 _POLL_S = 0.1
+_FINAL: frozenset[State] = frozenset({"COMPLETED", "CANCELLED"})
+"""Ends that nobody wants to go on after."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +43,14 @@ class Left:
     """Whether a second SIGINT made the agent kill the workers."""
     out_of_memory: bool = False
     """Whether the kernel killed a process of this node's part of the job for want of memory."""
+    speechless: bool = False
+    """Whether the first node's agent was itself killed: this is what its supervisor saw."""
+    cause: causes.Cause | None = None
+    """What ended the try, where it is known outright: a node or an agent was lost."""
+    lost: tuple[str, ...] = ()
+    """Nodes of the job that can't be used any more."""
+    told: bool = False
+    """Whether another node's agent has told this one to end, or is lost itself: no view of its own."""
 
 
 class Closing:
@@ -63,34 +77,149 @@ class Closing:
         self._attempt = attempt
         self._cluster = cluster
         self._say = say
+        self.again: tuple[str, ...] = ()
+        """Nodes that the next try in place runs on; none where there is no such try."""
 
     def first(self, left: Left) -> int:
-        """The first node's agent: writes what follows; returns the agent's exit code."""
+        """On the first node: writes what follows; returns the agent's exit code.
+
+        Raises:
+            SupersededError: the run belongs to a newer try.
+        """
         cause: list[causes.Cause] = []
 
         def root_cause() -> tuple[State, str]:
-            cause.append(self._cause(left))
+            cause.append(left.cause or self.cause(left.words, killed_by_kernel=left.out_of_memory))
             return "OUT_OF_MEMORY" if cause[0].out_of_memory else "FAILED", cause[0].reason
 
-        end = ending.decide(self._seen(left), self._ask, root_cause)
+        seen = self._seen(left)
+        end = ending.decide(seen, self._ask, root_cause)
         forget_signal(self._run)
-        if end.requeue:
-            end = self._requeue(end)
         if end.requeued:
-            requeues = count_requeues(self._run, self._attempt) + 1
-            event = ("requeued", {"reason": end.reason, "requeues": requeues})
-            self._run.update(event=event, state="PENDING", reason=end.reason, requeues=requeues)
-            return 0
-        return self._finish(end, cause[0].traceback if cause else "")
+            return self._queued(end.reason, {}, requeue.BY_SLURM)
+        if end.state in _FINAL:
+            return self._finish(end, "")
+        if cause:
+            failure = progress.of_cause(cause[0], progress.saved(self._run), self._run.step())
+        elif end.requeue and seen.outcome is not None:
+            kind: kinds.Kind = "timeout" if end.state == "TIMEOUT" else "preempted"
+            failure = progress.Failure(
+                kind=kind, step=seen.outcome.step, saved=seen.outcome.step, reason=end.reason
+            )
+        else:
+            return self._finish(end, "")
+        return self._follow(end, failure, cause[0] if cause else None, left)
 
     def another(self, left: Left) -> int:
         """Another node's agent: leaves its view of a failure, and ends after the first node's has spoken."""
         if left.code == 0:
             return 0
-        own = causes.from_torchrun(list(left.words), self._place.name, killed_by_kernel=left.out_of_memory)
-        causes.record(self._run, self._attempt, self._place.node, own)
+        if not left.told:
+            own = causes.from_torchrun(
+                list(left.words), self._place.name, killed_by_kernel=left.out_of_memory
+            )
+            causes.record(self._run, self._attempt, self._place.node, own)
         self._wait_for_the_first()
         return 1
+
+    def cause(self, words: tuple[str, ...], *, killed_by_kernel: bool) -> causes.Cause:
+        """The root cause, once the other nodes' agents have told theirs."""
+        others = len(self._place.nodes) - 1
+        deadline = time.monotonic() + _PEERS_LIMIT_S
+        while causes.of_nodes(self._run, self._attempt) < others and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return causes.find(
+            self._run, self._attempt, words, self._place.name, killed_by_kernel=killed_by_kernel
+        )
+
+    def verdict(
+        self,
+        failure: progress.Failure,
+        *,
+        in_place: bool = True,
+        is_lost: bool = False,
+        spare: bool = False,
+    ) -> progress.Verdict:
+        """What the policy says to a failure of this try.
+
+        Args:
+            failure: how the try has ended.
+            in_place: whether the job has time for another try.
+            is_lost: whether its node is gone: Slurm itself then starts nothing there.
+            spare: whether the job has nodes enough left without it.
+        """
+        events = self._run.events()
+        limits = progress.Limits(
+            max_restarts=self._cluster.max_restarts if in_place else 0,
+            max_requeues=self._cluster.max_requeues if self._place.kind == "slurm" else 0,
+            can_exclude=is_lost or self._cluster.exclude_failed_nodes,
+            spare=spare,
+        )
+        state = self._run.read_state()
+        return progress.verdict(progress.history(events, state.attempt), failure, limits)
+
+    def _follow(
+        self, end: ending.Ending, failure: progress.Failure, cause: causes.Cause | None, left: Left
+    ) -> int:
+        nodes_left = tuple(name for name in self._place.nodes if name not in left.lost)
+        fewest = self._cluster.min_nodes or self._cluster.nodes
+        decided = self.verdict(
+            failure,
+            in_place=self._place.again is not None and not left.signals,
+            is_lost=bool(left.lost),
+            spare=bool(left.lost) and len(nodes_left) >= fewest,
+        )
+        more = progress.details(failure, decided)
+        if decided.then == "restart" and len(nodes_left) >= fewest and nodes_left[0] == self._place.nodes[0]:
+            return self._restart(end.reason, {**more, "nodes": list(nodes_left)}, nodes_left)
+        if decided.then != "stop":
+            if wish.of(self._run):  # made while the checkpoint was being saved
+                reason = f"cancel; {end.reason}"
+                return self._finish(
+                    ending.Ending(state="CANCELLED", reason=reason, exit_code=ending.INTERRUPTED), ""
+                )
+            again = requeue.again(self._run, self._place, self._cluster.requeue, self._say)
+            if not again.refused:
+                return self._queued(end.reason, {**more, **self._exclude(decided, again.job_id)}, again)
+            decided = dataclasses.replace(
+                decided, why=f"not requeued: {again.refused}", exit_code=failure.exit_code
+            )
+        end = dataclasses.replace(
+            end, reason=f"{end.reason}; {decided.why}", exit_code=decided.exit_code or end.exit_code
+        )
+        return self._finish(end, cause.traceback if cause else "")
+
+    def _restart(self, reason: str, details: dict[str, Any], nodes_left: tuple[str, ...]) -> int:
+        """The next try, in this job: the state stays RUNNING."""
+        self.again = nodes_left
+        self._update(
+            event=(progress.RESTARTING, {**details, "in_place": progress.BY_THE_JOB, "try": self._attempt}),
+            reason=f"restarts in place after: {reason}",
+            restarts=self._run.read_state().restarts + 1,
+        )
+        self._say(f"{reason}; {details['why']}, on {', '.join(nodes_left)}")
+        return 1
+
+    def _queued(self, reason: str, details: dict[str, Any], again: requeue.Again) -> int:
+        """The job is in the queue again, or its successor is."""
+        requeues = count_requeues(self._run, self._attempt) + 1
+        event = ("requeued", {**details, "reason": reason, "requeues": requeues, **again.details})
+        changes = {"state": "PENDING", "reason": reason, "requeues": requeues, **again.changes}
+        self._update(event=event, **changes)
+        self._say(f"requeued: {reason}" if not again.changes else f"job {again.job_id} goes on: {reason}")
+        return again.exit_code
+
+    def _exclude(self, decided: progress.Verdict, job_id: str) -> dict[str, Any]:
+        """Keeps the job that goes on off the nodes that are to blame; what the event says of it."""
+        if not decided.exclude:
+            return {}
+        if not self._cluster.exclude_failed_nodes:
+            return {"exclude": [], "not_excluded": "cluster.exclude_failed_nodes is false"}
+        done = nodes.exclude(job_id, decided.exclude, self._cluster.nodes)
+        return {
+            "exclude": list(done.excluded),
+            **({"not_excluded": done.refused} if done.refused else {}),
+        }
 
     def _seen(self, left: Left) -> ending.Seen:
         return ending.Seen(
@@ -99,7 +228,7 @@ class Closing:
             outcome=ending.read_outcome(self._run.outcome_file, self._attempt),
             signals=tuple(signal.Signals(n).name.removeprefix("SIG") for n in left.signals),
             killed=left.killed,
-            requeues_left=self._cluster.max_requeues - self._place.requeue,
+            speechless=left.speechless,
         )
 
     def _finish(self, end: ending.Ending, traceback: str) -> int:
@@ -111,37 +240,26 @@ class Closing:
             event = ("cancelled", {"by": end.reason.split(";")[0], "step": step})
         else:
             event = ("failed", {"reason": end.reason, "traceback": traceback})
-        self._run.update(
-            event=event, state=end.state, reason=end.reason, exit_code=end.exit_code, ended=now()
-        )
+        self._update(event=event, state=end.state, reason=end.reason, exit_code=end.exit_code, ended=now())
         if end.exit_code:
             self._say(f"{end.state}: {end.reason}\n{traceback}".rstrip())
         return end.exit_code or 0
 
-    def _requeue(self, end: ending.Ending) -> ending.Ending:
-        assert self._place.job_id is not None
-        refused = control.requeue(self._place.job_id)
-        if not refused:
-            return dataclasses.replace(end, state="PENDING", requeued=True)
-        return dataclasses.replace(end, reason=f"{end.reason}; not requeued: {refused}")
-
     def _ask(self) -> control.JobFate:
         assert self._place.job_id is not None
-        return control.ask(self._place.job_id, self._place.requeue)
+        return control.ask(self._place.job_id, self._place.restarts)
 
-    def _cause(self, left: Left) -> causes.Cause:
-        others = len(self._place.nodes) - 1
-        deadline = time.monotonic() + _PEERS_LIMIT_S
-        while causes.of_nodes(self._run, self._attempt) < others and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-        return causes.find(
-            self._run, self._attempt, left.words, self._place.name, killed_by_kernel=left.out_of_memory
-        )
+    def _update(self, event: tuple[str, dict[str, Any]], **changes: Any) -> None:
+        fence.update(self._run, self._attempt, self._place.token, event=event, **changes)
 
     def _wait_for_the_first(self) -> None:
         deadline = time.monotonic() + _STATE_LIMIT_S
-        while self._run.read_state().state in ACTIVE and time.monotonic() < deadline:
+        while self._first_is_silent() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+
+    def _first_is_silent(self) -> bool:
+        state = self._run.read_state()
+        return state.state in ACTIVE and not state.reason
 
 
 def forget_signal(run: RunDir) -> None:
@@ -161,8 +279,7 @@ def count_requeues(run: RunDir, current: str) -> int:
         current: this try.
     """
     tries = [str(e.get("try", "")) for e in run.events() if e.get("event") == "started"]
-    highest: dict[str, int] = {}
-    for attempt, _, requeue in (text.partition(".") for text in (*tries, current)):
-        if requeue.isdigit():
-            highest[attempt] = max(highest.get(attempt, 0), int(requeue))
+    highest: dict[int, int] = {}
+    for attempt, number, *_ in (fence.number(text) for text in (*tries, current) if fence.number(text)):
+        highest[attempt] = max(highest.get(attempt, 0), number)
     return sum(highest.values())

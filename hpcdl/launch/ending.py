@@ -39,12 +39,13 @@ class Seen:
     """Signals that the agent got, in their order, without `SIG`."""
     killed: bool = False
     """Whether a second SIGINT made it kill the workers."""
-    requeues_left: int = 0
+    speechless: bool = False
+    """Whether the agent was killed, so that only Slurm may know why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """The state that follows. With `requeue` the agent asks for one first; `state` holds if refused."""
+    """The state that follows. With `requeue` another try is wished for; `state` holds if there is none."""
 
     state: State
     reason: str = ""
@@ -88,8 +89,9 @@ def decide(seen: Seen, ask: Callable[[], JobFate], cause: Callable[[], tuple[Sta
     if seen.outcome is not None and seen.outcome.status == "stopped" and seen.signals:
         # Rank 0's last act, after everybody's checkpoint: a further signal has only killed who was leaving.
         return _stopped(seen, seen.outcome, ask)
-    if seen.signals and seen.kind == "slurm":
-        ended = _ended_by_slurm(ask(), "while it was told to stop, before a checkpoint was saved")
+    if (seen.signals or seen.speechless) and seen.kind == "slurm":
+        how = "while it was told to stop" if seen.signals else "its agent was killed"
+        ended = _ended_by_slurm(ask(), f"{how}, before a checkpoint was saved")
         if ended is not None:
             return ended
     state, reason = cause()
@@ -112,11 +114,7 @@ def _stopped(seen: Seen, outcome: Outcome, ask: Callable[[], JobFate]) -> Ending
         return ended
     # USR2 announces the time limit (or a preemption); TERM comes with a grace time, or at the limit itself.
     late: State = "TIMEOUT" if "USR2" in seen.signals or fate.fate == "timeout" else "PREEMPTED"
-    if seen.requeues_left > 0:
-        return Ending(state=late, reason=f"stopped by SIG{first}; {saved}", exit_code=1, requeue=True)
-    return Ending(
-        state=late, reason=f"stopped by SIG{first}; {saved}; no requeue is left (max_requeues)", exit_code=1
-    )
+    return Ending(state=late, reason=f"stopped by SIG{first}; {saved}", exit_code=1, requeue=True)
 
 
 def _ended_by_slurm(fate: JobFate, how: str) -> Ending | None:

@@ -56,6 +56,31 @@ def check_port(address: str, port: int) -> None:
             ) from error
 
 
+def free_pair(address: str, start: int) -> int:
+    """The first port from `start` on that can be had with the one after it.
+
+    Raises:
+        RunFailedError: none within a thousand.
+    """
+    for port in range(start, start + 1000, 2):
+        try:
+            check_port(address, port)
+            check_port(address, pulse_port(port))
+        except RunFailedError:
+            continue
+        return port
+    raise RunFailedError(f"no two free ports from {start} to {start + 1000} of {_me()}")
+
+
+def pulse_port(port: int) -> int:
+    """Where the first node's agent listens to the others': beside the rendezvous.
+
+    Args:
+        port: of the rendezvous. The batch script has seen that both are free.
+    """
+    return port + 1
+
+
 def gloo_settings(address: str, environment: Mapping[str, str]) -> dict[str, str]:
     """GLOO_SOCKET_IFNAME where gloo would pick loopback: it looks up the machine's own name.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcdl.errors import UsageError
+from hpcdl.runs import chain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +31,15 @@ class Place:
     rendezvous_id: str
     """Differs from every other job's, and from this job's other tries."""
     requeue: int
-    """Times that the scheduler has started this job anew."""
+    """Number of this try: times that the run's jobs have been started anew in this launch."""
+    restarts: int
+    """Times that Slurm has started this very job anew; less than `requeue` for a successor of other jobs."""
     head: str | None
     """Address of the first node; null on a single node."""
     port: int
     """Port of the rendezvous; 0 on a single node."""
+    again: int | None
+    """Times that this very job has started the run anew; null where nobody would (no hpcdl.launch.steps)."""
     token: str
     """The submission that started this process: the name of the folder that runs.txt lies in."""
 
@@ -42,6 +47,14 @@ class Place:
     def first(self) -> bool:
         """Whether this node's agent owns the run's state."""
         return self.node == 0
+
+    def attempt(self, launch: int) -> str:
+        """The try's number: `<launch>.<requeue>`, and a third where the same job has started it anew.
+
+        Args:
+            launch: RunState.attempt.
+        """
+        return f"{launch}.{self.requeue}" + (f".{self.again}" if self.again else "")
 
 
 def find(runs_file: Path, index: int | None, environment: Mapping[str, str]) -> Place:
@@ -69,12 +82,15 @@ def find(runs_file: Path, index: int | None, environment: Mapping[str, str]) -> 
             job_id=None,
             rendezvous_id=f"{token}-{line}",
             requeue=0,
+            restarts=0,
             head=None,
             port=0,
+            again=0,
             token=token,
         )
     job = environment["SLURM_JOB_ID"]
-    requeue = int(environment.get("SLURM_RESTART_COUNT") or 0)
+    restarts = int(environment.get("SLURM_RESTART_COUNT") or 0)
+    requeue = restarts + chain.tries_before(runs_file.parents[2], token)
     nodes = tuple(environment.get("HPCDL_NODES", "").split()) or (environment.get("SLURMD_NODENAME", host),)
     head = environment.get("HPCDL_HEAD") or None
     if len(nodes) > 1 and head is None:
@@ -90,7 +106,9 @@ def find(runs_file: Path, index: int | None, environment: Mapping[str, str]) -> 
         # SLURM_STEP_ID: several steps one after the other in one salloc must not meet either.
         rendezvous_id=f"{job}.{environment.get('SLURM_STEP_ID', '0')}-{requeue}",
         requeue=requeue,
+        restarts=restarts,
         head=head,
         port=int(environment.get("HPCDL_PORT") or 0),
+        again=int(environment["HPCDL_AGAIN"]) if "HPCDL_AGAIN" in environment else None,
         token=token,
     )

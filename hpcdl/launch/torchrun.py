@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import yaml
 
@@ -63,10 +63,14 @@ class NodeResources:
     """A ClusterSpec as the agent reads it from spec.yaml, without importing the spec: that takes 40 ms."""
 
     nodes: int
+    min_nodes: int | None
     processes_per_node: int
     cpus_per_process: int
     max_restarts: int
     max_requeues: int
+    exclude_failed_nodes: bool
+    lost_after_s: float
+    requeue: Literal["auto", "requeue", "successor"]
     env: Mapping[str, str]
 
     @classmethod
@@ -77,9 +81,14 @@ class NodeResources:
 
 def resources(run: RunDir) -> NodeResources:
     """The `cluster` section of a run's spec.yaml."""
+    return NodeResources.of(plain_spec(run)["cluster"])
+
+
+def plain_spec(run: RunDir) -> dict[str, Any]:
+    """A run's spec.yaml as plain data."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    plain = yaml.load(run.spec_file.read_text(encoding="utf-8"), Loader=loader)
-    return NodeResources.of(plain["cluster"])
+    plain: dict[str, Any] = yaml.load(run.spec_file.read_text(encoding="utf-8"), Loader=loader)
+    return plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,10 +35,13 @@ def holder(state: RunState, attempt: str, token: str | None = None) -> str:
         attempt: the try that asks.
         token: its submission; None: it isn't known (a worker).
     """
-    if token is not None and state.submission is not None and state.submission != token:
+    if number(state.running_try) > number(attempt):
+        return f"try {state.running_try}"
+    # Launched again since; but a successor's own agents come before it has taken the run over.
+    again = number(state.running_try) == number(attempt) and token is not None
+    if again and state.submission is not None and state.submission != token:
         return f"submission {state.submission}"
-    newer = number(state.running_try) > number(attempt)
-    return f"try {state.running_try}" if newer else ""
+    return ""
 
 
 def update(

@@ -177,7 +177,7 @@ class RunDir:
             raise UsageError(f"{self.path}: you may not change it (permission denied)") from error
         return changed
 
-    def event(self, kind: str, **details: Any) -> None:
+    def event(self, kind: str, /, **details: Any) -> None:
         """Appends to events.jsonl: `{"time": …, "event": kind, …details}`; no secret of this environment."""
         shown = {key: hide(value) if isinstance(value, str) else value for key, value in details.items()}
         append_line(self.events_file, {"time": now(), "event": kind, **shown})

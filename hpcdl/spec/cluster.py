@@ -32,6 +32,9 @@ class ClusterSpec:
     """`local`: torchrun on this machine; `slurm`: sbatch, detached."""
     nodes: Annotated[int, Ge(1)] = 1
     """Nodes (sbatch --nodes)."""
+    min_nodes: Annotated[int, Ge(1)] | None = None
+    """The run starts, and goes on after a node was lost, with as few as these (sbatch --nodes=min-max --no-kill);
+    null: with all of `nodes` or not at all."""
     processes_per_node: Annotated[int, Ge(1)] = 1
     """Worker processes on each node (torchrun --nproc-per-node)."""
     cpus_per_process: Annotated[int, Ge(1)] = 1
@@ -70,14 +73,19 @@ class ClusterSpec:
     """Environment variables of the workers."""
     python: str | None = None
     """Python on the compute nodes; null: the one that launches."""
-    max_restarts: Annotated[int, Ge(0)] = 0
-    """Times torchrun starts all workers anew in place after one has died."""
+    max_restarts: Annotated[int, Ge(0)] = 3
+    """Restarts in place, on the same nodes, after a worker or an agent has died, without progress in a row. A
+    fault of the config or the code isn't tried again."""
     max_requeues: Annotated[int, Ge(0)] = 10
-    """Times a preempted or timed-out job is put back into the queue."""
+    """Times a job that was preempted, timed out or has lost a node starts anew, without progress in a row."""
     requeue: Literal["auto", "requeue", "successor"] = "auto"
     """How a job that ends early goes on: `requeue` puts it back into the queue, where Slurm holds it for two
     minutes; `successor` submits another job that starts when this one has ended; `auto`: a successor, unless
     the job's array is throttled or another job waits for this one."""
+    exclude_failed_nodes: bool = True
+    """Keep the next try off a node that was lost or failed its preflight (ExcNodeList), where enough are left."""
+    lost_after_s: Annotated[float, Ge(5)] = 20.0
+    """Silence of a node's agent, in seconds, after which the others take the node for lost."""
     array_parallelism: Annotated[int, Ge(1)] = 100
     """Array tasks that run at a time (the `%` of --array)."""
     max_array_size: Annotated[int, Ge(2)] = 1001

@@ -1,6 +1,6 @@
 #!/bin/bash
 # lora: 3 runs on this machine
-# The agent starts: /usr/bin/python3 -m torch.distributed.run --nnodes=1 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id=JOB_ID --rdzv-endpoint=127.0.0.1:0 --rdzv-conf=is_host=1,join_timeout=600,read_timeout=600 --local-addr=127.0.0.1 --max-restarts=0 --signals-to-handle=SIGQUIT --tee=3 --log-dir=TMP -m hpcdl.worker.main RUN_DIR
+# The agent starts: /usr/bin/python3 -m torch.distributed.run --nnodes=1 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id=JOB_ID --rdzv-endpoint=127.0.0.1:0 --rdzv-conf=is_host=1,join_timeout=600,read_timeout=600 --local-addr=127.0.0.1 --max-restarts=3 --signals-to-handle=SIGQUIT --tee=3 --log-dir=TMP -m hpcdl.worker.main RUN_DIR
 HPCDL_PYTHON=/usr/bin/python3
 HPCDL_RUNS_FILE='/home/me/my runs/.submissions/20260131-120000-ab12/runs.txt'
 HPCDL_SETUP=(

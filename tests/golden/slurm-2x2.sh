@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
-# Each node's agent starts: /shared/env/bin/python -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-id=JOB_ID --rdzv-endpoint=HEAD:PORT --rdzv-conf=is_host=FIRST_NODE,join_timeout=600,read_timeout=600 --local-addr=THIS_NODE --max-restarts=0 --signals-to-handle=SIGQUIT --tee=3 --log-dir=TMP -m hpcdl.worker.main RUN_DIR
+# Each node's agent starts: /shared/env/bin/python -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-id=JOB_ID --rdzv-endpoint=HEAD:PORT --rdzv-conf=is_host=FIRST_NODE,join_timeout=600,read_timeout=600 --local-addr=THIS_NODE --max-restarts=3 --signals-to-handle=SIGQUIT --tee=3 --log-dir=TMP -m hpcdl.worker.main RUN_DIR
 HPCDL_PYTHON=/shared/env/bin/python
 HPCDL_RUNS_FILE=/shared/runs/.submissions/20260131-120000-ab12/runs.txt
 HPCDL_SRUN_ARGS=()
@@ -96,12 +96,12 @@ port_taken() {
     grep -qsE "^ *[0-9]+: [0-9A-F]+:$hex " /proc/net/tcp /proc/net/tcp6
 }
 
-# A port that differs from job to job, below those that Linux gives to outgoing connections.
+# A port that differs from job to job, below those that Linux gives to outgoing connections; the next one is free too.
 free_port() {
     local start=$((SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} * 3)) i port
     for ((i = 0; i < 1000; i++)); do
         port=$((20000 + (start + i) % 12000))
-        port_taken "$port" || { printf '%s\n' "$port"; return; }
+        port_taken "$port" || port_taken $((port + 1)) || { printf '%s\n' "$port"; return; }
     done
     fail 'no free port from 20000 to 31999'
 }
@@ -133,16 +133,16 @@ fi
 
 # All of the environment (a job submitted with --export=NONE would have no PATH here), CPUs said again (srun
 # doesn't take them over from sbatch), no time limit for the slower nodes once the first task has ended, and one
-# agent's failure ends the others.
+# agent's failure ends the others. hpcdl.launch.steps starts srun, and again where a node or an agent was lost.
 hpcdl_srun=
 for name in HUP INT TERM USR1 USR2; do
     # shellcheck disable=SC2064 # the name as it is now
     trap "relay $name" "$name"
 done
-srun --export=ALL --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
+"$HPCDL_PYTHON" -m hpcdl.launch.steps "$HPCDL_RUNS_FILE" ${index[@]+"${index[@]}"} -- \
+    srun --export=ALL --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 --wait=0 \
-    ${HPCDL_SRUN_ARGS[@]+"${HPCDL_SRUN_ARGS[@]}"} "$HPCDL_PYTHON" -m hpcdl.launch.job "$HPCDL_RUNS_FILE" \
-    ${index[@]+"${index[@]}"} &
+    ${HPCDL_SRUN_ARGS[@]+"${HPCDL_SRUN_ARGS[@]}"} &
 hpcdl_srun=$!
 # A signal ends `wait` at once, srun or not: again, until no signal has. The code is srun's own.
 while :; do

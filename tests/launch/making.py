@@ -106,7 +106,7 @@ class Agents:
 
     def make(self, mode: str, **state: Any) -> RunDir:
         """The run; each worker does what `mode` says (tiny_worker.py)."""
-        values = {"kind": "local", "processes_per_node": 2, "env": {"MODE": mode}, **self.cluster}
+        values = {"kind": "local", "processes_per_node": 2, "max_restarts": 0, "env": {"MODE": mode}, **self.cluster}
         self.run = make_runs(self.runs_dir, ClusterSpec(**values), **state)[0]
         return self.run
 

@@ -21,14 +21,13 @@ def end(
     outcome: Outcome | None = None,
     signals: tuple[str, ...] = (),
     fate: Fate | None = None,
-    left: int = 3,
     killed: bool = False,
 ) -> Ending:
     def ask() -> JobFate:
         assert fate is not None, "Slurm must not be asked here"
         return JobFate(fate=fate, words="")
 
-    seen = Seen(kind=kind, code=code, outcome=outcome, signals=signals, killed=killed, requeues_left=left)
+    seen = Seen(kind=kind, code=code, outcome=outcome, signals=signals, killed=killed)
     return decide(seen, ask, lambda: ("FAILED", "the cause"))
 
 
@@ -62,36 +61,34 @@ def test_cancelled_by_the_user(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("signals", "fate", "left", "state", "requeue", "requeued"),
+    ("signals", "fate", "state", "requeue", "requeued"),
     [
-        (("USR2",), "running", 3, "TIMEOUT", True, False),
-        (("USR2",), "running", 0, "TIMEOUT", False, False),
-        (("TERM",), "running", 3, "PREEMPTED", True, False),
-        (("TERM",), "running", 0, "PREEMPTED", False, False),
-        (("USR2", "TERM"), "requeued", 3, "PENDING", False, True),
-        (("TERM",), "requeued", 0, "PENDING", False, True),
-        (("TERM",), "cancelled", 3, "CANCELLED", False, False),
-        (("TERM",), "timeout", 3, "TIMEOUT", True, False),
-        (("USR2",), "unknown", 3, "TIMEOUT", True, False),
+        (("USR2",), "running", "TIMEOUT", True, False),
+        (("TERM",), "running", "PREEMPTED", True, False),
+        (("USR2", "TERM"), "requeued", "PENDING", False, True),
+        (("TERM",), "requeued", "PENDING", False, True),
+        (("TERM",), "cancelled", "CANCELLED", False, False),
+        (("TERM",), "timeout", "TIMEOUT", True, False),
+        (("USR2",), "unknown", "TIMEOUT", True, False),
     ],
 )
 def test_stopped_under_slurm(
-    signals: tuple[str, ...], fate: Fate, left: int, state: str, requeue: bool, requeued: bool
+    signals: tuple[str, ...], fate: Fate, state: str, requeue: bool, requeued: bool
 ) -> None:
-    found = end(outcome=stopped(f"signal {signals[0]}"), signals=signals, fate=fate, left=left)
+    found = end(outcome=stopped(f"signal {signals[0]}"), signals=signals, fate=fate)
     assert (found.state, found.requeue, found.requeued) == (state, requeue, requeued)
     assert "checkpoint saved at step 9" in found.reason
     assert found.exit_code != 0
 
 
 def test_the_signal_came_through_the_stop_file() -> None:
-    found = end(outcome=stopped("SIGUSR2"), signals=("USR2",), fate="running", left=1)
+    found = end(outcome=stopped("SIGUSR2"), signals=("USR2",), fate="running")
     assert found.requeue
     assert end("local", outcome=stopped("SIGTERM")).reason == "stopped by SIGTERM; checkpoint saved at step 9"
 
 
 def test_only_the_workers_got_the_signal() -> None:
-    found = end(outcome=stopped("signal USR2"), fate="running", left=1)
+    found = end(outcome=stopped("signal USR2"), fate="running")
     assert found.requeue
     assert found.reason.startswith("stopped by SIGUSR2")
 

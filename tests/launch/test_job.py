@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from hpcdl.launch import job
+from hpcdl.runs.kinds import NEVER_RESTART
 from tests.fake_slurm import FakeSlurm
 from tests.launch.making import Agents, alive, until
 
 
 def kinds(agents: Agents) -> list[str]:
-    return [event["event"] for event in agents.run.events()]
+    return [event["event"] for event in agents.run.events() if event["event"] != "preflight"]
 
 
 def test_finished(agents: Agents) -> None:
@@ -33,7 +34,7 @@ def test_finished(agents: Agents) -> None:
     assert state.started is not None and state.ended is not None
     assert state.started <= state.ended
     assert kinds(agents) == ["started", "finished"]
-    assert run.events()[0]["try"] == "0.0"
+    assert next(e for e in run.events() if e["event"] == "started")["try"] == state.running_try == "0.0"
     assert run.events()[-1]["step"] == 7
     assert not [f for f in agents.runs_dir.iterdir() if f.name.startswith("hpcdl-torchrun-")]
 
@@ -72,11 +73,11 @@ def test_a_failure_has_its_reason_and_traceback(agents: Agents) -> None:
     run = agents.make("fail")
     # torchrun alone would wait 30 s for the other worker, which takes its SIGTERM for a wish to save and stop.
     code, said = agents.end(agents.start(), limit_s=25)
-    assert code == 1
+    assert code == NEVER_RESTART
     state = run.read_state()
     host = os.uname().nodename
-    assert (state.state, state.exit_code) == ("FAILED", 1)
-    assert state.reason == f"ValueError: the loss is nan (rank 1, node {host})"
+    assert (state.state, state.exit_code) == ("FAILED", NEVER_RESTART)
+    assert state.reason.startswith(f"ValueError: the loss is nan (rank 1, node {host}); not tried again")
     event = run.events()[-1]
     assert event["event"] == "failed"
     assert "raise ValueError" in event["traceback"]
@@ -86,9 +87,9 @@ def test_a_failure_has_its_reason_and_traceback(agents: Agents) -> None:
 
 def test_memory_that_ran_out_is_told_from_a_crash(agents: Agents) -> None:
     run = agents.make("starve")
-    assert agents.end(agents.start(), limit_s=25)[0] == 1
+    assert agents.end(agents.start(), limit_s=25)[0] == NEVER_RESTART
     state = run.read_state()
-    assert (state.state, state.exit_code) == ("OUT_OF_MEMORY", 1)
+    assert (state.state, state.exit_code) == ("OUT_OF_MEMORY", NEVER_RESTART)
     assert state.reason.startswith("MemoryError (rank 1, node ")
 
 
@@ -97,7 +98,7 @@ def test_a_kill_by_the_kernel_is_memory_that_ran_out(agents: Agents, tmp_path: P
     (tmp_path / "memory.events").write_text("oom 0\noom_kill 0\n")
     agents.environment["CGROUPS"] = str(tmp_path)
     run = agents.make("oom_kill")
-    assert agents.end(agents.start(), limit_s=25)[0] == 1
+    assert agents.end(agents.start(), limit_s=25)[0] == NEVER_RESTART
     state = run.read_state()
     assert state.state == "OUT_OF_MEMORY"
     assert state.reason.startswith("SIGKILL: killed by the kernel: the node's memory")
@@ -105,7 +106,7 @@ def test_a_kill_by_the_kernel_is_memory_that_ran_out(agents: Agents, tmp_path: P
 
 def test_a_killed_worker_is_named(agents: Agents) -> None:
     run = agents.make("die")
-    assert agents.end(agents.start())[0] == 1
+    assert agents.end(agents.start())[0] == 137
     state = run.read_state()
     assert state.state == "FAILED"
     assert state.reason.startswith("SIGKILL: killed; by the kernel if memory ran out (rank 1, node ")
@@ -113,7 +114,7 @@ def test_a_killed_worker_is_named(agents: Agents) -> None:
 
 def test_a_worker_that_just_exits(agents: Agents) -> None:
     run = agents.make("exit3")
-    assert agents.end(agents.start())[0] == 1
+    assert agents.end(agents.start())[0] == 3
     assert "ended with code 3 and said nothing (rank 1" in run.read_state().reason
 
 
@@ -137,13 +138,57 @@ def test_restart_in_place(agents: Agents) -> None:
     assert agents.end(agents.start())[0] == 0
     state = run.read_state()
     assert (state.state, state.restarts) == ("COMPLETED", 1)
+    (event,) = [e for e in run.events() if e["event"] == "restarting"]
+    assert (event["in_place"], event["kind"], event["try"]) == ("torchrun", "killed", "0.0")
+    assert event["reason"].startswith("SIGKILL: killed")
+    assert "(rank 1, node " in event["reason"]
+
+
+def test_a_fault_is_not_tried_again(agents: Agents) -> None:
+    agents.cluster = {"max_restarts": 2}
+    run = agents.make("fail")
+    assert agents.end(agents.start(), limit_s=25)[0] == NEVER_RESTART
+    assert run.read_state().restarts == 0
+    assert "no restart in place: ValueError: the loss is nan" in agents.log()
+    assert kinds(agents) == ["started", "failed"]
+
+
+def test_a_new_try_where_torchrun_has_given_up(agents: Agents) -> None:
+    # Each try comes a step further: that is progress, so the one restart is there again.
+    agents.cluster = {"max_restarts": 1}
+    run = agents.make("further")
+    assert agents.end(agents.start(), limit_s=60)[0] == 0
+    state = run.read_state()
+    assert (state.state, state.restarts, state.running_try) == ("COMPLETED", 3, "0.0.1")
+    tries = [e["try"] for e in run.events() if e["event"] == "started"]
+    assert tries == ["0.0", "0.0.1"]
+    ways = [e["in_place"] for e in run.events() if e["event"] == "restarting"]
+    assert ways == ["torchrun", "job", "torchrun"]
+    assert (run.logs / f"{os.uname().nodename}-try0.0.1.log").exists()
+
+
+def test_an_older_try_stops_and_writes_nothing(agents: Agents) -> None:
+    run = agents.make("hang")
+    process = agents.start()
+    pids = agents.pids()
+    run.update(running_try="0.1", reason="the newer one's")
+    code, said = agents.end(process)
+    assert code == 1
+    assert "try 0.1 has taken the run over from try 0.0" in said
+    assert not any(alive(pid) for pid in pids)
+    assert (run.read_state().state, run.read_state().reason) == ("RUNNING", "the newer one's")
+    assert kinds(agents) == ["started"]
+    code, said = agents.end(agents.start())
+    assert (code, "is at try 0.1 already" in said) == (1, True)
 
 
 def test_the_reason_is_the_last_restarts(agents: Agents) -> None:
     agents.cluster = {"max_restarts": 1}
     run = agents.make("twice")
     assert agents.end(agents.start(), limit_s=60)[0] == 1
-    assert run.read_state().reason.startswith("ValueError: restart 1 (rank 1")
+    reason = run.read_state().reason
+    assert reason.startswith("ConnectionError: restart 1 (rank 1")
+    assert reason.endswith("no restart is left (cluster.max_restarts)")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
@@ -296,12 +341,14 @@ def test_no_requeue_is_left(agents: Agents, slurm: FakeSlurm) -> None:
     agents.cluster = {"kind": "slurm", "max_requeues": 2}
     run = agents.make("wait")
     slurm.set(job_show="JobId=12 JobState=RUNNING Reason=None Restarts=2")
+    for _ in range(2):
+        run.event("requeued", kind="preempted", step=7, saved=7, reason="")
     process = agents.node(0, 1, SLURM_RESTART_COUNT="2")
     agents.pids()
     process.send_signal(signal.SIGUSR2)
     assert agents.end(process)[0] == 1
     assert run.read_state().state == "TIMEOUT"
-    assert "no requeue is left (max_requeues)" in run.read_state().reason
+    assert "no requeue is left (cluster.max_requeues=2 without progress)" in run.read_state().reason
     assert [c["argv"][0] for c in slurm.calls("scontrol")] == ["show"]
 
 
@@ -316,7 +363,7 @@ def test_a_refused_requeue_is_a_failure_with_slurms_words(agents: Agents, slurm:
     process.send_signal(signal.SIGUSR2)
     assert agents.end(process)[0] == 1
     assert run.read_state().state == "TIMEOUT"
-    assert run.read_state().reason.endswith("not requeued: Requested operation is disabled")
+    assert "not requeued: Requested operation is disabled" in run.read_state().reason
 
 
 @pytest.mark.parametrize(
@@ -380,15 +427,15 @@ def test_a_node_that_can_not_start_ends_the_first_ones_wait(agents: Agents) -> N
     }
     (run.errors / "try0.0-node1.json").write_text(json.dumps(plain))
     first.send_signal(signal.SIGTERM)
-    assert agents.end(first)[0] == 1
-    assert run.read_state().reason == "RunFailedError: full (node n2)"
+    assert agents.end(first)[0] == NEVER_RESTART
+    assert run.read_state().reason.startswith("RunFailedError: full (node n2)")
 
 
 def test_the_loopback_is_refused_between_nodes(agents: Agents) -> None:
     agents.cluster = {"kind": "slurm", "nodes": 2}
     run = agents.make("finish")
     code, said = agents.end(agents.node(0, 2))
-    assert code == 1
+    assert code == NEVER_RESTART
     assert "127.0.0.1 is a loopback address" in said
     assert run.read_state().state == "FAILED"
 
@@ -396,7 +443,7 @@ def test_the_loopback_is_refused_between_nodes(agents: Agents) -> None:
 def test_a_job_of_another_size_is_refused(agents: Agents) -> None:
     agents.cluster = {"kind": "slurm", "nodes": 2}
     run = agents.make("finish")
-    assert agents.end(agents.node(0, 1))[0] == 1
+    assert agents.end(agents.node(0, 1))[0] == NEVER_RESTART
     assert "the run wants 2 nodes, the job has 1" in run.read_state().reason
 
 

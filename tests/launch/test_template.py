@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ import pytest
 
 from hpcdl.launch.slurm import BACKEND
 from tests.fake_slurm import FakeSlurm
-from tests.launch.making import request
+from tests.launch.making import make_runs, request
+
+
+def rendered(runs_dir: Path, **fields: Any) -> str:
+    """A script whose run is there."""
+    made = request(runs_dir=runs_dir, python=sys.executable, **fields)
+    if not made.folder.exists():
+        make_runs(runs_dir, made.cluster, state="COMPLETED")  # what srun would have done
+    return BACKEND.render(made)
 
 
 def start(
@@ -31,8 +40,7 @@ def start(
     (tools / "getent").chmod(0o755)
     nodes = more.get("SLURM_JOB_NODELIST", "n1,n2")
     script = tmp_path / "job.sh"
-    made = request(nodes=nodes.count(",") + 1, runs_dir=tmp_path / "my runs", **(lines or {}))
-    script.write_text(BACKEND.render(made))
+    script.write_text(rendered(tmp_path / "my runs", nodes=nodes.count(",") + 1, **(lines or {})))
     slurm.set(srun_exit=int(more.pop("SRUN_EXIT", "0")))
     environment = {
         **os.environ,
@@ -63,7 +71,7 @@ def test_two_nodes(tmp_path: Path, slurm: FakeSlurm) -> None:
         "--cpus-per-task=4",
         "--kill-on-bad-exit=1",
         "--wait=0",
-        "/shared/env/bin/python",
+        sys.executable,
         "-m",
         "hpcdl.launch.job",
         f"{tmp_path}/my runs/.submissions/20260131-120000-ab12/runs.txt",
@@ -128,9 +136,7 @@ def test_a_node_list_without_scontrol(tmp_path: Path, slurm: FakeSlurm) -> None:
     (bare / "srun").write_text('#!/bin/bash\necho "$HPCDL_NODES"\n')
     (bare / "srun").chmod(0o755)
     script = tmp_path / "job.sh"
-    import sys
-
-    script.write_text(BACKEND.render(request(python=sys.executable, nodes=2)))
+    script.write_text(rendered(tmp_path / "runs", nodes=2))
     environment = {"PATH": str(bare), "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "c[1-2]"}
     (bare / "getent").write_text("#!/bin/bash\necho '10.1.0.1 STREAM'\n")
     (bare / "getent").chmod(0o755)
@@ -193,7 +199,7 @@ def test_a_signal_to_the_script_reaches_srun_and_its_code_stands(tmp_path: Path,
     )
     (tools / "srun").chmod(0o755)
     script = tmp_path / "job.sh"
-    script.write_text(BACKEND.render(request(runs_dir=tmp_path, teardown=("echo down",))))
+    script.write_text(rendered(tmp_path / "runs", teardown=("echo down",)))
     environment = {
         **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n1",
     }  # fmt: skip

@@ -19,7 +19,7 @@ def test_one_node_meets_on_a_free_loopback_port() -> None:
         "--rdzv-endpoint=127.0.0.1:0",
         "--rdzv-conf=is_host=1,join_timeout=600,read_timeout=600",
         "--local-addr=127.0.0.1",
-        "--max-restarts=0",
+        "--max-restarts=3",
         "--signals-to-handle=SIGQUIT",
         "--tee=3",
         "--log-dir=/tmp/logs",

@@ -54,15 +54,14 @@ def further():
     file = run / f"lives-{rank}"
     lives = int(file.read_text()) if file.exists() else 0
     file.write_text(str(lives + 1))
+    time.sleep(0.5)  # as a real one, which imports torch first
     if rank == 0:
         with (run / "metrics.jsonl").open("a") as metrics:
             metrics.write(json.dumps({"step": lives, "loss": 1.0}) + "\n")
     if lives == 3:
         outcome("finished")
         return
-    while rank == 1 and not Path(run, "lives-0").exists():
-        time.sleep(0.02)
-    time.sleep(0.2 if rank else 60)
+    time.sleep(0.3 if rank else 60)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -129,5 +128,7 @@ except Exception as error:
         "message": str(error),
         "traceback": traceback.format_exc(),
     }
-    (run / "errors" / f"try{attempt}-restart{restart}-rank{rank}.json").write_text(json.dumps(record))
+    file = run / "errors" / f"try{attempt}-restart{restart}-rank{rank}.json"
+    file.with_suffix(".tmp").write_text(json.dumps(record))
+    file.with_suffix(".tmp").rename(file)
     raise

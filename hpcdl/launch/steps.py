@@ -1,0 +1,226 @@
+"""The job's steps, seen from its first node: `python -m hpcdl.launch.steps RUNS_FILE [INDEX] -- srun OPTION…`.
+
+One srun starts an agent on each node. Usually that is all: the job ends with srun's own code. But the first
+node's agent can be killed before it has said what follows, by whoever kills it, or by srun, which ends the whole
+step at once where a node or another agent is gone. Then state.json still says RUNNING, and what that agent would
+have said is said here (hpcdl.launch.closing): the run is started anew in this job, where the nodes for it are
+left, or goes into the queue again.
+
+    killed                          seen by
+    a worker, torchrun              the agent of its node
+    an agent, a node                the first node's agent (hpcdl.launch.pulse), else this process
+    the first node's agent          this process
+    the first node, this process    Slurm, which queues the job again or calls it FAILED; the next poll sees it
+
+A new try in the same job needs no wait in the queue: another srun, on the nodes that answer.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hpcdl import secrets
+from hpcdl.errors import HpcdlError, SupersededError, UsageError
+from hpcdl.launch import closing, network, nodes, peers, progress, torchrun
+from hpcdl.launch.child import started_at
+from hpcdl.launch.job import run_path
+from hpcdl.launch.place import Place, find
+from hpcdl.runs import fence
+from hpcdl.runs.state import ACTIVE, RunState
+from hpcdl.runs.store import RunDir, now
+
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_POLL_S = 0.2
+_LOOK_S = 1.0
+"""Between two looks at state.json."""
+_SRUN_GRACE_S = 5.0
+"""How long srun may go on after the first node's agent has gone. With a node lost it waits for KillWait (30 s)
+for an answer that can't come."""
+_AGENT = ("-m", "hpcdl.launch.job")
+
+
+@dataclass(slots=True)
+class Steps:
+    """The steps of one job.
+
+    Args:
+        run: the run that it carries.
+        place: the first node's; `again` counts the steps.
+        runs_file: `<submission>/runs.txt`.
+        srun: srun and its options, without the program.
+        agent: the program: the Python and its arguments, RUNS_FILE and INDEX among them.
+    """
+
+    run: RunDir
+    place: Place
+    runs_file: Path
+    srun: Sequence[str]
+    agent: Sequence[str]
+    _signals: list[int] = field(default_factory=list)
+    _passed: int = 0
+
+    def main(self) -> int:
+        """Until the job has nothing more to do; its exit code."""
+        for number in _SIGNALS:
+            signal.signal(number, lambda n, _: self._signals.append(n))
+        while True:
+            code = self._step()
+            if code == 0:
+                return 0
+            again, code = self._after(code)
+            if not again:
+                return code
+            self.place = replace(self.place, nodes=again, again=(self.place.again or 0) + 1)
+
+    def _step(self) -> int:
+        """One srun; its exit code."""
+        number = self.place.again or 0
+        environment = {**os.environ, "HPCDL_AGAIN": str(number), "HPCDL_NODES": " ".join(self.place.nodes)}
+        srun = [*self.srun]
+        if number:
+            count = len(self.place.nodes)
+            # The last of an option counts. --overlap: of the step before, something may still be on its way out.
+            srun += [f"--nodes={count}", f"--ntasks={count}", f"--nodelist={','.join(self.place.nodes)}"]
+            srun.append("--overlap")
+            if count > 1:
+                assert self.place.head is not None
+                port = network.free_pair(self.place.head, self.place.port + 2)
+                environment["HPCDL_PORT"] = str(port)
+        process = subprocess.Popen([*srun, *self.agent], env=environment)
+        watch = _FirstAgent(self.run, self.place)
+        while process.poll() is None:
+            for signal_number in self._signals[self._passed :]:
+                self._passed += 1
+                process.send_signal(signal_number)
+            if watch.gone_for() > _SRUN_GRACE_S:
+                _say(f"srun (process {process.pid}) goes on, the first node's agent is gone: srun is killed")
+                process.kill()
+            time.sleep(_POLL_S)
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+    def _after(self, code: int) -> tuple[tuple[str, ...], int]:
+        """Nodes of the next step, none where there is no such step; and the job's exit code then."""
+        state = self.run.read_state()
+        attempt = self.place.attempt(state.attempt)
+        if state.submission != self.place.token or fence.number(state.running_try) > fence.number(attempt):
+            return (), code
+        started = state.running_try == attempt
+        if started and state.state == "RUNNING":
+            decided = self._decided(attempt)
+            return (decided, code) if decided is not None else self._speak(state, attempt, code)
+        if not started and state.state in ACTIVE and (silent := nodes.silent(self.place.nodes)):
+            return self._speak(state, attempt, code, silent)  # srun could not even start all agents
+        return (), code
+
+    def _decided(self, attempt: str) -> tuple[str, ...] | None:
+        """The nodes of the next step, if the first node's agent has said that there is one."""
+        for event in reversed(self.run.events()):
+            if event.get("event") == "started":
+                return None
+            if event.get("event") == progress.RESTARTING and event.get("in_place") == progress.BY_THE_JOB:
+                return tuple(event["nodes"]) if event.get("try") == attempt else None
+        return None
+
+    def _speak(
+        self, state: RunState, attempt: str, code: int, silent: Mapping[str, str] | None = None
+    ) -> tuple[tuple[str, ...], int]:
+        """Says what the first node's agent can't say any more."""
+        silent = nodes.silent(self.place.nodes) if silent is None else silent
+        if silent:
+            name, why = next(iter(silent.items()))
+            cause = peers.node_lost(name, now(), why)
+        else:
+            cause = peers.agent_killed(state.node_list[0] if state.node_list else self.place.name, now())
+        end = closing.Closing(self.run, self.place, attempt, torchrun.resources(self.run), _say)
+        left = closing.Left(
+            code=code,
+            signals=tuple(self._signals),
+            speechless=True,
+            cause=cause,
+            lost=tuple(silent),
+        )
+        try:
+            code = end.first(left)
+        except SupersededError as error:
+            _say(str(error))
+        return end.again, code
+
+
+class _FirstAgent:
+    """Whether the first node's agent is there: a process of this machine.
+
+    Args:
+        run: the run.
+        place: this try's.
+    """
+
+    def __init__(self, run: RunDir, place: Place) -> None:
+        self._run = run
+        self._place = place
+        self._pid: tuple[int, float] | None = None
+        self._next_look = 0.0
+        self._gone_since: float | None = None
+
+    def gone_for(self) -> float:
+        """Seconds since it has gone, while the run still counts as its; 0 as long as it is there."""
+        if time.monotonic() < self._next_look:
+            return 0.0
+        self._next_look = time.monotonic() + _LOOK_S
+        state = self._run.read_state()
+        mine = state.running_try == self._place.attempt(state.attempt) and state.state == "RUNNING"
+        if not mine or state.agent_pid is None or state.host != os.uname().nodename:
+            self._gone_since = None
+            return 0.0
+        if _alive(state.agent_pid, state.agent_started):
+            self._pid = (state.agent_pid, state.agent_started or 0.0)
+            self._gone_since = None
+        elif self._pid is not None:  # it was seen here, so that it isn't hidden by a container
+            self._gone_since = self._gone_since or time.monotonic()
+        return time.monotonic() - self._gone_since if self._gone_since else 0.0
+
+
+def _alive(pid: int, started: float | None) -> bool:
+    try:
+        return abs(started_at(pid) - (started or 0.0)) < 2.0
+    except OSError:
+        return False
+
+
+def _say(text: str) -> None:
+    print(f"hpcdl: {os.uname().nodename}: {secrets.hide(text)}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job's steps; returns the job's exit code.
+
+    Args:
+        argv: RUNS_FILE, outside of an array the line of it, `--`, srun and its options.
+    """
+    try:
+        own, srun = _split(argv)
+        runs_file = Path(own[0])
+        place = find(runs_file, int(own[1]) if len(own) == 2 else None, os.environ)
+        place = replace(place, node=0, again=0)
+        run = RunDir(run_path(runs_file, place.index))
+    except (HpcdlError, OSError) as error:
+        print(f"hpcdl: {os.uname().nodename}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code if isinstance(error, HpcdlError) else 1
+    return Steps(run, place, runs_file, srun, [sys.executable, *_AGENT, *own]).main()
+
+
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    cut = argv.index("--") if "--" in argv else -1
+    if cut not in (1, 2) or len(argv) == cut + 1:
+        raise UsageError("usage: python -m hpcdl.launch.steps RUNS_FILE [INDEX] -- srun OPTION…")
+    return argv[:cut], argv[cut + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
