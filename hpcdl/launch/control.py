@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hpcdl import secrets
 from hpcdl.errors import SchedulerError
 from hpcdl.launch.lost import NO_ANSWER, LostAnswer
 from hpcdl.runs.patience import Patience
@@ -106,7 +107,9 @@ def submit(script: Path) -> str:
         LostAnswer: whether it got through is not known.
         SchedulerError: it was refused, or there is no sbatch here; with Slurm's own words.
     """
-    unset = set(job_variables(os.environ))
+    given = {word.partition(b"=")[0].decode() for word in Path("/proc/self/environ").read_bytes().split(b"\0")}
+    # What was read from the user's file of secrets since this process began: the next job reads it there.
+    unset = {*job_variables(os.environ), *(n for n in os.environ if secrets.is_name(n) and n not in given)}
     environment = {key: value for key, value in os.environ.items() if key not in unset}
     done = run(["sbatch", "--parsable", str(script)], SBATCH_LIMIT_S, environment)
     if done.returncode != 0:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hpcdl.errors import SchedulerError
+from hpcdl.errors import HpcdlError
 from hpcdl.launch import control, successor
 from hpcdl.launch.place import Place
 from hpcdl.runs import chain
@@ -64,7 +64,7 @@ def again(run: RunDir, place: Place, how: How, say: Callable[[str], None]) -> Ag
         if not why:
             try:
                 return _handed_over(place, successor.submit(run, place, say))
-            except (SchedulerError, OSError) as error:
+            except (HpcdlError, OSError) as error:
                 why = " ".join(str(error).split())
     refused = control.requeue(place.job_id)
     if refused:

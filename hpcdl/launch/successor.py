@@ -19,7 +19,7 @@ from hpcdl.errors import SchedulerError
 from hpcdl.launch import control, lost
 from hpcdl.launch.child import started_at
 from hpcdl.launch.place import Place
-from hpcdl.runs import chain, submissions
+from hpcdl.runs import chain, private, submissions
 from hpcdl.runs.files import write_atomic, write_json
 from hpcdl.runs.patience import Patience
 from hpcdl.runs.scheduler import COMMENT, Slurm
@@ -82,6 +82,7 @@ def submit(run: RunDir, place: Place, say: Callable[[str], None]) -> str:
 
     Raises:
         SchedulerError: Slurm has refused it, or does not answer.
+        UsageError: its folder is somebody else's.
     """
     assert place.job_id is not None
     made = Successor(
@@ -117,6 +118,7 @@ def _write(made: Successor, known: chain.Link, *, job_id: str | None) -> None:
     before = made.runs_dir / SUBMISSIONS / known.token
     text = script((before / "job.sh").read_text(encoding="utf-8"), before, made, after=known.job_id)
     made.folder.mkdir(parents=True, exist_ok=True)
+    private.require_mine(made.folder)
     if job_id is None:
         for name in (*made.folder.glob("slurm-*.out"), made.folder / submissions.ASKED):
             name.unlink(missing_ok=True)

@@ -67,11 +67,13 @@ def test_a_requeue_waits_for_a_controller_that_is_away(slurm: FakeSlurm) -> None
 def test_sbatch_from_inside_a_job(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("HPCDL_TEST_TOKEN", "hush")  # read from a file, say
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\n")
     assert control.submit(script) == "1"
     (call,) = slurm.calls("sbatch")
     assert {k for k in call["environment"] if k.startswith("SLURM")} == {"SLURM_CONF"}
+    assert "HPCDL_TEST_TOKEN" not in call["environment"]
     slurm.set(refuse="Batch job submission failed: Invalid partition name specified")
     with pytest.raises(SchedulerError, match="Invalid partition"):
         control.submit(script)
