@@ -26,4 +26,5 @@ def load_weights(path: Path, model: nn.Module) -> None:
         for name, parameter in named_parameters(Stage(model)).items()
         if parameter.requires_grad
     }
+    saved_tensors(path)  # what is wrong with the index is said by itself; below, torch would frame it
     load(state, storage_reader=SafeReader(path), no_dist=True)
