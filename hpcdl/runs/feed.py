@@ -129,6 +129,8 @@ def _event_line(event: dict[str, Any]) -> str:
         return f"resumed from step {event.get('step')}"
     if kind == "checkpoint":
         return f"checkpoint at step {event.get('step')}"
+    if kind == "checkpoint_failed" or (kind == "warning" and event.get("checkpoint")):
+        return str(event.get("message"))
     if kind == "restarted":
         return f"restarted in place, for the {event.get('restart')}. time"
     if kind == "stopping":

@@ -200,7 +200,7 @@ class Checkpointer:
                 planner=planner or PassingSaver(self._engine.let_go),
                 process_group=self._group,
             )
-        except Exception:
+        except BaseException:  # which torch's CheckpointException is
             if self._who.is_first:  # every rank has ended its writing
                 self._keeper.drop(saving.temporary)
             raise
@@ -271,9 +271,10 @@ class Checkpointer:
             print(f"warning: {problem}; {have}", flush=True)
         if not saving.must:
             return
-        again = f"launched again, the run goes on from step {found.step}" if found else "it is lost"
+        begins = f"goes on from step {found.step}" if found else "begins anew"
         raise UnsavedError(
-            f"{problem}: what was learned up to step {step} is not saved; {have}; make room, and {again}"
+            f"{problem}: what was learned up to step {step} is not saved; {have}; make room: launched again, the"
+            f" run {begins}"
         ) from cause
 
     def path_of(self, step: int) -> Path:

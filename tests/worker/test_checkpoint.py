@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from hpcdl.errors import HpcdlError
+from hpcdl.errors import UnsavedError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec.checkpoint import Totals, newest, read
+from tests import disks
+from tests.checkpoints import flip
 from tests.factory import tiny_spec
 from tests.worker.conftest import Finished, Workers, until
 
@@ -229,6 +232,9 @@ def test_in_the_background_or_not_the_same_is_saved(workers: Workers, strategy: 
         a, b = (read(run.checkpoints / name) for run in (one, other))
         assert a is not None and b is not None
         assert (a.totals.step, a.totals.tokens) == (b.totals.step, b.totals.tokens)
+        assert a.has_checksums and b.has_checksums
+        heldout = Finished(one, [], "").evaluations().get(a.step)
+        assert (a.heldout_loss, b.heldout_loss) == (heldout, heldout)
     for run in (one, other):
         events = [e for e in run.events() if e["event"] == "checkpoint"]
         assert [e["step"] for e in events] == [2, 4, 6, 8, 10]
@@ -236,22 +242,118 @@ def test_in_the_background_or_not_the_same_is_saved(workers: Workers, strategy: 
         assert events[-1]["stalled_s"] == events[-1]["seconds"], "the last one is waited for"
 
 
+def limit(pid: int, size: int) -> None:
+    """How long a process's files may be; EFBIG stands for ENOSPC."""
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def steps_of(run: RunDir, kind: str) -> list[int]:
+    return [event["step"] for event in run.events() if event["event"] == kind]
+
+
+def until_saved_after_failures(run: RunDir, give_room: Callable[[], None]) -> int:
+    """Waits for two saves that fail, gives room, and waits for two that don't; the step of the last."""
+    until(lambda: len(steps_of(run, "checkpoint_failed")) >= 2, "two saves that fail")
+    give_room()
+    failed = steps_of(run, "checkpoint_failed")[-1]
+    until(lambda: sum(s > failed for s in steps_of(run, "checkpoint")) >= 2, "two saves that don't")
+    return steps_of(run, "checkpoint")[-1]
+
+
+def goes_on(workers: Workers, run: RunDir, step: int) -> None:
+    """The run goes on from a step, and comes to its end two steps later without a gap."""
+    text = run.spec_file.read_text().replace("max_steps: 4000", f"max_steps: {step + 2}")
+    run.spec_file.write_text(text)
+    assert workers.go(run, 2).outcome()["status"] == "finished"
+    assert steps_of(run, "resumed") == [step]
+    assert [m["step"] for m in run.metrics() if "loss" in m] == list(range(1, step + 3))
+    assert sorted(p.name for p in run.checkpoints.glob("*"))[-1] == f"step-{step + 2:08d}"
+    assert not list(run.checkpoints.glob(".tmp-*"))
+
+
+LONG = {**COMMON, "trainer__max_steps": 4000, "trainer__keep_last": 2}
+
+
 @pytest.mark.parametrize("in_background", [True, False])
-def test_a_full_disk_is_no_silence(workers: Workers, in_background: bool) -> None:
-    """Rank 1 may not write a file as long as its part (EFBIG stands for ENOSPC): every rank ends, and says why."""
-    run = workers.make(**{**COMMON, "trainer__max_steps": 60}, trainer__checkpoint_async=in_background)
+def test_a_full_disk_ends_no_training(workers: Workers, in_background: bool) -> None:
+    """Rank 1 can't write its part for a while: all ranks drop those checkpoints. Only a last one must be saved.
+
+    Of the two that are kept the newer one is then damaged: the other one is gone on from.
+    """
+    run = workers.make(**LONG, trainer__checkpoint_async=in_background)
     pids = workers.start(run, 2)
-    until(lambda: run.step() >= 1, "the first step")
-    resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (100_000, 100_000))
+    until(lambda: run.step() >= 5, "the fifth step")
+    limit(pids[1], 100_000)
+    until_saved_after_failures(run, lambda: limit(pids[1], resource.RLIM_INFINITY))
+    limit(pids[1], 100_000)
+    until(lambda: steps_of(run, "checkpoint_failed")[-1] > steps_of(run, "checkpoint")[-1], "one more")
+    run.stop_file.write_text("")
     failed = workers.finish(run)
-    assert any(code == 1 for code in failed.codes) and 0 not in failed.codes
+    run.stop_file.unlink()
+    assert 0 not in failed.codes
+    found, broken = newest(run.checkpoints)
+    assert found is not None and not broken
+    events = [event for event in run.events() if event["event"] == "checkpoint_failed"]
+    assert [event["last"] for event in events] == [False] * (len(events) - 1) + [True]
+    assert all("by rank 1: [Errno 27] File too large" in event["message"] for event in events)
+    assert events[-1]["kept"] == found.step and f"{found.path.name} is kept" in events[-1]["message"]
+    step = events[-1]["step"]
     records = [json.loads(path.read_text()) for path in run.errors.glob("*.json")]
     first = min(records, key=lambda record: record["time"])
-    assert "can't be written to" in first["message"] and "by rank 1" in first["message"], first
-    assert "File too large" in first["message"]
-    found, _ = newest(run.checkpoints)
-    whole = found.step if found else 0
-    assert whole < 60 and not (run.checkpoints / f"step-{whole + 2:08d}").exists()
+    assert first["type"] == "UnsavedError"
+    assert f"what was learned up to step {step} is not saved" in first["message"]
+    assert f"launched again, the run goes on from step {found.step}" in first["message"]
+
+    kept = sorted(path.name for path in run.checkpoints.iterdir())
+    assert len(kept) == 2 and kept[-1] == found.path.name
+    flip(found.path / "__1_0.distcp", at=5000)
+    goes_on(workers, run, int(kept[0].removeprefix("step-")))
+    warned = [e for e in run.events() if e["event"] == "warning" and "checkpoint" in e]
+    assert [(e["checkpoint"], e["file"], e["damage"]) for e in warned] == [
+        (kept[1], "__1_0.distcp", "corrupt")
+    ]
+
+
+def test_a_disk_that_is_full_takes_nothing_that_was_there(workers: Workers, tmp_path: Path) -> None:
+    """ENOSPC itself, for all that a run writes: no line of metrics or events is lost either."""
+    run = workers.make(**LONG)
+    spec, log = run.spec_file.read_text(), tmp_path / "log.txt"
+    with disks.small(run.path, "4m"):
+        run.spec_file.write_text(spec)
+        (run.path / "log.txt").write_text("")
+        workers.start(run, 2, log=str(log))
+        until(lambda: len(steps_of(run, "checkpoint")) >= 2, "two checkpoints")
+        filler = disks.fill(run.path)
+        until(lambda: log.read_text().count("warning: the checkpoint of step") >= 2, "two saves that fail")
+        at = run.step()
+        filler.unlink()
+        step = until_saved_after_failures(run, lambda: None)
+        assert [m["step"] for m in run.metrics()][1 : step + 1] == list(range(1, step + 1)) and step > at
+        filler = disks.fill(run.path)
+        run.stop_file.write_bytes(b"")
+        codes = workers.finish(run).codes
+        filler.unlink()
+        run.stop_file.unlink()
+        assert 0 not in codes and "No space left on device" in log.read_text()
+        found, broken = newest(run.checkpoints)
+        assert found is not None and found.step >= step and not broken
+        assert f"{found.path.name} is kept" in log.read_text()
+        goes_on(workers, run, found.step)
+
+
+def test_a_result_that_finds_no_room_leaves_the_old_one(workers: Workers, source: Finished) -> None:
+    run = source.run
+    before = {path: path.read_bytes() for path in (run.result_file, run.path / "model" / "model.safetensors")}
+    names = sorted(path.name for path in run.path.iterdir())
+    pids = workers.start(run, 2)
+    limit(pids[0], 60_000)
+    failed = workers.finish(run)
+    assert 0 not in failed.codes
+    assert f"the result can't be written to {run.path}" in failed.log
+    assert "step-00000010 is kept, so that only the result is left to do" in failed.log
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted({*names, "errors"}) == sorted(path.name for path in run.path.iterdir())
+    assert workers.go(run, 2).outcome()["status"] == "finished"
 
 
 def test_a_rank_that_dies_while_it_saves(workers: Workers) -> None:
@@ -370,15 +472,19 @@ def test_one_save_at_a_time_and_buffers_are_used_again(
     assert (first["model.a"].max(), second["model.a"].min()) == (0.0, 2.0)
 
 
-def test_a_failure_in_the_background_is_raised_once(alone: Callable[..., Alone]) -> None:
+def test_a_failure_in_the_background_is_told_and_got_over(alone: Callable[..., Alone]) -> None:
     one = alone()
     one.run.checkpoints.write_text("in the way")
     one.saver.save(Totals(step=1), wait=False)
-    with pytest.raises(HpcdlError, match=r"the checkpoint of step 1 can't be written to .*: .*checkpoints"):
-        one.saver.drain()
+    one.saver.drain()
+    (event,) = one.run.events()
+    assert re.match(r"the checkpoint of step 1 can't be written to .*: .*Not a directory", event["message"])
+    assert event["message"].endswith("there is no other one yet") and event["kept"] is None
+    with pytest.raises(UnsavedError, match=r"the checkpoint of step 2 .* launched again, the run begins anew"):
+        one.saver.save(Totals(step=2))
     one.run.checkpoints.unlink()
-    one.saver.save(Totals(step=2))
-    assert read(one.run.checkpoints / "step-00000002") is not None
+    one.saver.save(Totals(step=3))
+    assert read(one.run.checkpoints / "step-00000003") is not None
 
 
 def test_a_bug_in_the_background_keeps_its_traceback(
