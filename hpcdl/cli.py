@@ -98,7 +98,12 @@ def _run(arguments: list[str]) -> int:
         from hpcdl.launch import tools
 
         return tools.main(arguments[0], arguments[1:])
-    options = _parser().parse_args(arguments or ["--help"])
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments or ["--help"])
+    if any(word.startswith("-") for word in more) or (more and not hasattr(options, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # words after an option, which argparse doesn't take for the command's own
+        options.words += more
     verb: Callable[[argparse.Namespace], int] = options.verb
     return verb(options)
 
@@ -236,7 +241,7 @@ def _console() -> Console:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from hpcdl.runs import query, status
+    from hpcdl.runs import patience, query, status
     from hpcdl.runs.hurry import hurry
     from hpcdl.runs.reconcile import read, reconcile
     from hpcdl.runs.store import all_runs
@@ -246,7 +251,9 @@ def _status(options: argparse.Namespace) -> int:
     reading = read(runs)
     if len(runs) == 1 and options.runs and reading.faults:
         raise UsageError(reading.faults[0])
-    views = sorted(hurry(reconcile(reading.views)), key=lambda view: view.state.created, reverse=True)
+    waits = patience.Patience(patience.of_environment(patience.LOOK_S))
+    checked = hurry(reconcile(reading.views, patience=waits))
+    views = sorted(checked, key=lambda view: view.state.created, reverse=True)
     single = len(options.runs) == 1 and len(views) == 1
     if options.json:
         _print_json(status.as_json(views[0]) if single else [status.as_json(view) for view in views])

@@ -210,8 +210,8 @@ class Composer:
 
     def changed(self, plain: dict[str, Any], values: Sequence[Override]) -> Composed:
         """A config that is there already, with these values in it; what they don't touch stays as it is."""
-        sections = {override.key_or_group.split(".")[0] for override in values}
-        config = OmegaConf.create({name: plain[name] for name in sections if name in plain})
+        touched = {"name", *(override.key_or_group.split(".")[0] for override in values)}
+        config = OmegaConf.create({name: plain[name] for name in touched if name in plain})
         OmegaConf.set_struct(config, True)
         composed = self._compose(Files(config=config), values) if values else Composed(plain={})
         return dataclasses.replace(composed, plain={**plain, **composed.plain})

@@ -40,6 +40,8 @@ WORDS = {
 """What `--only` takes, and Slurm's word for it."""
 DEFAULT = ("failed", "timeout", "oom", "node_fail", "preempted")
 """What was cancelled was most likely meant to be."""
+_OPTIONS = frozenset(field.name for field in dataclasses.fields(LaunchOptions))
+"""Keys of what the launcher does, which are no part of any run."""
 _IS_OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@]*=", re.DOTALL)
 
 
@@ -151,8 +153,6 @@ def _check(view: View, overrides: Sequence[str], composer: Composer, folder: Pat
 
 def _other_keys(before: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> list[Fault]:
     """Overrides that would make another experiment of it."""
-    if identifying(before) == identifying(now):
-        return []
     return [
         Fault(
             key=key,
@@ -169,6 +169,8 @@ def _other_keys(before: dict[str, Any], now: dict[str, Any], keys: Sequence[str]
 def _differs(before: dict[str, Any], now: dict[str, Any], key: str) -> bool:
     """Whether this key's change alone changes the experiment."""
     section, _, rest = key.partition(".")
+    if section in _OPTIONS:
+        return False
     one = {**before, section: now.get(section)}
     if rest and isinstance(before.get(section), dict):
         first = rest.split(".")[0]

@@ -76,7 +76,8 @@ def cancel(
         say(f"{view.state.run_id}: {KEPT}")
     while away:
         if not waits.wait(away[0].unchecked):
-            raise SchedulerError(f"Slurm does not answer: {away[0].unchecked}\n{TOLD_LATER}")
+            words = f"Slurm could not be reached, so nothing was cancelled there yet: {away[0].unchecked}"
+            raise SchedulerError(f"{words}\n{TOLD_LATER}")
         answered = _fresh(away, slurm)
         away = [view for view in answered if view.state.state == "UNKNOWN"]
         ended += _cancel([view for view in answered if view not in away], how, say, slurm, poll_s, waits)

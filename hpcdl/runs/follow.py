@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpcdl.runs import processes
+from hpcdl.runs import patience, processes
 from hpcdl.runs.display import Display, for_console
 from hpcdl.runs.feed import Feed, end_line
 from hpcdl.runs.hurry import hurry
@@ -73,6 +73,8 @@ def follow(
             over = view.state.state not in ACTIVE
             for line in feed.read():
                 display.news(line)
+            if remark := watcher.take_remark():
+                display.news(remark)
             display.update(view, feed)
             if over:
                 break
@@ -112,6 +114,8 @@ def follow_all(
                     why = f": {view.state.reason}" if view.state.reason else ""
                     display.news(f"{view.state.run_id} {view.state.state}{why}")
                 shown[view.run] = view.state.state
+            if remark := watcher.take_remark():
+                display.news(remark)
             display.update_all(views)
             if all(view.state.state not in ACTIVE for view in views):
                 break
@@ -128,6 +132,9 @@ class Watcher:
         self._local = all(run.read_state().kind == "local" for run in runs)
         self._every_s = LOCAL_EVERY_S if self._local else SLURM_FIRST_S
         self._asked = float("-inf")
+        self._failures = 0
+        self.remark = ""
+        """Of a Slurm that doesn't answer, and when it is asked again; to be said once."""
         self._judged: dict[RunDir, RunState] = {}
         """What each file said when its view was made: the view holds until the file says something else."""
         self.views = read(runs).views
@@ -145,12 +152,28 @@ class Watcher:
             if not self._local:
                 same = before == [view.state.state for view in self.views]
                 self._every_s = min(SLURM_MOST_S, self._every_s * SLURM_GROWTH) if same else SLURM_FIRST_S
+                self._back_off(next((view.unchecked for view in self.views if view.since), ""))
         elif changed:
             self._judged = {view.run: view.state for view in fresh}
             self.views = fresh
             # A file that changes is news from the agent; what the scheduler makes of it is asked soon.
             self._every_s = LOCAL_EVERY_S if self._local else SLURM_FIRST_S
         return self.views
+
+    def take_remark(self) -> str:
+        """The remark, unless it was taken before."""
+        remark, self.remark = self.remark, ""
+        return remark
+
+    def _back_off(self, away: str) -> None:
+        if not away:
+            if self._failures:
+                self.remark = "Slurm answers again"
+            self._failures = 0
+            return
+        self._failures += 1
+        self._every_s = patience.delay_s(self._failures)
+        self.remark = patience.words(away, self._every_s)
 
 
 class Interrupts:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+MISSING = "is not on this machine"
+"""In the words of a command that isn't installed: no waiting helps."""
 VARIABLE = "HPCDL_SLURM_PATIENCE_S"
 """Environment variable: seconds that a launch or a cancel goes on asking; 0 asks once."""
 LAUNCH_S = 60.0
@@ -30,6 +32,21 @@ def of_environment(most_s: float = LAUNCH_S) -> float:
         return max(0.0, float(os.environ[VARIABLE]))
     except (KeyError, ValueError):
         return most_s
+
+
+def delay_s(failures: int) -> float:
+    """Seconds until the next try, after so many that failed."""
+    return min(FIRST_S * GROWTH ** (failures - 1), MOST_S)
+
+
+def words(why: str, delay: float) -> str:
+    """What is said of a wait.
+
+    Args:
+        why: the command's own words.
+        delay: seconds until the next try.
+    """
+    return f"Slurm does not answer ({why}); next try in {max(1, round(delay))} s"
 
 
 @dataclass(slots=True)
@@ -56,9 +73,9 @@ class Patience:
         """
         self.tries += 1
         left = self._since + self.total_s - self.clock()
-        if left <= 0:
+        if left <= 0 or MISSING in why:
             return False
-        delay = min(FIRST_S * GROWTH ** (self.tries - 1), MOST_S, left)
-        self.say(f"Slurm does not answer ({why}); next try in {max(1, round(delay))} s")
+        delay = min(delay_s(self.tries), left)
+        self.say(words(why, delay))
         self.sleep(delay)
         return True

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpcdl.errors import SchedulerError
+from hpcdl.runs.patience import MISSING
 from hpcdl.runs.slurm_text import (
     ACCOUNT_FIELDS,
     QUEUE_FIELDS,
@@ -72,7 +73,7 @@ def run_command(command: Sequence[str], text: str, limit_s: float) -> subprocess
             check=False,
         )
     except FileNotFoundError:
-        words = f"{command[0]} is not on this machine: ask from a login node of the cluster"
+        words = f"{command[0]} {MISSING}: ask from a login node of the cluster"
         return subprocess.CompletedProcess(command, 127, "", words)
     except OSError as error:
         return subprocess.CompletedProcess(command, 126, "", f"{command[0]}: {error.strerror}")

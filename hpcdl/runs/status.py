@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpcdl.runs import failure, words
 from hpcdl.runs.files import last_line
+from hpcdl.runs.judge import clock
 from hpcdl.runs.reconcile import View
 from hpcdl.runs.state import ACTIVE, RunState
 from hpcdl.runs.store import RunDir
@@ -95,7 +96,11 @@ def _row(view: View) -> tuple[str, ...]:
 
 
 def _why_unknown(views: Sequence[View]) -> list[str]:
-    return sorted({f"not checked: {view.unchecked}" for view in views if view.unchecked})
+    """Each thing that kept states from being verified, once, and since when it does."""
+    since = [f"unknown since {clock(view.since)}: " if view.since else "" for view in views]
+    return sorted(
+        {f"{s or 'not checked: '}{v.unchecked}" for s, v in zip(since, views, strict=True) if v.unchecked}
+    )
 
 
 def _progress(view: View) -> tuple[str, str, str]:
