@@ -126,7 +126,8 @@ def _waiting(run: RunDir, state: RunState, job: Job) -> Verdict:
         return Verdict(changes={"reason": reason}, write=False)
     # Slurm put it back itself (pre-empted, a node failed): the agent had no time to say so. The agent of
     # the next try counts the requeue, from $SLURM_RESTART_COUNT.
-    event = ("requeued", {"reason": "Slurm put the job back into its queue", "requeues": state.requeues + 1})
+    details = {"reason": "Slurm put the job back into its queue", "requeues": state.requeues + 1}
+    event = ("requeued", {**details, "way": "slurm"})
     return Verdict(changes={"state": "PENDING", "reason": "put back into the queue by Slurm"}, event=event)
 
 

@@ -21,7 +21,9 @@ from hpcdl.spec.plain import dump_yaml, to_plain
 
 HERE = Path(__file__).parent
 FAKE_TORCH = HERE / "fake_torch"
+ANY_ADDRESS = HERE / "any_address"
 AGENT = HERE / "agent.py"
+SUPERVISOR = HERE / "supervisor.py"
 TOKEN = "20260131-120000-ab12"
 GOLDEN = HERE.parent / "golden"
 
@@ -102,22 +104,32 @@ class Agents:
     cluster: dict[str, Any] = field(default_factory=dict)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    meet_on_loopback: bool = False
+    token: str = TOKEN
+    """The submission that agents are started from."""
     run: RunDir = field(init=False)
 
     def make(self, mode: str, **state: Any) -> RunDir:
         """The run; each worker does what `mode` says (tiny_worker.py)."""
-        values = {"kind": "local", "processes_per_node": 2, "max_restarts": 0, "env": {"MODE": mode}, **self.cluster}
+        values = {
+            "kind": "local",
+            "processes_per_node": 2,
+            "max_restarts": 0,
+            "env": {"MODE": mode},
+            **self.cluster,
+        }
         self.run = make_runs(self.runs_dir, ClusterSpec(**values), **state)[0]
         return self.run
 
-    def start(self, **environment: str) -> subprocess.Popen[str]:
-        """One agent."""
-        runs_file = self.runs_dir / ".submissions" / TOKEN / "runs.txt"
+    def start(self, *srun: str, **environment: str) -> subprocess.Popen[str]:
+        """One agent; with srun's command the supervisor of all."""
+        runs_file = self.runs_dir / ".submissions" / self.token / "runs.txt"
+        words = [SUPERVISOR, runs_file, "--", *srun] if srun else [AGENT, runs_file]
         process = subprocess.Popen(
-            [sys.executable, str(AGENT), str(runs_file)],
+            [sys.executable, *map(str, words)],
             env={
                 **os.environ,
-                "PYTHONPATH": str(FAKE_TORCH),
+                "PYTHONPATH": f"{FAKE_TORCH}:{ANY_ADDRESS}" if self.meet_on_loopback else str(FAKE_TORCH),
                 "TMPDIR": str(self.runs_dir),
                 **self.environment,
                 **environment,
@@ -131,17 +143,23 @@ class Agents:
 
     def node(self, number: int, count: int, **environment: str) -> subprocess.Popen[str]:
         """One agent of a Slurm job, as srun starts it."""
-        names = " ".join(f"n{i + 1}" for i in range(count))
+        return self.start(**{**self._job(number, count), **environment})
+
+    def job(self, count: int, **environment: str) -> subprocess.Popen[str]:
+        """A Slurm job's batch step on its first node: it starts the agents through srun."""
+        return self.start("srun", "--kill-on-bad-exit=1", **{**self._job(0, count), **environment})
+
+    def _job(self, number: int, count: int) -> dict[str, str]:
         more = {"HPCDL_HEAD": "127.0.0.1", "HPCDL_PORT": "20123"} if count > 1 else {}
-        return self.start(
-            SLURM_JOB_ID="12",
-            SLURM_ARRAY_JOB_ID="12",
-            SLURM_ARRAY_TASK_ID="0",
-            SLURM_NODEID=str(number),
-            SLURMD_NODENAME=f"n{number + 1}",
-            HPCDL_NODES=names,
-            **{**more, **environment},
-        )
+        return {
+            "SLURM_JOB_ID": "12",
+            "SLURM_ARRAY_JOB_ID": "12",
+            "SLURM_ARRAY_TASK_ID": "0",
+            "SLURM_NODEID": str(number),
+            "SLURMD_NODENAME": f"n{number + 1}",
+            "HPCDL_NODES": " ".join(f"n{i + 1}" for i in range(count)),
+            **more,
+        }
 
     def end(self, process: subprocess.Popen[str], limit_s: float = 40.0) -> tuple[int, str]:
         """Its exit code and what it said."""

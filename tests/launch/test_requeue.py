@@ -22,7 +22,8 @@ from hpcdl.runs import chain, query, reconcile
 from hpcdl.runs.scheduler import Slurm
 from hpcdl.runs.store import SUBMISSIONS, RunDir, read_submission
 from hpcdl.spec import ClusterSpec
-from tests.launch.making import TOKEN, make_runs, request
+from tests.fake_slurm import FakeSlurm as ShellSlurm
+from tests.launch.making import TOKEN, Agents, make_runs, request
 from tests.launch.test_slurm import options
 from tests.runs.making import FakeJob, FakeSlurm, make_submission
 
@@ -329,3 +330,29 @@ def test_a_run_directory_without_a_chain() -> None:
     run = RunDir(Path("/nowhere/runs/name/id"))
     assert chain.link(run.runs_dir, None) is None
     assert chain.tries_before(run.runs_dir, TOKEN) == 0
+
+
+def test_the_successors_own_agent_ends_the_run(agents: Agents, slurm: ShellSlurm) -> None:
+    agents.cluster = {"kind": "slurm"}
+    run = agents.make("wait")
+    folder = run.runs_dir / SUBMISSIONS / TOKEN
+    (folder / "job.sh").write_text(BACKEND.render(request(runs_dir=run.runs_dir)))
+    slurm.set(job_show="JobId=12 JobState=RUNNING Reason=None Restarts=0")
+    process = agents.node(0, 1)
+    for pid in (*agents.pids(), process.pid):
+        os.kill(pid, signal.SIGUSR2)
+    assert agents.end(process)[0] == requeue.HANDED_OVER
+    (call,) = slurm.calls("sbatch")
+    assert options(call["script"])["dependency"] == "afterany:12_0"
+    assert not {name for name in call["environment"] if name.startswith("SLURM")}
+    assert (run.read_state().state, run.read_state().job_id) == ("PENDING", "1_0")
+
+    run.spec_file.write_text(run.spec_file.read_text().replace("wait", "finish"))
+    agents.token = NEXT
+    again = agents.node(0, 1, SLURM_JOB_ID="1", SLURM_ARRAY_JOB_ID="1")
+    assert agents.end(again) == (0, "")
+    state = run.read_state()
+    assert (state.state, state.job_id, state.requeues, state.submission) == ("COMPLETED", "1_0", 1, NEXT)
+    assert [e["try"] for e in run.events() if e["event"] == "started"] == ["0.0", "0.1"]
+    agents.token = TOKEN
+    assert "has been launched again since" in agents.end(agents.node(0, 1, SLURM_RESTART_COUNT="1"))[1]
