@@ -38,6 +38,7 @@ TINY: dict[str, Any] = {
     "cluster": {"kind": "local"},
     "tracker": {"name": "none"},
     "monitor": {"name": "none"},
+    "preflight": {"name": "default"},
 }
 
 

@@ -202,7 +202,8 @@ class Watch:
         texts = [""] * len(hang.beats)
         while time.monotonic() < deadline:
             before, texts = texts, [_read(beats.stacks_file(self._folder, beat.rank)) for beat in hang.beats]
-            if all(texts) and texts == before:
+            silent = [beat for beat, text in zip(hang.beats, texts, strict=True) if not text]
+            if texts == before and all(_state(beat.pid) in ("T", "Z", "") for beat in silent):
                 break
             time.sleep(0.1)
         looks = []
@@ -359,7 +360,9 @@ def main_thread(text: str) -> tuple[str, ...]:
         elif threads and (frame := _FRAME.match(line)):
             path, number, name = frame.groups()
             threads[-1].append(f"{_short(path)}:{number} {name}")
-    main = [frames for frames in threads if frames and frames[-1].endswith(("<module>", " _run_code"))]
+    main = [
+        frames for frames in threads if frames and frames[-1].endswith(("<module>", " _run_module_as_main"))
+    ]
     return tuple((main or threads or [[]])[-1])
 
 

@@ -47,16 +47,16 @@ def child(command: dict[str, Any], rank: int, port: int) -> None:
     os.dup2(log, 2)
     os.close(0)
     ranks = str(command["ranks"])
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=ranks,
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=ranks,
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": ranks,
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         **command.get("env", {}),
         **command.get("rank_env", {}).get(str(rank), {}),
-    )
+    }
     code = 1
     measured = measuring()
     try:
