@@ -117,6 +117,7 @@ def _submit(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> 
         raise
     if job_id is not None:
         job_id = decide_job(request.runs_dir, request.token, job_id)
+        contact.answered(request.runs_dir)
     _link_latest(request.runs_dir, mine[-1].run)
     return Submitted(runs=mine, job_id=job_id)
 

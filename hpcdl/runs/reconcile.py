@@ -174,7 +174,7 @@ def _check_slurm(view: View, job: Job | None, away: str, slurm: Slurm) -> View:
 
 def _unknown(view: View, away: str) -> View:
     """Nobody could be asked: the last that is known, and since when."""
-    since = contact.last_answer(view.run.runs_dir) or view.state.started or view.state.created
+    since = max(contact.last_answer(view.run.runs_dir) or "", view.state.started or "", view.state.created)
     sign = view.run.last_sign()
     known = f"{view.state.state} when last known"
     if sign is not None and sign > since and view.state.state == "RUNNING":

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from hpcdl.errors import SchedulerError
+from hpcdl.runs import patience
 from hpcdl.runs.cancel import How, cancel
+from hpcdl.runs.reconcile import look
 from hpcdl.runs.store import now
 from tests.runs.making import FakeJob, FakeSlurm, make_run
 
@@ -86,6 +88,47 @@ def test_the_controller_is_away(runs_dir: Path, fake: FakeSlurm) -> None:
     assert "the wish is kept" in said[0]
     assert run.stop_file.read_text().split()[0] == "cancel", "workers look here"
     assert run.read_state().state == "RUNNING"
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_slurm_is_told_when_it_answers_again(
+    now: bool, runs_dir: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(patience.VARIABLE, "20")
+    monkeypatch.setattr(patience, "FIRST_S", 0.01)
+    run = make_run(runs_dir, state="RUNNING", job_id="4_0")
+    waits = make_run(runs_dir, "bbbb", job_id="4_1", array_index=1)
+    fake.jobs["4"] = [FakeJob("RUNNING", "0", nodes="c1"), FakeJob("PENDING", "1")]
+    fake.away = True
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        fake.away = sum("next try in" in line for line in said) < 3
+
+    views = cancel([run, waits], How(now=now, limit_s=0.05), say, slurm=fake.slurm(), poll_s=0.01)
+    assert [view.state.state for view in views] == ["CANCELLED", "CANCELLED"]
+    assert sum("the wish is kept" in line for line in said) == 2
+
+
+def test_slurm_goes_away_between_two_commands(
+    runs_dir: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(runs_dir, job_id="4_0")
+    fake.jobs["4"] = [FakeJob("PENDING", "0")]
+    scancel = fake._scancel
+
+    def gone(command: list[str], text: str) -> subprocess.CompletedProcess[str]:
+        fake.away = True
+        return fake.run(command, text, 1.0)
+
+    monkeypatch.setattr(fake, "_scancel", gone)
+    with pytest.raises(SchedulerError, match=r"Unable to contact(.|\n)*The wish to cancel is kept"):
+        cancel([run], How(), lambda _: None, slurm=fake.slurm())
+    monkeypatch.setattr(fake, "_scancel", scancel)
+    fake.away = False
+    assert look(run, fake.slurm()).state.state == "PENDING"
+    assert look(run, fake.slurm()).state.state == "CANCELLED", "the look before has told Slurm"
 
 
 def test_a_run_that_has_no_job_id_yet(runs_dir: Path, fake: FakeSlurm) -> None:

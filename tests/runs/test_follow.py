@@ -225,6 +225,22 @@ def test_follow_all(runs_dir: Path, fake: FakeSlurm) -> None:
     assert "0001 FAILED: bad" in text(out)
 
 
+def test_a_slurm_that_is_away_is_asked_ever_less_and_it_is_said(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = make_run(runs_dir, job_id="4_0")
+    fake.jobs["4"] = [FakeJob("PENDING", "0", "Priority")]
+    watcher = following.Watcher([run], fake.slurm())
+    remarks = []
+    for number in range(9):
+        fake.away = 0 < number < 8
+        watcher._asked = float("-inf")
+        watcher.look()
+        remarks.append(watcher.take_remark())
+    waits = [remark.rpartition("next try in ")[2] for remark in remarks[1:8]]
+    assert waits == ["1 s", "2 s", "4 s", "8 s", "16 s", "30 s", "30 s"]
+    assert (remarks[0], remarks[8], watcher.take_remark()) == ("", "Slurm answers again", "")
+    assert watcher.views[0].state.state == "PENDING"
+
+
 def test_the_feed_starts_again_when_the_metrics_are_rewritten(runs_dir: Path) -> None:
     run = make_run(runs_dir, created=ago(1))
     feed = Feed(run)

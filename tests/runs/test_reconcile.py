@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hpcdl.runs import reconcile
+from hpcdl.runs import contact, judge, patience, reconcile, wish
 from hpcdl.runs.files import write_json
 from hpcdl.runs.processes import create_time
 from hpcdl.runs.reconcile import View, look
@@ -234,6 +234,63 @@ def test_a_failed_poll_is_not_a_state(runs_dir: Path, fake: FakeSlurm) -> None:
     assert look(run, fake.slurm()).state.state == "RUNNING"
 
 
+def test_since_when_a_state_is_unknown(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = running(runs_dir)
+    other = make_run(runs_dir, "cccc", job_id="4_1", array_index=1)
+    fake.jobs["4"] = [FakeJob("RUNNING", "0"), FakeJob("PENDING", "1", "Priority")]
+    look(run, fake.slurm())
+    answered = contact.last_answer(runs_dir)
+    assert answered is not None
+    fake.away = True
+    time.sleep(0.01)
+    run.event("checkpoint", step=3)
+    views = reconcile.reconcile(reconcile.read([run, other]).views, fake.slurm())
+    assert [view.since for view in views] == [answered, answered]
+    assert all(view.state.reason.startswith(f"unknown since {judge.clock(answered)} (") for view in views)
+    assert "RUNNING when last known, last sign of life" in views[0].state.reason
+    assert "PENDING when last known)" in views[1].state.reason
+    fake.away = False
+    assert look(run, fake.slurm()).since is None
+
+
+def test_a_look_asks_again_and_says_so(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = running(runs_dir)
+    fake.jobs["4"] = [FakeJob("RUNNING", "0")]
+    fake.away = True
+    said: list[str] = []
+
+    def sleep(_: float) -> None:
+        fake.away = len(said) < 2
+
+    waits = patience.Patience(60.0, say=said.append, sleep=sleep)
+    (view,) = reconcile.reconcile(reconcile.read([run]).views, fake.slurm(), waits)
+    assert view.state.state == "RUNNING" and [line[-3:] for line in said] == ["1 s", "2 s"]
+
+
+def test_a_job_that_ends_while_slurm_is_away_says_so_itself(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = running(runs_dir)
+    fake.away = True
+    assert look(run, fake.slurm()).state.state == "UNKNOWN"
+    run.update(state="COMPLETED", exit_code=0)
+    calls = len(fake.calls)
+    assert look(run, fake.slurm()).state.state == "COMPLETED" and len(fake.calls) == calls
+
+
+def test_a_cancel_that_was_wished_meanwhile_is_told_now(runs_dir: Path, fake: FakeSlurm) -> None:
+    waiting = make_run(runs_dir, job_id="4_0")
+    training = running(runs_dir, run_id="bbbb", job_id="4_1", array_index=1)
+    at_once = running(runs_dir, run_id="cccc", job_id="4_2", array_index=2)
+    fake.jobs["4"] = [FakeJob("PENDING", "0"), FakeJob("RUNNING", "1"), FakeJob("RUNNING", "2")]
+    for run in (waiting, training):
+        wish.make(run, now=False)
+    wish.make(at_once, now=True)
+    runs = [waiting, training, at_once]
+    reconcile.reconcile(reconcile.read(runs).views, fake.slurm())
+    assert ["scancel", "4_0", "4_2"] in fake.calls, "the other's workers save and stop by themselves"
+    views = reconcile.reconcile(reconcile.read(runs).views, fake.slurm())
+    assert [view.state.state for view in views] == ["CANCELLED", "RUNNING", "CANCELLED"]
+
+
 def test_another_clusters_job_of_the_same_number_is_not_ours(runs_dir: Path, fake: FakeSlurm) -> None:
     run = running(runs_dir)
     fake.jobs["4"] = [FakeJob("RUNNING", "0", comment="hpcdl:other")]
@@ -265,6 +322,31 @@ def test_never_submitted(runs_dir: Path, fake: FakeSlurm) -> None:
     view = look(run, fake.slurm())
     assert (view.state.state, run.read_state().state) == ("FAILED", "FAILED")
     assert "launch it again" in view.state.reason
+
+
+def test_found_by_its_output_after_slurm_has_forgotten_it(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = make_run(runs_dir, array_index=3)
+    (make_submission(runs_dir) / "slurm-8_3.out").write_text("module: command not found\n")
+    view = look(run, fake.slurm())
+    assert (view.state.state, view.state.job_id) == ("FAILED", "8_3")
+    assert "module: command not found" in view.state.reason
+
+
+def test_of_two_jobs_of_one_submission_the_second_is_cancelled(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = make_run(runs_dir)
+    make_submission(runs_dir)
+    fake.jobs["9"] = [FakeJob("PENDING", "0")]
+    fake.jobs["8"] = [FakeJob("PENDING", "0")]
+    assert look(run, fake.slurm()).state.job_id == "8_0"
+    assert ["scancel", "9"] in fake.calls
+
+
+def test_a_launcher_elsewhere_is_waited_for_and_not_for_ever(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = make_run(runs_dir, created=ago(600))
+    make_submission(runs_dir, host="elsewhere", pid=1, created=ago(600))
+    assert look(run, fake.slurm()).state.reason == "is being submitted"
+    make_submission(runs_dir, host="elsewhere", pid=1, created=ago(2000))
+    assert look(run, fake.slurm()).state.state == "FAILED"
 
 
 def test_a_living_launcher_is_still_submitting(runs_dir: Path, fake: FakeSlurm) -> None:

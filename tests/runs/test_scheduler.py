@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from hpcdl.errors import SchedulerError
-from hpcdl.runs.scheduler import Slurm, run_command
+from hpcdl.runs import slurm_text
+from hpcdl.runs.scheduler import Slurm, run_command, with_comment
 from tests.runs.making import FakeJob, FakeSlurm
 
 
@@ -128,3 +132,100 @@ def test_a_command_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     done = run_command(["squeue"], "", 0.2)
     assert (done.returncode, done.stderr) == (124, "squeue gave no answer within 0.2 s")
+
+
+# --- answers that are none
+
+
+def answers(fake: FakeSlurm, **spoiled: tuple[int, str, str]) -> Slurm:
+    """A Slurm of which some commands give this exit code, output and error; `cut:` keeps so much of the output."""
+
+    def run(command: Sequence[str], text: str, limit_s: float) -> subprocess.CompletedProcess[str]:
+        done = fake.run(command, text, limit_s)
+        code, out, err = spoiled.get(command[0], (done.returncode, done.stdout, done.stderr))
+        if out.startswith("cut:"):
+            out = done.stdout[: int(out.removeprefix("cut:"))]
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    return Slurm(runner=run)
+
+
+GARBAGE = "\x00<html>504 Gateway Time-out</html>\nJobId= JobState=\n|||||||\n4|0|run|x|c[a-|None|\n"
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"squeue": (0, "", ""), "scontrol": (0, "", "")},
+        {"squeue": (0, GARBAGE, ""), "scontrol": (0, GARBAGE, "")},
+        {"squeue": (0, "cut:30", ""), "scontrol": (0, "cut:60", "")},
+        {
+            "squeue": (0, "cut:9", ""),
+            "scontrol": (1, "cut:100", "slurm_receive_msg: Zero Bytes were transmitted"),
+        },
+        {"squeue": (1, "cut:30", "slurm_load_jobs error: Socket timed out")},
+        {"squeue": (0, "", ""), "scontrol": (124, "", "scontrol gave no answer within 15 s")},
+        {"squeue": (-9, "", "")},
+        {"squeue": (1, GARBAGE, GARBAGE)},
+    ],
+)
+def test_an_answer_that_is_not_whole_is_no_answer(
+    fake: FakeSlurm, spoiled: dict[str, tuple[int, str, str]]
+) -> None:
+    fake.jobs["4"] = [FakeJob("RUNNING", "0", start="2026-01-01T10:00:00", nodes="c1")]
+    answer = answers(fake, **spoiled).ask(["4_0"])
+    assert answer.jobs == {} and answer.away, "not «Slurm knows no such job»"
+
+
+@pytest.mark.parametrize("cut", range(0, 58, 3))
+def test_wherever_squeue_is_cut_short_the_state_is_true(fake: FakeSlurm, cut: int) -> None:
+    fake.jobs["4"] = [FakeJob("RUNNING", "0", start="2026-01-01T10:00:00", nodes="c1")]
+    answer = answers(fake, squeue=(0, f"cut:{cut}", "")).ask(["4_0"])
+    assert answer.jobs["4_0"].state == "RUNNING", "scontrol says so"
+    assert not answer.away
+
+
+def test_what_is_denied_in_so_many_words_is_believed(fake: FakeSlurm) -> None:
+    fake.jobs["4"] = [FakeJob("RUNNING", "1"), FakeJob("COMPLETED", "0", forgotten=True)]
+    answer = fake.slurm().ask(["4_0", "4_1", "5_0", "6"])
+    assert set(answer.jobs) == {"4_1"} and not answer.away
+    spoiled = answers(fake, scontrol=(1, "", "slurm_load_jobs error: Invalid job id specified"))
+    assert spoiled.ask(["4_0", "5_0", "6"]).away, "one denial for three jobs"
+
+
+@pytest.mark.parametrize("out", [GARBAGE, "cut:5", "8|hpcdl:tok"])
+def test_a_submission_that_is_not_seen_in_half_an_answer_may_be_there(fake: FakeSlurm, out: str) -> None:
+    fake.jobs["8"] = [FakeJob("PENDING", "0-3", comment="hpcdl:tokA")]
+    found, away = answers(fake, squeue=(0, out, "")).find({"tokA"})
+    assert found == {} and away == "squeue's answer was not whole"
+
+
+def test_all_jobs_of_one_submission_are_found(fake: FakeSlurm) -> None:
+    fake.jobs["12"] = [FakeJob("PENDING", "0", comment="hpcdl:tokA")]
+    fake.jobs["9"] = [FakeJob("RUNNING", "0", comment="hpcdl:tokA")]
+    assert fake.slurm().find({"tokA"}) == ({"tokA": ("9", "12")}, "")
+
+
+def test_a_comment_cut_short_is_still_ours() -> None:
+    job = slurm_text.Job(state="RUNNING", comment="hpcdl:to")
+    assert with_comment(job, "tokA") is job
+    assert with_comment(dataclasses.replace(job, comment="hpcdl:tokB"), "tokA") is None
+
+
+def test_scancel_of_a_forgotten_job_hides_no_other_fault(tmp_path: Path) -> None:
+    def run(command: Sequence[str], text: str, limit_s: float) -> subprocess.CompletedProcess[str]:
+        words = "scancel: error: Kill job error on job id 4: Invalid job id specified\n" + more
+        return subprocess.CompletedProcess(command, 1, "", words)
+
+    more = ""
+    Slurm(runner=run).cancel(["4_0", "5_0"])
+    more = "scancel: error: Kill job error on job id 5: Unable to contact slurm controller\n"
+    with pytest.raises(SchedulerError, match="Unable to contact"):
+        Slurm(runner=run).cancel(["4_0", "5_0"])
+
+
+def test_a_command_that_is_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "squeue").write_text("")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+    assert "Exec format error" in Slurm().ask(["4_0"]).away
