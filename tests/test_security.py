@@ -286,6 +286,23 @@ def test_sharing_later_opens_the_folders_above(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "runs" / "shared").stat().st_mode) == 0o750
 
 
+def test_a_cache_is_for_whom_its_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's umask lets nobody in; a group that shares a cache has said so by its folder."""
+    from hpcdl.worker.cache import once
+
+    with private.made_for("owner"):
+        for name, mode in (("shared", 0o770), ("own", None)):
+            monkeypatch.setenv("HPCDL_CACHE", str(tmp_path / name))
+            if mode:
+                (tmp_path / name).mkdir()
+                (tmp_path / name).chmod(mode)
+            made = once(
+                tmp_path / name / "models" / "x", lambda path: (path / "file").write_text("") and None
+            )
+            found = [stat.S_IMODE(path.stat().st_mode) for path in (made.parent, made, made / "file")]
+            assert found == ([0o770, 0o770, 0o660] if mode else [0o700, 0o700, 0o600])
+
+
 def test_a_folder_of_runs_that_others_may_write_in_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "open" / "runs"
     folder.mkdir(parents=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +35,7 @@ def once(target: Path, build: Callable[[Path], None]) -> Path:
     """
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_shelf(target.parent)
     with locked(target.parent / f".{target.name}.lock"):
         if target.exists():
             return target
@@ -43,7 +45,7 @@ def once(target: Path, build: Callable[[Path], None]) -> Path:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
         try:
             build(temporary)
-            make_readable(temporary)
+            make_readable(temporary, as_for=target.parent)
             temporary.rename(target)
         except OSError:
             if not target.exists():  # not a lost race: the disk is full, …
@@ -74,10 +76,33 @@ def anew(target: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def make_readable(folder: Path) -> None:
-    """Readable for a group that shares the cache (mkdtemp's folder and safetensors' files are not); on disk."""
-    umask = os.umask(0)
-    os.umask(umask)
+def _make_shelf(folder: Path) -> None:
+    """A folder of the cache, for those who may read the folder above it; the cache itself for its owner alone, where
+    it isn't there yet: a group that shares one makes it for itself.
+    """
+    if folder.is_dir():
+        return
+    if folder == cache_dir() or folder.parent == folder:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return
+    _make_shelf(folder.parent)
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError):  # another process's, made in this moment
+        folder.chmod(stat.S_IMODE(folder.parent.stat().st_mode))
+
+
+def make_readable(folder: Path, *, as_for: Path | None = None) -> None:
+    """Readable for those who may read what lies beside it (mkdtemp's folder and safetensors' files are not); on disk.
+
+    Args:
+        folder: what has been made.
+        as_for: a folder whose readers may read it; by default the umask says who.
+    """
+    if as_for is None:
+        umask = os.umask(0)
+        os.umask(umask)
+    else:
+        umask = ~as_for.stat().st_mode & 0o777
     folder.chmod(0o777 & ~umask)
     for path in folder.rglob("*"):
         if path.is_file():
