@@ -24,6 +24,7 @@ from hpcdl.launch import (
     network,
     peers,
     preflight,
+    scratch,
     secret_file,
     strays,
     torchrun,
@@ -94,7 +95,7 @@ class Agent:
             secret_file.load(os.environ)
             preflight.readable(self.run, self.place.name)
             cluster = torchrun.resources(self.run)
-            end = closing.Closing(self.run, self.place, self.attempt, cluster, self._say)
+            end = closing.Closing(self.run, self.place, self.attempt, cluster, self._say, self._reached)
             self._preflight()
             self._judge = judging.Judge(self.run, self.place, self.attempt, end, cluster.max_restarts)
             left = self._torchrun(cluster)
@@ -106,6 +107,11 @@ class Agent:
             code = self._broken(error, end)
         self.again = end.again if end is not None else ()
         return code
+
+    def _reached(self) -> int:
+        """The last step of this try: its ranks' own word, else the last one that was logged."""
+        step = self._guard.watch.step if self._guard is not None else None
+        return self.run.step() if step is None else step
 
     def _preflight(self) -> None:
         """Looks at this node; what is only a warning is told, what is a fault is raised."""
@@ -165,6 +171,7 @@ class Agent:
         log_dir = tempfile.mkdtemp(prefix="hpcdl-torchrun-")
         self._guard = hang.Guard(self.run, self.place, self.attempt, Path(log_dir))
         environment |= {**self._guard.environment, strays.AGENT: strays.name_of_this_agent()}
+        environment |= scratch.caches(environment)
         argv = torchrun.command(cluster, sys.executable, meeting, log_dir, self._worker)
         self._log = Log(self.run.logs / f"{self.place.name}-try{self.attempt}.log")
         self._log.say(f"try {self.attempt} on {self.place.name}, job {self.place.job_id or 'local'}")
@@ -174,6 +181,7 @@ class Agent:
                 self._started(cluster)  # only now: torchrun imports torch meanwhile, which takes seconds
             code = self._child.watch(self._tick)
         finally:
+            self._reached()
             shutil.rmtree(log_dir, ignore_errors=True)
             if self._child is not None:
                 self._child.kill()
@@ -240,6 +248,8 @@ class Agent:
     def _look_at_peers(self) -> None:
         if self._peers is None or self._over is not None:
             return
+        for name in self._peers.news():
+            self._log_line(f"hears node {name}")
         self._over = self._peers.look()
         if self._over is not None:
             self._log_line(self._over.words)

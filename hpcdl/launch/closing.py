@@ -62,6 +62,7 @@ class Closing:
         attempt: the try.
         cluster: what the run may use of the cluster.
         say: tells the node's log and the job's output.
+        reached: the last step of this try, where somebody knows it better than metrics.jsonl does.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class Closing:
         attempt: str,
         cluster: torchrun.NodeResources,
         say: Callable[[str], None],
+        reached: Callable[[], int] | None = None,
     ) -> None:
         self._run = run
         self._place = place
         self._attempt = attempt
         self._cluster = cluster
         self._say = say
+        self.reached = reached or run.step
         self.again: tuple[str, ...] = ()
         """Nodes that the next try in place runs on; none where there is no such try."""
 
@@ -100,7 +103,7 @@ class Closing:
         if end.state in _FINAL:
             return self._finish(end, "")
         if cause:
-            failure = progress.of_cause(cause[0], progress.saved(self._run), self._run.step())
+            failure = progress.of_cause(cause[0], progress.saved(self._run), self.reached())
         elif end.requeue and seen.outcome is not None:
             kind: kinds.Kind = "timeout" if end.state == "TIMEOUT" else "preempted"
             failure = progress.Failure(

@@ -149,11 +149,18 @@ class Watch:
         self._limits = limits
         self._heard: dict[int, _Heard] = {}
         self._looked = time.monotonic()
+        self._step: int | None = None
 
     @property
-    def step(self) -> int:
-        """The last step that a rank of this node has come to."""
-        return max((beat.step for beat in beats.listen(self._folder)), default=0)
+    def step(self) -> int | None:
+        """The last step that a rank of this node has come to; None where none has given a sign.
+
+        Once the folder is gone, as it was when it was last asked for.
+        """
+        said = beats.listen(self._folder)
+        if said:
+            self._step = max(beat.step for beat in said)
+        return self._step
 
     def look(self) -> Hang | None:
         """What there is to say by now; asks its ranks at most once a second."""

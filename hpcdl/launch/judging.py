@@ -74,7 +74,7 @@ class Judge:
         cause = causes.find(
             self._run, self._attempt, child.words, self._place.name, killed_by_kernel=killed_by_kernel
         )
-        failure = progress.of_cause(cause, progress.saved(self._run), self._run.step())
+        failure = progress.of_cause(cause, progress.saved(self._run), self._end.reached())
         decided = self._end.verdict(failure)
         if decided.then != "restart":
             return f"{cause.reason}; {decided.why}"

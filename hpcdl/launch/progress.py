@@ -18,6 +18,9 @@ from hpcdl.runs.store import RunDir
 
 SAME_STEP = 3
 """Tries in a row that may end at the same step by the same kind of failure; the last of them ends the run."""
+BEFORE_A_STEP = 2
+"""So many more where none of them got beyond what was saved: who is killed while he starts may have met the same
+misfortune twice."""
 
 Then = Literal["restart", "requeue", "stop"]
 
@@ -99,7 +102,8 @@ def verdict(history: Sequence[Failure], failure: Failure, limits: Limits) -> Ver
         return _stop(f"not tried again: {again}", NEVER_RESTART)
     streak = _without_progress(history, failure)
     same = 1 + _at_the_same_step(streak, failure)
-    if failure.kind in _SAME_STEP and same >= limits.same_step:
+    patience = BEFORE_A_STEP if failure.step == failure.saved and failure.kind != "timeout" else 0
+    if failure.kind in _SAME_STEP and same >= limits.same_step + patience:
         what = (
             "ended by the time limit"
             if failure.kind == "timeout"

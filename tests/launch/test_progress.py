@@ -93,6 +93,9 @@ def test_where_nothing_is_allowed_the_run_ends_with_the_workers_own_code(kind: K
         ([restarted(3), restarted(2)], fail(step=3), PLENTY, "restart"),
         ([restarted(3), restarted(3, kind="hang")], fail(step=3), PLENTY, "restart"),
         ([restarted(3), restarted(3, 3)], fail(step=3, saved=3), PLENTY, "restart"),
+        # No step was done since what was saved: some more.
+        ([restarted(3, 3)] * 3, fail(step=3, saved=3), PLENTY, "restart"),
+        ([restarted(3, 3)] * 4, fail(step=3, saved=3), PLENTY, "stop"),
         # What goes on around a run says nothing of it: only the limits count.
         ([restarted(0, kind="network")] * 5, fail("network"), PLENTY, "restart"),
         ([requeued(0, kind="node")] * 9, fail("node"), PLENTY, "requeue"),
