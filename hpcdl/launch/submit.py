@@ -34,7 +34,7 @@ from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.launch.points import Batch, Planned
 from hpcdl.launch.sweep import Refused
-from hpcdl.runs import parents, private
+from hpcdl.runs import contact, parents, private
 from hpcdl.runs.files import locked, write_atomic, write_json
 from hpcdl.runs.query import SWEEPS
 from hpcdl.runs.state import RunState

@@ -459,7 +459,7 @@ def test_killed_between_any_two_steps(
 ) -> None:
     """The launcher dies at a step; once its death is known, launching again leaves one job that counts."""
     from hpcdl.launch import submit
-    from hpcdl.runs import reconcile
+    from hpcdl.runs import submissions
 
     pid = os.fork()
     if pid == 0:
@@ -474,7 +474,7 @@ def test_killed_between_any_two_steps(
         main([*TINY])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    monkeypatch.setattr(reconcile, "SBATCH_GRACE_S", 0.0)
+    monkeypatch.setattr(submissions, "SBATCH_GRACE_S", 0.0)
     ((_, job_id, path),) = launch(capsys)
     state = RunDir(path).read_state()
     assert state.state == "PENDING" and state.job_id == job_id != "-"
