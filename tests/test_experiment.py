@@ -119,6 +119,13 @@ RULES: list[tuple[str, dict[str, Any], str, str]] = [
         "host's memory already",
         "trainer.activation_offload=disk",
     ),
+    ("trainer.keep_best", {"trainer__keep_best": 1}, "isn't known", "trainer.keep_best=0"),
+    (
+        "trainer.keep_best",
+        {"trainer__keep_best": 1, "trainer__checkpoint_every": 4, "trainer__eval_every": 3},
+        "eval_every=3, checkpoint_every=4",
+        "trainer.eval_every=4 trainer.checkpoint_every=4",
+    ),
     ("quant.scheme", {"quant__scheme": "nf4"}, "can't take updates", "peft=lora"),
     ("quant.scheme", {"quant__scheme": "int8"}, "can't take updates", "peft=lora"),
     ("quant.scheme", {"quant__scheme": "int4", "peft__name": "lora"}, "no multiple of 64", "quant=none"),

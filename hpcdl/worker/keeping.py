@@ -128,7 +128,7 @@ class Keeper:
             known = self._known.get(path.name)
             if known is not None:
                 self._known[path.name] = dataclasses.replace(known, heldout_loss=heldout_loss)
-            self.prune()
+        self.prune()
 
     def prune(self) -> None:
         """Takes away what need not be kept any more: nothing before this try has put a newer one there."""
@@ -143,8 +143,9 @@ class Keeper:
                 ours = step_of(path) <= self._published or path.name in self.passed_over
                 if ours and path.name not in stay:
                     self._take_away(path)
-            for path in self.folder.glob(f"{TEMPORARY}gone-*-{self.token}"):
-                shutil.rmtree(path, ignore_errors=True)
+        # Outside of the lock: large files take their time.
+        for path in self.folder.glob(f"{TEMPORARY}gone-*-{self.token}"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _whole(self, path: Path) -> Found | None:
         """The checkpoint in a folder, looked at once a try."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hpcdl.errors import HpcdlError
 from hpcdl.runs.store import RunDir
-from hpcdl.spec.checkpoint import Damage, Found, Totals, check, folders, look
+from hpcdl.spec.checkpoint import Damage, Found, Totals, check, folders, look, name_of
 from hpcdl.worker.control import must_start_alike, word_of_first, words_of_all
 from hpcdl.worker.keeping import Keeper
 from hpcdl.worker.process import Process
@@ -64,6 +64,8 @@ def choose(
     keeper.token = word_of_first(keeper.token)
     damaged: list[str] = []
     chosen: Found | None = None
+    if who.is_first:
+        _tell_what_is_gone(run)
     for path, torn in _in_turn(_offers(run, resume_from) if who.is_first else None):
         found = torn or _verified(path, who)
         if isinstance(found, Found):
@@ -100,6 +102,15 @@ def totals_from(run: RunDir, found: Found | None) -> Totals:
 
 def _is_own(run: RunDir, found: Found) -> bool:
     return found.path.parent == run.checkpoints
+
+
+def _tell_what_is_gone(run: RunDir) -> None:
+    """The last one that was saved is always kept: where its folder isn't there, somebody has taken it away."""
+    saved = [event["step"] for event in run.events() if event.get("event") == "checkpoint" and "step" in event]
+    if saved and not (run.checkpoints / name_of(saved[-1])).exists():
+        name = name_of(saved[-1])
+        message = f"checkpoint {name} was saved, and is not there any more: passed over"
+        run.event("warning", message=message, checkpoint=name, damage="missing")
 
 
 def _offers(run: RunDir, resume_from: str | None) -> Iterator[Offer]:

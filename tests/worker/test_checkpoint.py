@@ -271,16 +271,22 @@ def goes_on(workers: Workers, run: RunDir, step: int) -> None:
     assert not list(run.checkpoints.glob(".tmp-*"))
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "in_background": {},
+    "at_once": {"trainer__checkpoint_async": False},
+    # written tensor by tensor, from where they lie; that place is no file here, which would have no room either
+    "streamed": {"offload__name": "stream", "offload__device": "host"},
+}
 LONG = {**COMMON, "trainer__max_steps": 4000, "trainer__keep_last": 2}
 
 
-@pytest.mark.parametrize("in_background", [True, False])
-def test_a_full_disk_ends_no_training(workers: Workers, in_background: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_full_disk_ends_no_training(workers: Workers, way: str) -> None:
     """Rank 1 can't write its part for a while: all ranks drop those checkpoints. Only a last one must be saved.
 
     Of the two that are kept the newer one is then damaged: the other one is gone on from.
     """
-    run = workers.make(**LONG, trainer__checkpoint_async=in_background)
+    run = workers.make(**LONG, **WAYS[way])
     pids = workers.start(run, 2)
     until(lambda: run.step() >= 5, "the fifth step")
     limit(pids[1], 100_000)

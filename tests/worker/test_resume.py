@@ -81,6 +81,18 @@ def test_a_damaged_newest_one_is_passed_over(run: RunDir, choose: Choose, damage
     assert choose.passed_over == ["step-00000006"]  # type: ignore[attr-defined]
 
 
+def test_one_that_is_gone_is_told(run: RunDir, choose: Choose) -> None:
+    for step in (6, 8):
+        run.event("checkpoint", step=step)
+    found = choose()
+    assert found is not None and found.step == 6
+    (event,) = [e for e in run.events() if e["event"] == "warning"]
+    assert event["message"] == "checkpoint step-00000008 was saved, and is not there any more: passed over"
+    run.event("checkpoint", step=6)  # saved again since
+    choose()
+    assert len([e for e in run.events() if e["event"] == "warning"]) == 1
+
+
 def test_several_are_passed_over(run: RunDir, choose: Choose) -> None:
     checkpoints.flip(run.checkpoints / "step-00000006" / "__0_0.distcp")
     (run.checkpoints / "step-00000004" / ".metadata").unlink()
