@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hpcdl.errors import HpcdlError
-from hpcdl.launch import control, successor
+from hpcdl.launch import control, dependents, successor
 from hpcdl.launch.place import Place
 from hpcdl.runs import chain
 from hpcdl.runs.store import RunDir
@@ -63,7 +63,7 @@ def again(run: RunDir, place: Place, how: How, say: Callable[[str], None]) -> Ag
         why = successor.obstacle(run, place, forced=how == "successor")
         if not why:
             try:
-                return _handed_over(place, successor.submit(run, place, say))
+                return _handed_over(place, successor.submit(run, place, say), say)
             except (HpcdlError, OSError) as error:
                 why = " ".join(str(error).split())
     refused = control.requeue(place.job_id)
@@ -73,13 +73,14 @@ def again(run: RunDir, place: Place, how: How, say: Callable[[str], None]) -> Ag
     return Again(job_id=place.job_id, details=details)
 
 
-def _handed_over(place: Place, job_id: str) -> Again:
+def _handed_over(place: Place, job_id: str, say: Callable[[str], None]) -> Again:
     assert place.job_id is not None
     token = chain.token_after(place.token, place.index)
     known = chain.Link(
         token=place.token, array_index=place.index, job_id=place.job_id, tries=place.requeue + 1
     )
     changes = chain.taken(token, job_id)
+    dependents.move(place.job_id, changes["job_id"], say)
     return Again(
         job_id=changes["job_id"],
         changes=changes,

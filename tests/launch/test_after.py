@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpcdl.launch import after, begin, place, waiting
+from hpcdl.launch import after, begin, dependents, place, waiting
 from hpcdl.launch.__main__ import main
 from hpcdl.runs import parents, wish
 from hpcdl.runs.parents import Parent
@@ -289,3 +289,32 @@ def test_the_local_script_waits_first(
     script = tmp_path / "x.sh"
     script.write_text(text)
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
+
+
+# --- a run that goes on in another job takes along those that wait for it
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("afterok:12_0(unfulfilled)", "afterok:15_0"),
+        ("afterok:9_1(unfulfilled),afterok:12_0(unfulfilled)", "afterok:9_1,afterok:15_0"),
+        ("afterok:9_1:12_0(unfulfilled)", "afterok:9_1:15_0"),
+        ("afterok:12_1(unfulfilled)", None),
+        ("afterok:12_01(unfulfilled)", None),
+        ("afterany:12_0(unfulfilled)", None),
+        ("(null)", None),
+    ],
+)
+def test_dependents_follow_the_run(text: str, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0, f"20|(null)\n21|{text}\n", "")
+
+    monkeypatch.setattr(dependents.control, "run", run)
+    said: list[str] = []
+    dependents.move("12_0", "15_0", said.append)
+    assert calls[1:] == ([["scontrol", "update", "jobid=21", f"dependency={expected}"]] if expected else [])
+    assert said == (["job 21 waits for 15_0 in the place of 12_0"] if expected else [])
