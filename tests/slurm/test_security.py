@@ -1,0 +1,60 @@
+"""Secrets, permissions and quoting on the real cluster."""
+
+from __future__ import annotations
+
+import shlex
+
+from tests.slurm.cluster import Cluster, Launched
+from tests.slurm.test_runs import LONG
+
+SECRET = "hf_Xq7secretsecretsecret42"
+LAB = "only in the file 7"
+NASTY = '한국어 실험/$(touch MARK) `touch MARK`/it\'s "q" 100% %A_%a %%/a#b * [z]? ~ !! {a,b} ;touch MARK'
+
+
+def test_a_secret_reaches_the_workers_and_no_file(cluster: Cluster) -> None:
+    """In a folder whose name would do something if anybody read it: sbatch, bash, srun, Slurm's file names."""
+    runs_dir = f"{cluster.home}/{NASTY}"
+    secrets = f"{cluster.home}/secrets.env"
+    cluster.shell(f"printf '%s\\n' 'LAB_PASSWORD=\"{LAB}\"' > {secrets}; chmod 600 {secrets}; umask")
+    words = [
+        "hpcdl",
+        "launch",
+        "cluster=slurm_docker",
+        *LONG,
+        "cluster.setup=['test -n \"$HF_TOKEN\"']",
+        "parsable=true",
+    ]
+    line = f"umask 0; export HF_TOKEN={SECRET} HPCDL_SECRETS={secrets} HPCDL_RUNS={shlex.quote(runs_dir)}"
+    printed = cluster.shell(f"{line}; {shlex.join(words)}")
+    run = Launched(*next(text for text in printed.splitlines() if text.count("\t") == 2).split("\t"))
+    assert run.run_dir.startswith(runs_dir)
+    as_named = f"HPCDL_RUNS={shlex.quote(runs_dir)}"
+    cluster.until(
+        lambda: (
+            '"loss"' in cluster.shell(f"cat {shlex.quote(run.run_dir)}/metrics.jsonl", check=False) or None
+        ),
+        "the first step",
+    )
+    node = cluster.shell(f"squeue -h -j {run.array_id} -o %N").split()[0]
+    listed = cluster.root(
+        node, "ps -eww -o args; tr '\\0' '\\n' < /proc/$(pgrep -f hpcdl.worker.main | tail -1)/environ"
+    )
+    shown = cluster.shell(
+        f"scontrol show job -dd {run.array_id}; scontrol write batch_script {run.array_id} -"
+    )
+    arguments, _, environment = listed.partition("\nHPCDL_")
+    assert (
+        "hpcdl.worker.main" in arguments and SECRET not in arguments + shown and LAB not in arguments + shown
+    )
+    assert SECRET in environment and LAB in environment, "the workers have both"
+    assert "slurm-" in shown and "HF_TOKEN=" not in shown.replace('"$HF_TOKEN"', "")
+    cluster.shell(f"{as_named} hpcdl cancel {run.run_id}")
+    left = cluster.shell(f"grep -rlaE '{SECRET}|{LAB}' {shlex.quote(runs_dir)}; true")
+    assert left == ""
+    # Slurm's own output file is among them. Links have no modes.
+    open_to_others = cluster.shell(f"find {shlex.quote(cluster.home + '/한국어 실험')} ! -type l -perm /077")
+    assert open_to_others == "", open_to_others
+    names = cluster.shell(f"find {shlex.quote(runs_dir)} -name 'slurm-*.out' -o -name 'MARK*'").split("\n")
+    assert names[0].endswith(f"slurm-{run.array_id}_0.out") and names[1:] == [""]
+    assert cluster.shell(f"find {cluster.home} /shared/home -name 'MARK*' -newer {secrets}") == ""
