@@ -153,7 +153,8 @@ def _place(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
 def _fields(plain: Any, kind: str) -> Mapping[str, Any]:
     if not isinstance(plain, _StandIn) or type(plain).__name__ != kind:
         raise pickle.UnpicklingError(f"a {kind} is wanted, and this is a {type(plain).__name__}")
-    return _mapping(plain.state)
+    state: Mapping[str, Any] = _mapping(plain.state)
+    return state
 
 
 def _of(kind: type) -> Callable[[Any], Any]:
