@@ -33,7 +33,7 @@ def fill(folder: Path) -> Path:
     filler = folder / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
-            file.write(b"x" * 4096)
+            file.write(b"x" * 65536)
     return filler
 
 

@@ -65,6 +65,39 @@ def further():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def steps():
+    """Five steps with their signs of life; then rank 1 sticks, or dies."""
+    from types import SimpleNamespace
+
+    from hpcdl.worker import heartbeat
+
+    progress = heartbeat.start(SimpleNamespace(rank=rank, restart=int(restart)))
+    for step in range(1, 6):
+        time.sleep(0.25)
+        progress.reach(step)
+    if mode == "same_step" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        stick() if rank == 1 else time.sleep(0.02)
+
+
+def stick():
+    time.sleep(600)
+
+
+def full_disk():
+    """What a real worker leaves whose last checkpoint finds no room, once the log finds none either."""
+    from hpcdl.errors import UnsavedError
+    from hpcdl.runs.store import RunDir
+    from hpcdl.worker import errors, process
+
+    print(*(f"line {number} " + "x" * 80 for number in range(200)), sep="\n", flush=True)
+    errors.report(
+        RunDir(run), process.from_environment(), 7, UnsavedError("the checkpoint of step 7 can't be written")
+    )
+    os._exit(errors.NEVER_RESTART)
+
+
 def main():
     print("hello", rank, flush=True)
     print("to stderr", file=sys.stderr, flush=True)
@@ -83,6 +116,10 @@ def main():
         word = wait_for_the_word()
         time.sleep(float(os.environ["SAVE_S"]))
         outcome("stopped", word)
+    elif mode == "print":
+        print(*(f"{name}={value}" for name, value in os.environ.items()), sep="\n", flush=True)
+        print(f"401 for {os.environ['HF_TOKEN']}", file=sys.stderr, flush=True)
+        os._exit(3)
     elif mode == "fail" and rank == 1:
         raise ValueError("the loss is nan\nsecond line")
     elif mode == "starve" and rank == 1:
@@ -98,6 +135,8 @@ def main():
         raise ConnectionError(f"restart {restart}")
     elif mode == "once" and restart == "0" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    elif mode == "again" and attempt.count(".") > 1:
+        outcome("finished")
     elif mode == "further":
         further()
     elif mode == "once" and restart != "0":
@@ -109,10 +148,27 @@ def main():
         )
         (run / f"pid-helper-{rank}").write_text(str(helper.pid))
         outcome("finished")
+    elif mode in ("stall", "same_step"):
+        steps()
+    elif mode == "full" and rank == 1:
+        while not (run / "filler").exists() or (run / "filler").stat().st_size == 0:
+            time.sleep(0.02)
+        full_disk()
     elif mode == "silent":
         pass
     else:
-        while mode in ("fail", "starve", "oom_kill", "die", "exit3", "once", "twice", "hang"):
+        while mode in (
+            "full",
+            "fail",
+            "starve",
+            "oom_kill",
+            "die",
+            "exit3",
+            "once",
+            "twice",
+            "hang",
+            "again",
+        ):
             time.sleep(0.02)
 
 
