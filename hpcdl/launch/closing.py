@@ -168,7 +168,7 @@ class Closing:
         fewest = self._cluster.min_nodes or self._cluster.nodes
         decided = self.verdict(
             failure,
-            in_place=self._place.again is not None and not left.signals,
+            in_place=self._place.again is not None and not _asked_to_stop(left),
             is_lost=bool(left.lost),
             spare=bool(left.lost) and len(nodes_left) >= fewest,
         )
@@ -263,6 +263,12 @@ class Closing:
     def _first_is_silent(self) -> bool:
         state = self._run.read_state()
         return state.state in ACTIVE and not state.reason
+
+
+def _asked_to_stop(left: Left) -> bool:
+    """Whether somebody wants the job to end; SIGTERM is also what srun sends after the loss of an agent."""
+    srun_may_have = {signal.SIGTERM} if left.cause is not None else set()
+    return bool(set(left.signals) - srun_may_have)
 
 
 def forget_signal(run: RunDir) -> None:

@@ -40,6 +40,7 @@ class Peers:
     def __init__(self, place: Place, attempt: str, lost_after_s: float) -> None:
         assert place.head is not None
         self._first = place.first
+        self._known: set[str] = set()
         secret = f"{place.token}/{place.index}/{attempt}"
         port = network.pulse_port(place.port)
         if place.first:
@@ -48,6 +49,12 @@ class Peers:
             self._pulse: Pulse = Listener(place.head, port, secret, others, lost_after_s)
         else:
             self._pulse = Caller(place.head, port, secret, place.name, place.nodes[0], lost_after_s)
+
+    def news(self) -> list[str]:
+        """Nodes whose agents are heard of for the first time; on the first node only."""
+        new = [name for name in self._pulse.heard_of if name not in self._known]
+        self._known.update(new)
+        return new
 
     def look(self) -> Over | None:
         """Whether the try is over because of another node."""

@@ -98,6 +98,11 @@ class Pulse:
         """Whether the first node has said that the try is over."""
         return self._ended
 
+    @property
+    def heard_of(self) -> tuple[str, ...]:
+        """On the first node: those whose agents are connected now."""
+        return ()
+
     def leave(self, *, end: bool = False) -> None:
         """Says good-bye, so that this end is none to worry about.
 
@@ -144,6 +149,7 @@ class Listener(Pulse):
         super().__init__(lost_after_s)
         self._secret = secret
         self._nodes = nodes
+        self._lines: dict[int, _Line] = {}
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._server = socket.socket(family, socket.SOCK_STREAM)
         self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -152,8 +158,13 @@ class Listener(Pulse):
         self._server.setblocking(False)
         self._start(threading.Thread(target=self._run, name="pulse", daemon=True))
 
+    @property
+    def heard_of(self) -> tuple[str, ...]:
+        """Nodes whose agents are connected now."""
+        return tuple(line.node for line in list(self._lines.values()) if line.node and not line.bye)
+
     def _run(self) -> None:
-        lines: dict[int, _Line] = {}
+        lines = self._lines
         with selectors.DefaultSelector() as chooser:
             chooser.register(self._server, selectors.EVENT_READ)
             beat = 0.0
@@ -225,6 +236,11 @@ class Caller(Pulse):
         self._hello = f"{secret} {name}\n".encode()
         self._first = first
         self._start(threading.Thread(target=self._run, name="pulse", daemon=True))
+
+    @property
+    def connected(self) -> bool:
+        """Whether the first node's agent is still to be heard of, or heard."""
+        return self._thread is None or self._thread.is_alive()
 
     def _run(self) -> None:
         line = self._connect()

@@ -188,7 +188,8 @@ class _FirstAgent:
 
 def _alive(pid: int, started: float | None) -> bool:
     try:
-        return abs(started_at(pid) - (started or 0.0)) < 2.0
+        zombie = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "Z"
+        return not zombie and abs(started_at(pid) - (started or 0.0)) < 2.0
     except OSError:
         return False
 

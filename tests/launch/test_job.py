@@ -389,12 +389,8 @@ def test_ended_by_slurm(agents: Agents, slurm: FakeSlurm, show: str, state: str,
 def test_the_other_nodes_agent_only_speaks_after_the_first(agents: Agents) -> None:
     agents.cluster = {"kind": "slurm", "nodes": 2, "processes_per_node": 1}
     run = agents.make("die")  # rank 1 is the second node's
-    patch = "import hpcdl.launch.network as n; n.local_address = lambda head, port: head\n"
-    site = agents.runs_dir.parent / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(patch)
-    path = f"{Path(__file__).parent / 'fake_torch'}:{site}"
-    second = agents.node(1, 2, PYTHONPATH=path)
+    agents.meet_on_loopback = True
+    second = agents.node(1, 2)
     until(lambda: list(run.errors.glob("try0.0-node1.json")), "the second node's view")
     time.sleep(0.3)
     assert second.poll() is None  # srun would kill the first node's agent now
@@ -410,13 +406,8 @@ def test_the_other_nodes_agent_only_speaks_after_the_first(agents: Agents) -> No
 def test_a_node_that_can_not_start_ends_the_first_ones_wait(agents: Agents) -> None:
     agents.cluster = {"kind": "slurm", "nodes": 2, "processes_per_node": 1}
     run = agents.make("hang")
-    site = agents.runs_dir.parent / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        "import hpcdl.launch.network as n; n.local_address = lambda head, port: head\n"
-    )
-    path = f"{Path(__file__).parent / 'fake_torch'}:{site}"
-    first = agents.node(0, 2, PYTHONPATH=path)
+    agents.meet_on_loopback = True
+    first = agents.node(0, 2)
     until(lambda: (run.path / "pid-0").exists(), "the first node's worker")
     # The second node's agent has found its disk full; srun sends SIGTERM to the rest.
     plain = {

@@ -185,8 +185,11 @@ def scontrol(argv):
         address = settings().get("addresses", {}).get(argv[-1])
         if address is None:
             fail(f"Node {argv[-1]} not found")
+        state = settings().get("node_states", {}).get(argv[-1], "IDLE")
+        port = f" Port={settings()['port']}" if "port" in settings() else ""
         print(
-            f"NodeName={argv[-1]} Arch=x86_64 CPUTot=4 NodeAddr={address} NodeHostName={argv[-1]} Version=22.05.8"
+            f"NodeName={argv[-1]} Arch=x86_64 CPUTot=4 NodeAddr={address} NodeHostName={argv[-1]}{port} "
+            f"Version=22.05.8 State={state} Partitions=debug"
         )
         return
     if argv[:2] == ["show", "job"]:
@@ -255,6 +258,9 @@ def scancel(argv):
 
 
 def sinfo(argv):
+    if "%N" in argv:
+        print("\n".join(settings().get("partition_nodes", ["n1", "n2", "n3", "n4"])))
+        return
     print("PARTITION AVAIL TIMELIMIT NODES STATE NODELIST\ndebug* up 1-00:00:00 4 idle n[1-4]")
 
 

@@ -88,9 +88,8 @@ for restart in range(args.max_restarts + 1):
     for thread in pumps:
         thread.join(1)
     rank, code = failure
-    say(
-        f"E1122 api.py:1002] failed (exitcode: {code}) local_rank: {rank % args.nproc_per_node} (pid: {workers[rank].pid}) of binary: x"
-    )
+    where = f"local_rank: {rank % args.nproc_per_node} (pid: {workers[rank].pid})"
+    say(f"E1122 api.py:1002] failed (exitcode: {code}) {where} of binary: x")
     if restart < args.max_restarts:
         continue
     say("=" * 60)
