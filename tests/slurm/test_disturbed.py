@@ -1,10 +1,8 @@
-"""Runs that are cancelled, requeued, killed, or watched without the accounting database."""
+"""Runs that are cancelled, killed or launched again."""
 
 from __future__ import annotations
 
-import subprocess
-
-from tests.slurm.cluster import CLUSTER, Cluster
+from tests.slurm.cluster import Cluster
 from tests.slurm.test_runs import LONG, TINY
 
 
@@ -40,22 +38,6 @@ def test_a_killed_agent_is_seen_by_the_next_poll(cluster: Cluster) -> None:
     again = cluster.launch_one(*LONG, "cluster.processes_per_node=2", 'cluster.extra=["--nodelist=c2"]')
     assert again.run_id == run.run_id, "launching again takes the failed run up"
     cluster.wait_state(run.run_id, "RUNNING")
-
-
-def test_everything_works_without_the_accounting_database(cluster: Cluster) -> None:
-    project = subprocess.run(
-        [CLUSTER, "exec", "login", "hostname"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert project == "login"
-    cluster.root("slurmdbd", "pkill -STOP -x slurmdbd")
-    try:
-        run = cluster.launch_one(*TINY, "trainer.max_steps=2")
-        (status,) = cluster.wait_done([run])
-        assert status["exit_code"] == 0
-        assert "loss" in cluster.run("hpcdl", "status", run.job_id).stdout
-        assert cluster.run("hpcdl", "logs", run.job_id).stdout
-    finally:
-        cluster.root("slurmdbd", "pkill -CONT -x slurmdbd")
 
 
 def test_launching_again_finds_the_run(cluster: Cluster) -> None:
