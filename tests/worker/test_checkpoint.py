@@ -362,6 +362,19 @@ def test_a_result_that_finds_no_room_leaves_the_old_one(workers: Workers, source
     assert workers.go(run, 2).outcome()["status"] == "finished"
 
 
+def test_the_best_is_kept_beside_the_last(workers: Workers) -> None:
+    """Held-out losses are noted in the records, the last evaluation's too, which comes after the last save."""
+    keep = {"trainer__keep_last": 1, "trainer__keep_best": 1, "trainer__eval_every": 2}
+    done = workers.train(**{**COMMON, **keep, "optim__lr": 2.0, "optim__warmup_steps": 9})
+    evaluations = {step: loss for step, loss in done.evaluations().items() if step}
+    best = min(evaluations, key=lambda step: (evaluations[step], -step))
+    assert best < STEPS, "else this shows little: take another learning rate"
+    kept = [read(path) for path in sorted(done.run.checkpoints.iterdir())]
+    assert [found and (found.step, found.heldout_loss) for found in kept] == [
+        (step, evaluations[step]) for step in (best, STEPS)
+    ]
+
+
 def test_a_rank_that_dies_while_it_saves(workers: Workers) -> None:
     """The others end with it, at once, and what was whole before stays."""
     run = workers.make(**{**COMMON, "trainer__max_steps": 300, "trainer__checkpoint_every": 1})
