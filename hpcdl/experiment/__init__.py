@@ -10,6 +10,7 @@ resuming.py   the checkpoint of another run that this one goes on from
 secrets.py    secrets that stand in a config
 rules.py      rules between sections
 ranks.py      rules of the ranks: degrees and processes, the batch and who shares it
+elastic.py    rules of a run that may lose nodes: every size that it may come down to
 resources.py  rules of the cluster: what a partition has, what Slurm's options look like
 identity.py   spec → run id
 """

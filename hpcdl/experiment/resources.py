@@ -53,7 +53,7 @@ SET_BY_HPCDL = frozenset(
             "--no-requeue",
         ),
         *("--export", "--open-mode", "--kill-on-invalid-dep", "--parsable", "--wrap", "--chdir", "-D"),
-        *("--wait", "-W", "--test-only"),
+        *("--wait", "-W", "--test-only", "--no-kill", "-k"),
     ]
 )
 """sbatch options that the job script needs as they are."""

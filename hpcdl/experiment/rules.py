@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from hpcdl import compress, parallel, tasks
 from hpcdl.compress import offload, prune, quant
 from hpcdl.errors import Fault
-from hpcdl.experiment import ranks, resources, resuming
+from hpcdl.experiment import elastic, ranks, resources, resuming
 from hpcdl.parallel._mesh import MeshConfig
 from hpcdl.spec import (
     ClusterSpec,
@@ -48,7 +49,18 @@ def malformed(parts: dict[str, Any]) -> bool:
 
 
 def refused(spec: ExperimentSpec) -> Iterator[Fault]:
-    """What the strategy, the methods, the scheme and the task say of the experiment."""
+    """What the strategy, the methods, the scheme and the task say of the experiment, at all sizes that it may have."""
+    yield from _refused(spec)
+    yield from elastic.sizes(spec, _judged)
+
+
+def _judged(spec: ExperimentSpec) -> Iterator[Fault]:
+    parts = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    yield from broken(parts)
+    yield from _refused(spec)
+
+
+def _refused(spec: ExperimentSpec) -> Iterator[Fault]:
     yield from parallel.get(spec.parallel.name).check(spec.parallel, spec)
     yield from compress.get(spec.peft.name).check(spec.peft, spec)
     yield from quant.get(spec.quant.scheme).check(spec.quant, spec)
@@ -322,6 +334,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("trainer", "cluster"), what_is_recomputed_is_offloaded),
     (("trainer",), best_is_known),
     (("cluster",), resources.one_machine_is_one_node),
+    (("cluster",), elastic.bounds),
     (("cluster",), resources.a_process_a_gpu),
     (("cluster",), resources.partition_is_known),
     (("cluster",), resources.fits_the_partition),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hpcdl import secrets
 from hpcdl.errors import HpcdlError, RunFailedError, SupersededError
+from hpcdl.launch import before as before_this
 from hpcdl.launch import (
     causes,
     closing,
@@ -134,6 +135,9 @@ class Agent:
             "preflight": self._measured,
         }
         before = self.run.read_state()
+        lost = before_this.lost(self.run, self.attempt) if place.kind == "slurm" else None
+        if lost is not None:
+            self.run.event(lost[0], **lost[1])
         fence.update(
             self.run,
             self.attempt,
@@ -197,6 +201,7 @@ class Agent:
             killed=self._killed,
             out_of_memory=self._memory_ran_out(),
             cause=self._over.cause if self._over else None,
+            judged=self._judge.judged if self._judge else None,
             lost=self._over.lost if self._over else (),
             told=self._over is not None,
         )

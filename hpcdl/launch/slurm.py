@@ -94,11 +94,12 @@ def _header(request: JobRequest) -> list[str]:
     """The #SBATCH lines."""
     cluster = request.cluster
     last = len(request.run_dirs) - 1
+    elastic = cluster.min_nodes is not None and cluster.min_nodes < cluster.nodes
     options: dict[str, Any] = {
         "job-name": request.name,
         "comment": COMMENT + request.token,
         "array": f"0-{last}%{min(cluster.array_parallelism, last + 1)}",
-        "nodes": cluster.nodes,
+        "nodes": f"{cluster.min_nodes}-{cluster.nodes}" if elastic else cluster.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": cluster.cpus_per_node,
         "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
@@ -119,6 +120,8 @@ def _header(request: JobRequest) -> list[str]:
         "open-mode": "append",
     }
     lines = [f"#SBATCH --{name}={_word(str(value))}" for name, value in options.items() if value is not None]
+    if elastic:  # else Slurm ends the job where it loses a node
+        lines.append("#SBATCH --no-kill")
     return [*lines, "#SBATCH --requeue", *(f"#SBATCH {option}" for option in cluster.extra)]
 
 

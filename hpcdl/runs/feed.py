@@ -131,6 +131,10 @@ def _event_line(event: dict[str, Any]) -> str:
         return f"checkpoint at step {event.get('step')}"
     if kind == "checkpoint_failed" or (kind == "warning" and event.get("checkpoint")):
         return str(event.get("message"))
+    if kind == "restarting":
+        return f"{event.get('reason')}; {event.get('why')}"
+    if kind == "lost":
+        return str(event.get("message"))
     if kind == "restarted":
         return f"restarted in place, for the {event.get('restart')}. time"
     if kind == "stopping":

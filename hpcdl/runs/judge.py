@@ -127,7 +127,7 @@ def _waiting(run: RunDir, state: RunState, job: Job) -> Verdict:
     # Slurm put it back itself (pre-empted, a node failed): the agent had no time to say so. The agent of
     # the next try counts the requeue, from $SLURM_RESTART_COUNT.
     details = {"reason": "Slurm put the job back into its queue", "requeues": state.requeues + 1}
-    event = ("requeued", {**details, "way": "slurm"})
+    event = ("requeued", {**details, "way": "slurm", "found_by": "poll"})
     return Verdict(changes={"state": "PENDING", "reason": "put back into the queue by Slurm"}, event=event)
 
 

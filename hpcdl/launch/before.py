@@ -1,0 +1,39 @@
+"""The try before this one, where it ended without a word: its first node was lost, and Slurm has started the job anew.
+
+Nobody was there to say so. The next try's agent says it, with what Slurm knows of the nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpcdl.launch import nodes
+from hpcdl.runs.store import RunDir
+
+_LAST_WORDS = frozenset({"started", "restarting", "requeued", "failed", "finished", "cancelled", "submitted"})
+
+
+def lost(run: RunDir, attempt: str) -> tuple[str, dict[str, Any]] | None:
+    """The event that tells of it; None where that try has said how it ended.
+
+    Args:
+        run: the run.
+        attempt: this try.
+    """
+    events = [event for event in run.events() if event.get("event") in _LAST_WORDS]
+    if not events:
+        return None
+    last = events[-1]
+    # A poll, which found the job back in the queue, doesn't know why either.
+    unexplained = last["event"] == "requeued" and last.get("found_by") == "poll" and "kind" not in last
+    if last["event"] != "started" and not unexplained:
+        return None
+    started = next((event for event in reversed(events) if event["event"] == "started"), None)
+    if started is None or started.get("try") == attempt:
+        return None
+    names = [str(name) for name in started.get("node_list", ())]
+    down = nodes.down(names)
+    where = ", ".join(f"{name} is {state}" for name, state in down.items())
+    why = f"a node was lost: {where}" if down else "a node was lost, or Slurm has ended it"
+    message = f"try {started.get('try')} on {', '.join(names)} left no last word: {why}"
+    return "lost", {"try": started.get("try"), "node_list": names, "down": sorted(down), "message": message}
