@@ -85,6 +85,11 @@ def _first_start(overrides: Sequence[str], environment: Mapping[str, str], token
             f"runs_dir={options.runs_dir} stands in a YAML file, where a requeued job doesn't look\n"
             f"fix: put it on the command line, or export HPCDL_RUNS={options.runs_dir}"
         )
+    if options.after is not None:
+        raise UsageError(
+            f"after={options.after}: this job has started already, and can't wait\n"
+            "fix: sbatch --dependency=afterok:JOB --kill-on-invalid-dep=yes …, or hpcdl launch … after=RUN"
+        )
     if point.spec.cluster.kind != "slurm":
         raise UsageError("this is a Slurm job: leave cluster=local out")
     (planned,) = points.plan([point], options)
@@ -96,7 +101,7 @@ def _first_start(overrides: Sequence[str], environment: Mapping[str, str], token
         state = planned.view.state
         raise UsageError(f"{planned.run.path} is {state.state} already, as job {state.job_id or '-'}")
     planned = dataclasses.replace(planned, spec=_with_cpus(planned.spec, flags.overrides, environment))
-    request = dataclasses.replace(points.request([planned], planned.spec.cluster, options, ()), token=token)
+    request = dataclasses.replace(points.request([planned], planned.spec.cluster, options, ()), token=token, code=None)
     with private.made_for(options.readable_by, planned.run.runs_dir, planned.run.path.parent):
         return submit.adopt(points.Batch(request=request, runs=(planned,)), _job_id(environment))
 

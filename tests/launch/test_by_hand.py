@@ -96,6 +96,7 @@ def test_faults_are_shown_as_everywhere(capsys: pytest.CaptureFixture[str]) -> N
     [
         ([], {}, "there is no Slurm job here"),
         ([*TINY, "cluster=local"], JOB, "leave cluster=local out"),
+        ([*TINY, "after=40"], JOB, "sbatch --dependency=afterok:JOB"),
     ],
 )
 def test_refusals(overrides: list[str], environment: dict[str, str], words: str) -> None:
