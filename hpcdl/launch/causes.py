@@ -103,6 +103,8 @@ def find(
         for c in (*causes, own)
         if not c.by_torchrun or c.signal or (c.rank is not None and c.rank not in spoken)
     ]
+    if any(c.kind == "hang" for c in heard):
+        heard = [c for c in heard if not c.by_torchrun]  # killed by their agents, because of it
     return min(heard or [own], key=_when)
 
 

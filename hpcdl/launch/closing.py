@@ -30,6 +30,14 @@ _FINAL: frozenset[State] = frozenset({"COMPLETED", "CANCELLED"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A failure that the first node's agent has looked at while torchrun was still there."""
+
+    cause: causes.Cause
+    failure: progress.Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
     """What torchrun has left behind on this node."""
 
@@ -47,6 +55,8 @@ class Left:
     """Whether the first node's agent was itself killed: this is what its supervisor saw."""
     cause: causes.Cause | None = None
     """What ended the try, where it is known outright: a node or an agent was lost."""
+    judged: Judged | None = None
+    """What ended the try, where it was told before torchrun was ended."""
     lost: tuple[str, ...] = ()
     """Nodes of the job that can't be used any more."""
     told: bool = False
@@ -92,7 +102,8 @@ class Closing:
         cause: list[causes.Cause] = []
 
         def root_cause() -> tuple[State, str]:
-            cause.append(left.cause or self.cause(left.words, killed_by_kernel=left.out_of_memory))
+            told = left.cause or (left.judged.cause if left.judged else None)
+            cause.append(told or self.cause(left.words, killed_by_kernel=left.out_of_memory))
             return "OUT_OF_MEMORY" if cause[0].out_of_memory else "FAILED", cause[0].reason
 
         seen = self._seen(left)
@@ -104,6 +115,8 @@ class Closing:
             return self._finish(end, "")
         if cause:
             failure = progress.of_cause(cause[0], progress.saved(self._run), self.reached())
+            if left.judged is not None and left.cause is None:
+                failure = left.judged.failure
         elif end.requeue and seen.outcome is not None:
             kind: kinds.Kind = "timeout" if end.state == "TIMEOUT" else "preempted"
             failure = progress.Failure(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from hpcdl.launch import causes, progress
+from hpcdl.launch import causes, closing, progress
 from hpcdl.launch.child import Torchrun
 from hpcdl.launch.closing import Closing
 from hpcdl.launch.place import Place
@@ -40,6 +40,8 @@ class Judge:
         self._recorded = 0
         self._judged = 0
         self._since = 0.0
+        self.judged: closing.Judged | None = None
+        """What was taken for no restart in place; what the ended workers say after it is its echo."""
 
     def look(self, child: Torchrun, *, killed_by_kernel: bool) -> str:
         """Why torchrun must be ended; empty where it may go on.
@@ -77,6 +79,7 @@ class Judge:
         failure = progress.of_cause(cause, progress.saved(self._run), self._end.reached())
         decided = self._end.verdict(failure)
         if decided.then != "restart":
+            self.judged = closing.Judged(cause=cause, failure=failure)
             return f"{cause.reason}; {decided.why}"
         details = {
             **progress.details(failure, decided),

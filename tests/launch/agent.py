@@ -4,12 +4,15 @@ import os
 import sys
 from pathlib import Path
 
-from hpcdl.launch import child, job, memory
+from hpcdl.launch import child, hang, job, memory, preflight
 
 child.CLOSING_GRACE_S = 1.0
 if "CGROUPS" in os.environ:  # a control group that the tests' worker counts its own death in
     CGROUPS = Path(os.environ["CGROUPS"])
     kills = memory.kills
     memory.kills = lambda: kills(CGROUPS / "cgroup", CGROUPS)
+hang.LOOK_EVERY_S = 0.1
+if os.environ.get("SLURMD_NODENAME", "") == os.environ.get("UNFIT"):
+    preflight.available_bytes = lambda: 0
 
 sys.exit(job.main(sys.argv[1:], worker=(str(Path(__file__).with_name("tiny_worker.py")),)))

@@ -26,11 +26,13 @@ AGENT = HERE / "agent.py"
 SUPERVISOR = HERE / "supervisor.py"
 TOKEN = "20260131-120000-ab12"
 GOLDEN = HERE.parent / "golden"
+ANSWERS, SILENT = "127.0.0.1", "127.0.0.2"
+"""Addresses of nodes whose slurmd answers, and doesn't."""
 
 
 def request(count: int = 1, *, runs_dir: Path = Path("/shared/runs"), **fields: Any) -> JobRequest:
     """A submission of `count` runs; the other fields are ClusterSpec's and JobRequest's own."""
-    own = {k: fields.pop(k) for k in ("token", "name", "python") if k in fields}
+    own = {k: fields.pop(k) for k in ("token", "name", "python", "code") if k in fields}
     jobs = fields.pop("after_jobs", ())
     own["parents"] = tuple(Parent(run=None, name=f"job {job}", job_id=job) for job in jobs)
     values = {"token": TOKEN, "name": "lora", "python": "/shared/env/bin/python", **own}
@@ -198,3 +200,15 @@ class Agents:
                 process.wait()
             if process.stderr:
                 process.stderr.close()
+
+
+def job_show(**more: str) -> str:
+    """What `scontrol show job` says of a running job."""
+    fields = {"JobState": "RUNNING", "Reason": "None", "Restarts": "0", "Partition": "debug"}
+    plain = {"ReqNodeList": "(null)", "ExcNodeList": "(null)", **fields, **more}
+    return "JobId=12 " + " ".join(f"{key}={value}" for key, value in plain.items())
+
+
+def events(agents: Agents, kind: str) -> list[dict[str, Any]]:
+    """Those of one kind."""
+    return [event for event in agents.run.events() if event["event"] == kind]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +13,7 @@ import pytest
 
 from hpcdl.launch import nodes, steps
 from tests.fake_slurm import FakeSlurm
-from tests.launch.making import Agents, alive, until
-
-HERE, SILENT = "127.0.0.1", "127.0.0.2"
-
-
-@pytest.fixture
-def cluster(slurm: FakeSlurm) -> Iterator[FakeSlurm]:
-    """Nodes n1 to n4, of which all answer but n4: a slurmd listens on one of two loopback addresses."""
-    with socket.create_server((HERE, 0)) as slurmd:
-        (slurm.folder / "tasks").mkdir()
-        (slurm.folder / "tasks" / "12_0.json").write_text(
-            '{"state": "RUNNING", "restarts": 0, "reason": "None", "comment": ""}'
-        )
-        addresses = {"n1": HERE, "n2": HERE, "n3": HERE, "n4": SILENT}
-        slurm.set(port=slurmd.getsockname()[1], addresses=addresses, job_show=job_show())
-        yield slurm
-
-
-def job_show(**more: str) -> str:
-    fields = {"JobState": "RUNNING", "Reason": "None", "Restarts": "0", "Partition": "debug"}
-    plain = {"ReqNodeList": "(null)", "ExcNodeList": "(null)", **fields, **more}
-    return "JobId=12 " + " ".join(f"{key}={value}" for key, value in plain.items())
+from tests.launch.making import ANSWERS, SILENT, Agents, alive, events, job_show, until
 
 
 def agents_of(supervisor: subprocess.Popen[str]) -> tuple[int, list[int]]:
@@ -47,10 +24,6 @@ def agents_of(supervisor: subprocess.Popen[str]) -> tuple[int, list[int]]:
 
     (srun,) = until(lambda: children(supervisor.pid), "srun has started")
     return srun, children(srun)
-
-
-def events(agents: Agents, kind: str) -> list[dict[str, Any]]:
-    return [event for event in agents.run.events() if event["event"] == kind]
 
 
 def test_srun_that_ends_well_is_all(agents: Agents, cluster: FakeSlurm) -> None:
@@ -138,7 +111,7 @@ def lose_a_node(agents: Agents, cluster: FakeSlurm, mode: str, **spec: Any) -> t
     until(lambda: run.read_state().state == "RUNNING", "the first agent has begun")
     log = run.logs / "n1-try0.0.log"
     until(lambda: "hears node n2" in log.read_text(), "the agents hear of each other")
-    addresses = {"n1": HERE, "n2": SILENT, "n3": HERE}
+    addresses = {"n1": ANSWERS, "n2": SILENT, "n3": ANSWERS}
     cluster.set(addresses=addresses)
     os.kill(agents_of(job)[1][1], signal.SIGKILL)
     return agents.end(job)

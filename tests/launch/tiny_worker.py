@@ -77,8 +77,10 @@ def steps():
         progress.reach(step)
     if mode == "same_step" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    while True:
-        stick() if rank == 1 else time.sleep(0.02)
+    if rank == 1:
+        stick()
+    waiting = "import time\nwhile True: time.sleep(0.02)"
+    exec(compile(waiting, "/x/site-packages/torch/distributed/distributed_c10d.py", "exec"))
 
 
 def stick():
