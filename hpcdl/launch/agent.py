@@ -117,7 +117,7 @@ class Agent:
     def _preflight(self) -> None:
         """Looks at this node; what is only a warning is told, what is a fault is raised."""
         name = self.place.name
-        report = preflight.check(self.run, name)
+        report = preflight.check(self.run, name, in_a_hurry=lambda: bool(self._signals))
         for warning in report.warnings:
             self._say(f"preflight: {warning}")
             self.run.event("warning", message=f"preflight on node {name}: {warning}")

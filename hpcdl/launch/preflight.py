@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ PROCESS_BYTES = 300 * 1024**2
 """What a worker holds before its model, at least (hpcdl.plan.memory.RUNTIME_BYTES less what workers share)."""
 MEMORY_SHARE = 0.9
 """Of `cluster.mem_gb` what must really be free: the kernel and the node's services take some of what Slurm promises."""
+ROOM_WAIT_S = 60.0
+"""How long to wait for room on a shared disk that is full: whoever filled it may be clearing up, and a job that goes
+back into the queue is back in seconds."""
 _CLOCK_WARNING_S = 2.0
 _GIB = 1024**3
 
@@ -56,13 +59,19 @@ class Report:
             raise NotFitError(self.node, self.shared, shared=True)
 
 
-def check(run: RunDir, node: str, environment: Mapping[str, str] = os.environ) -> Report:
+def check(
+    run: RunDir,
+    node: str,
+    environment: Mapping[str, str] = os.environ,
+    in_a_hurry: Callable[[], bool] = lambda: False,
+) -> Report:
     """Looks at this node.
 
     Args:
         run: the run that is to train here.
         node: this node's name.
         environment: with the job's id and its GPUs.
+        in_a_hurry: whether not to wait for room: a signal has come.
 
     Returns:
         What was measured, and what is worth a warning.
@@ -77,7 +86,7 @@ def check(run: RunDir, node: str, environment: Mapping[str, str] = os.environ) -
     plain = torchrun.plain_spec(run)
     # A run of an older version has no such section.
     settings: Mapping[str, Any] = plain.get("preflight") or {"name": "none", "disk_gb": None}
-    _room(run, plain, settings["disk_gb"], report)
+    _room(run, plain, settings["disk_gb"], report, in_a_hurry)
     if settings["name"] != "none":
         _clock(skew_s, settings["clock_s"], report)
         _own_disk(report)
@@ -127,8 +136,13 @@ def _probe(run: RunDir, node: str) -> float:
     return before - written if written < before else min(0.0, after - written)
 
 
-def _room(run: RunDir, plain: Mapping[str, Any], disk_gb: float | None, report: Report) -> None:
-    free = shutil.disk_usage(run.path).free
+def _room(
+    run: RunDir,
+    plain: Mapping[str, Any],
+    disk_gb: float | None,
+    report: Report,
+    in_a_hurry: Callable[[], bool],
+) -> None:
     need, why = MIN_FREE_BYTES, "the run needs"
     if disk_gb is not None:
         need, why = round(disk_gb * _GIB), "preflight.disk_gb says"
@@ -139,6 +153,11 @@ def _room(run: RunDir, plain: Mapping[str, Any], disk_gb: float | None, report: 
         one = checkpoint_bytes(spec_of(plain))
         if one is not None:
             need, why = need + one, "logs and a checkpoint of this experiment need"
+    deadline = time.monotonic() + ROOM_WAIT_S
+    while (free := shutil.disk_usage(run.path).free) < need:
+        if time.monotonic() > deadline or in_a_hurry():
+            break
+        time.sleep(0.5)
     report.measured["disk_free_gb"] = round(free / _GIB, 2)
     if free < need:
         report.shared.append(f"the disk of {run.path} is full: {_size(free)} are free, {why} {_size(need)}")

@@ -37,6 +37,11 @@ def make(tmp_path: Path, cluster: dict[str, Any] | None = None, **settings: Any)
     return run
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ROOM_WAIT_S", 0.0)
+
+
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], None]:
     """Says how much is free below a folder."""
@@ -100,6 +105,24 @@ def test_room_for_a_checkpoint_of_this_experiment(tmp_path: Path, free: Any) -> 
     error = lacking(run)
     assert error.shared, "no node is left out for it"
     assert "logs and a checkpoint of this experiment need" in str(error)
+
+
+def test_it_waits_for_room_for_a_while(tmp_path: Path, free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ROOM_WAIT_S", 60.0)
+    run = make(tmp_path)
+    free(str(run.path), 0.0)
+    asked = []
+
+    def clear_up() -> bool:
+        asked.append(1)
+        free(str(run.path), 2.0**40)
+        return False
+
+    assert preflight.check(run, "c2", {}, clear_up).measured["disk_free_gb"] == 1024
+    free(str(run.path), 0.0)
+    with pytest.raises(NotFitError, match="is full"):
+        preflight.check(run, "c2", {}, lambda: True)
+    assert len(asked) == 1
 
 
 def test_room_as_the_config_says(tmp_path: Path, free: Any) -> None:
