@@ -33,7 +33,7 @@ LEFT_OUT = {
 """What changes neither the result nor what is measured. kind, nodes and processes stay in, so that a sweep
 over them makes different runs."""
 
-SECTIONS_LEFT_OUT = ("tracker", "monitor", "preflight")
+SECTIONS_LEFT_OUT = ("code", "tracker", "monitor", "preflight")
 
 
 def digest(spec: ExperimentSpec) -> str:

@@ -85,13 +85,13 @@ def name_is_a_folder(name: str) -> Iterator[Fault]:
 
 
 def runs_dir_is_a_folder(runs_dir: str) -> Iterator[Fault]:
-    """Run directories stand in scripts, one a line."""
-    if not runs_dir.strip() or re.search(r"[\x00-\x1f]", runs_dir):
+    """Run directories stand in scripts, one a line, and their code in PYTHONPATH."""
+    if not runs_dir.strip() or re.search(r"[\x00-\x1f:]", runs_dir):
         yield Fault(
             key="runs_dir",
             value=repr(runs_dir),
             problem="is no folder's name",
-            allowed="a path without line breaks",
+            allowed="a path without line breaks and colons",
             fix="runs_dir=runs",
         )
 

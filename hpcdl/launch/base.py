@@ -28,6 +28,8 @@ class JobRequest:
     """Python on the compute nodes."""
     parents: tuple[Parent, ...] = ()
     """What must have succeeded first."""
+    code: Path | None = None
+    """The copy of hpcdl that the job runs (hpcdl.launch.frozen); null: what is installed."""
 
     @property
     def after_jobs(self) -> tuple[str, ...]:

@@ -49,6 +49,12 @@ def snapshot() -> dict[str, str]:
     return files
 
 
+def commit_of(folder: Path) -> tuple[str, bool]:
+    """The commit of the checkout that a folder lies in, and whether the folder differs from it; empty outside."""
+    commit = _git(folder, "rev-parse", "HEAD").strip() if shutil.which("git") else ""
+    return commit, bool(commit and _git(folder, "status", "--porcelain", "--", ".").strip())
+
+
 def public(diff: str) -> tuple[str, list[str], int]:
     """A diff without secrets: itself, the files left out, and in how many lines something was hidden.
 

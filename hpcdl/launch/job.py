@@ -24,10 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcdl.errors import HpcdlError, UsageError
-from hpcdl.launch import begin, torchrun
+from hpcdl.launch import begin, frozen, torchrun
 from hpcdl.launch.agent import Agent
 from hpcdl.launch.place import find
 from hpcdl.runs import chain, fence, private
+from hpcdl.runs.kinds import NEVER_RESTART
+from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir
 
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str], worker: Sequence[str] = torchrun.WORKER) -> int:
     try:
         if len(argv) not in (1, 2):
             raise UsageError("usage: python -m hpcdl.launch.job RUNS_FILE [INDEX]")
+        frozen.require(os.environ)
         runs_file = Path(argv[0])
         place = find(runs_file, int(argv[1]) if len(argv) == 2 else None, os.environ)
         private.require_mine(runs_file.parent)
@@ -56,6 +59,10 @@ def main(argv: Sequence[str], worker: Sequence[str] = torchrun.WORKER) -> int:
         return 1
     if state.state == "COMPLETED":
         return 0
+    if state.exit_code == NEVER_RESTART and state.state not in ACTIVE:
+        # Somebody has put the job back (scontrol requeue, a site's RequeueExit): a new launch is another try.
+        print(f"hpcdl: {run.path} is not tried again: {state.reason}; hpcdl launch it anew", file=sys.stderr)
+        return NEVER_RESTART
     code = begin.nothing_to_do(run, place)
     if code is not None:
         return code

@@ -40,6 +40,7 @@ class LocalBackend:
             f"# {request.name}: {last + 1} run{'s' if last else ''} on this machine",
             f"# The agent starts: {torchrun.preview(request.cluster, request.python)}",
             f"HPCDL_PYTHON={shlex.quote(request.python)}",
+            f"HPCDL_CODE={shlex.quote(str(request.code or ''))}",
             f"HPCDL_RUNS_FILE={shlex.quote(str(request.folder / 'runs.txt'))}",
             *template.frame_arrays(request.cluster),
             "",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hpcdl.errors import UsageError
 from hpcdl.experiment.resolve import absolute
+from hpcdl.launch import frozen
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.slurm import chunks, throttles
 from hpcdl.launch.sweep import Point
@@ -181,6 +182,7 @@ def request(
         run_dirs=tuple(item.run.path for item in runs),
         python=cluster.python or sys.executable,
         parents=tuple(after),
+        code=frozen.folder_in(runs_folder(options)),
     )
 
 

@@ -63,6 +63,7 @@ class SlurmBackend:
         variables = [
             f"# Each node's agent starts: {torchrun.preview(cluster, request.python)}",
             f"HPCDL_PYTHON={shlex.quote(request.python)}",
+            f"HPCDL_CODE={shlex.quote(str(request.code or ''))}",
             f"HPCDL_RUNS_FILE={shlex.quote(str(request.folder / 'runs.txt'))}",
             f"HPCDL_SRUN_ARGS=({' '.join(shlex.quote(a) for a in cluster.srun_args)})",
         ]

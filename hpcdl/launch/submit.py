@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcdl.errors import SchedulerError, UsageError
-from hpcdl.launch import backends, code, lost
+from hpcdl.launch import backends, code, frozen, lost
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.launch.points import Batch, Planned
@@ -94,6 +94,8 @@ def _is_open(item: Planned) -> bool:
 
 
 def _submit(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> Submitted:
+    if request.code is not None:
+        frozen.write(request.code)
     # Whoever looks meanwhile finds out from here whether the launcher still lives.
     _record(request, job_id=None)
     mine = _claim(request, runs, sweep)
@@ -180,9 +182,8 @@ class SpecTexts:
 
     def text(self, item: Planned) -> str:
         """The content of spec.yaml: the same as the whole spec's in one go."""
-        return "".join(
-            self._section(f.name, getattr(item.spec, f.name)) for f in dataclasses.fields(item.spec)
-        )
+        spec = dataclasses.replace(item.spec, code=frozen.identity())
+        return "".join(self._section(f.name, getattr(spec, f.name)) for f in dataclasses.fields(spec))
 
     def _section(self, name: str, value: object) -> str:
         if not dataclasses.is_dataclass(value):

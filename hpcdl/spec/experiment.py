@@ -41,6 +41,8 @@ class ExperimentSpec:
     tracker: TrackerSpec
     monitor: MonitorSpec
     preflight: PreflightSpec = field(default_factory=PreflightSpec)
+    code: str | None = None
+    """Which code runs: hpcdl's version, a digest of its files, the commit. The launcher writes it."""
 
 
 def default_runs_dir() -> str:

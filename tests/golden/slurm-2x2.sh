@@ -14,6 +14,7 @@
 
 # Each node's agent starts: /shared/env/bin/python -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-id=JOB_ID --rdzv-endpoint=HEAD:PORT --rdzv-conf=is_host=FIRST_NODE,join_timeout=600,read_timeout=600 --local-addr=THIS_NODE --max-restarts=3 --signals-to-handle=SIGQUIT --tee=3 --log-dir=TMP -m hpcdl.worker.main RUN_DIR
 HPCDL_PYTHON=/shared/env/bin/python
+HPCDL_CODE=''
 HPCDL_RUNS_FILE=/shared/runs/.submissions/20260131-120000-ab12/runs.txt
 HPCDL_SRUN_ARGS=()
 HPCDL_SETUP=()
@@ -55,6 +56,13 @@ trap - ERR
 trap hpcdl_end EXIT # again: a setup line may have set one of its own
 hpcdl_stage=training
 set -euo pipefail
+
+# hpcdl as it was at submission goes before what is installed, and before the folder that the job was sent from.
+if [[ -n $HPCDL_CODE ]]; then
+    export HPCDL_CODE PYTHONSAFEPATH=1 PYTHONPATH="$HPCDL_CODE${PYTHONPATH:+:$PYTHONPATH}"
+else
+    unset HPCDL_CODE # of a run that this one was launched from
+fi
 
 # ---- hpcdl: on Slurm's nodes ----
 # A launch from inside another run must not take over what was that run's.

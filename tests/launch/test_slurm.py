@@ -75,7 +75,7 @@ def test_the_body_is_the_hand_templates_own_text() -> None:
     by_hand = template.path().read_text()
     body = by_hand[by_hand.index(template.MARKER) :]
     assert BACKEND.render(request()).endswith(body)
-    assert "\nsrun --export=ALL " in body
+    assert "    srun --export=ALL " in body
 
 
 def test_array_and_interactive_reuse_the_same_text() -> None:
