@@ -97,6 +97,8 @@ class Agent:
             preflight.readable(self.run, self.place.name)
             cluster = torchrun.resources(self.run)
             end = closing.Closing(self.run, self.place, self.attempt, cluster, self._say, self._reached)
+            if self.place.first and self.place.kind == "slurm":
+                before_this.tell(self.run, self.attempt, cluster.max_requeues)
             self._preflight()
             self._judge = judging.Judge(self.run, self.place, self.attempt, end, cluster.max_restarts)
             left = self._torchrun(cluster)
@@ -109,9 +111,9 @@ class Agent:
         self.again = end.again if end is not None else ()
         return code
 
-    def _reached(self) -> int:
+    def _reached(self, restart: int | None = None) -> int:
         """The last step of this try: its ranks' own word, else the last one that was logged."""
-        step = self._guard.watch.step if self._guard is not None else None
+        step = self._guard.watch.step(restart) if self._guard is not None else None
         return self.run.step() if step is None else step
 
     def _preflight(self) -> None:
@@ -135,9 +137,6 @@ class Agent:
             "preflight": self._measured,
         }
         before = self.run.read_state()
-        lost = before_this.lost(self.run, self.attempt) if place.kind == "slurm" else None
-        if lost is not None:
-            self.run.event(lost[0], **lost[1])
         fence.update(
             self.run,
             self.attempt,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpcdl.launch import nodes
+from hpcdl.errors import RunFailedError
+from hpcdl.launch import nodes, progress
 from hpcdl.runs.store import RunDir
 
 _LAST_WORDS = frozenset({"started", "restarting", "requeued", "failed", "finished", "cancelled", "submitted"})
@@ -36,4 +37,32 @@ def lost(run: RunDir, attempt: str) -> tuple[str, dict[str, Any]] | None:
     where = ", ".join(f"{name} is {state}" for name, state in down.items())
     why = f"a node was lost: {where}" if down else "a node was lost, or Slurm has ended it"
     message = f"try {started.get('try')} on {', '.join(names)} left no last word: {why}"
-    return "lost", {"try": started.get("try"), "node_list": names, "down": sorted(down), "message": message}
+    return progress.LOST, {
+        "try": started.get("try"),
+        "node_list": names,
+        "down": sorted(down),
+        "saved": progress.saved(run),
+        "message": message,
+    }
+
+
+def tell(run: RunDir, attempt: str, max_requeues: int) -> None:
+    """Tells of it, and ends the run where that goes on and on: Slurm itself never stops starting a job anew.
+
+    Args:
+        run: the run.
+        attempt: this try.
+        max_requeues: cluster.max_requeues. What Slurm does by itself it may do some times in any case.
+
+    Raises:
+        RunFailedError: so many tries were lost without any progress.
+    """
+    event = lost(run, attempt)
+    if event is None:
+        return
+    past = progress.history(run.events(), int(attempt.partition(".")[0]))
+    limits = progress.Limits(max_restarts=0, max_requeues=max(max_requeues, progress.SAME_STEP))
+    decided = progress.verdict(past, progress.lost(event[1]["saved"]), limits)
+    run.event(event[0], **event[1])
+    if decided.then == "stop":
+        raise RunFailedError(f"{event[1]['message']}; {decided.why}")

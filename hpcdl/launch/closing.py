@@ -72,7 +72,8 @@ class Closing:
         attempt: the try.
         cluster: what the run may use of the cluster.
         say: tells the node's log and the job's output.
-        reached: the last step of this try, where somebody knows it better than metrics.jsonl does.
+        reached: the last step of this try, after so many restarts in place (None: after the last one), where
+            somebody knows it better than metrics.jsonl does.
     """
 
     def __init__(
@@ -82,14 +83,14 @@ class Closing:
         attempt: str,
         cluster: torchrun.NodeResources,
         say: Callable[[str], None],
-        reached: Callable[[], int] | None = None,
+        reached: Callable[[int | None], int] | None = None,
     ) -> None:
         self._run = run
         self._place = place
         self._attempt = attempt
         self._cluster = cluster
         self._say = say
-        self.reached = reached or run.step
+        self.reached = reached or (lambda _: run.step())
         self.again: tuple[str, ...] = ()
         """Nodes that the next try in place runs on; none where there is no such try."""
 
@@ -114,7 +115,7 @@ class Closing:
         if end.state in _FINAL:
             return self._finish(end, "")
         if cause:
-            failure = progress.of_cause(cause[0], progress.saved(self._run), self.reached())
+            failure = progress.of_cause(cause[0], progress.saved(self._run), self.reached(None))
             if left.judged is not None and left.cause is None:
                 failure = left.judged.failure
         elif end.requeue and seen.outcome is not None:

@@ -151,15 +151,19 @@ class Watch:
         self._looked = time.monotonic()
         self._step: int | None = None
 
-    @property
-    def step(self) -> int | None:
+    def step(self, restart: int | None = None) -> int | None:
         """The last step that a rank of this node has come to; None where none has given a sign.
 
         Once the folder is gone, as it was when it was last asked for.
+
+        Args:
+            restart: after so many restarts in place; None: after the last one.
         """
-        said = beats.listen(self._folder)
+        said = beats.listen(self._folder, restart)
         if said:
             self._step = max(beat.step for beat in said)
+        elif restart is not None and beats.listen(self._folder):
+            return 0  # it ended before its first sign
         return self._step
 
     def look(self) -> Hang | None:

@@ -76,7 +76,7 @@ class Judge:
         cause = causes.find(
             self._run, self._attempt, child.words, self._place.name, killed_by_kernel=killed_by_kernel
         )
-        failure = progress.of_cause(cause, progress.saved(self._run), self._end.reached())
+        failure = progress.of_cause(cause, progress.saved(self._run), self._end.reached(self._recorded - 1))
         decided = self._end.verdict(failure)
         if decided.then != "restart":
             self.judged = closing.Judged(cause=cause, failure=failure)

@@ -30,6 +30,9 @@ BY_TORCHRUN = "torchrun"
 BY_THE_JOB = "job"
 """Who restarts in place (`in_place` of the event): torchrun its workers, or the job a new try of its own."""
 
+LOST = "lost"
+"""The event by which a try tells that the one before it left no last word (hpcdl.launch.before)."""
+
 _NEVER: frozenset[Kind] = frozenset({"fault", "memory"})
 _ELSEWHERE: frozenset[Kind] = frozenset({"node", "device"})
 """What a restart on the same nodes doesn't help."""
@@ -188,31 +191,30 @@ def details(failure: Failure, decided: Verdict) -> dict[str, Any]:
 def history(events: Iterable[Mapping[str, Any]], attempt: int) -> list[Failure]:
     """This launch's tries that did not end well, oldest first, from events.jsonl.
 
-    A try that was started and of which no end is told was lost with its node, or Slurm put the job back
-    before its agent could speak: it stands here as `node`, with what was saved when the next one started.
-
     Args:
         events: all of the run's.
         attempt: RunState.attempt: an earlier launch's failures don't count.
     """
     found: list[Failure] = []
-    open_try = False
     for event in events:
         kind = event.get("event")
-        if kind == "started":
-            if str(event.get("try", "")).partition(".")[0] != str(attempt):
-                found, open_try = [], False
-                continue
-            if open_try:
-                saved = _int(event.get("saved"))
-                found.append(Failure(kind="node", step=saved, saved=saved, then="requeue"))
-            open_try = True
+        other = kind == "started" and str(event.get("try", "")).partition(".")[0] != str(attempt)
+        if other or kind == "submitted":
+            found = []
+        elif kind == LOST:
+            found.append(lost(_int(event.get("saved"))))
         elif kind in (RESTARTING, "requeued") and event.get("kind") in get_args(Kind):
             found.append(_read(event, "restart" if kind == RESTARTING else "requeue"))
-            open_try = kind == RESTARTING and event.get("in_place") != BY_THE_JOB
-        elif kind == "submitted":
-            found, open_try = [], False
     return found
+
+
+def lost(saved_step: int) -> Failure:
+    """A try that left no last word, and that Slurm has started anew by itself.
+
+    Args:
+        saved_step: step of the newest whole checkpoint when the next one began.
+    """
+    return Failure(kind="node", step=saved_step, saved=saved_step, then="requeue")
 
 
 def _read(event: Mapping[str, Any], then: Then) -> Failure:

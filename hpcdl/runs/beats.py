@@ -47,7 +47,7 @@ class Heart:
         self._count, self.step, self._phase = 0, 0, 0
         self._map: mmap.mmap | None = None
         if folder is not None:
-            with (folder / f"rank-{rank}").open("w+b") as file:
+            with (folder / f"rank-{rank}-{restart}").open("w+b") as file:
                 file.truncate(_RECORD.size)
                 self._map = mmap.mmap(file.fileno(), _RECORD.size)
         self.say()
@@ -64,9 +64,14 @@ class Heart:
         return before
 
 
-def listen(folder: Path) -> list[Beat]:
-    """What the node's ranks last said, by rank; a record that is being written is left out."""
-    found = []
+def listen(folder: Path, restart: int | None = None) -> list[Beat]:
+    """What the node's ranks last said, by rank; a record that is being written is left out.
+
+    Args:
+        folder: the agent's.
+        restart: what they said after so many restarts in place; None: after the last one.
+    """
+    found: dict[int, Beat] = {}
     for file in folder.glob("rank-*"):
         try:
             data = file.read_bytes()
@@ -74,12 +79,14 @@ def listen(folder: Path) -> list[Beat]:
             continue
         if len(data) != _RECORD.size:
             continue
-        count, rank, pid, restart, step, phase, again = _RECORD.unpack(data)
-        if count == again and count and 0 <= phase < len(PHASES):
-            found.append(
-                Beat(rank=rank, pid=pid, restart=restart, step=step, count=count, phase=PHASES[phase])
-            )
-    return sorted(found, key=lambda beat: beat.rank)
+        count, rank, pid, number, step, phase, again = _RECORD.unpack(data)
+        if count != again or not count or not 0 <= phase < len(PHASES):
+            continue
+        beat = Beat(rank=rank, pid=pid, restart=number, step=step, count=count, phase=PHASES[phase])
+        wanted = number == restart if restart is not None else True
+        if wanted and (rank not in found or found[rank].restart < number):
+            found[rank] = beat
+    return [found[rank] for rank in sorted(found)]
 
 
 def stacks_file(folder: Path, rank: int) -> Path:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcdl.launch import before
+from hpcdl.errors import RunFailedError
+from hpcdl.launch import before, progress
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ClusterSpec
 from tests.fake_slurm import FakeSlurm
@@ -58,3 +59,22 @@ def test_a_try_that_has_spoken(run: RunDir, kind: str, details: dict[str, str]) 
     began(run, "0.0")
     run.event(kind, **details)
     assert before.lost(run, "0.1") is None
+
+
+def test_tries_that_slurm_loses_again_and_again_end_the_run(run: RunDir) -> None:
+    for number in range(5):
+        began(run, f"0.{number}")
+        before.tell(run, f"0.{number + 1}", 5)
+    began(run, "0.5")
+    with pytest.raises(
+        RunFailedError, match=r"left no last word.*no requeue is left \(cluster.max_requeues=5"
+    ):
+        before.tell(run, "0.6", 5)
+    assert sum(event["event"] == "lost" for event in run.events()) == 6
+
+
+def test_but_not_while_they_get_ahead(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        monkeypatch.setattr(progress, "saved", lambda run, number=number: 10 * number)
+        began(run, f"0.{number}")
+        before.tell(run, f"0.{number + 1}", 0)

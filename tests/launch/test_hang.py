@@ -94,7 +94,17 @@ def test_signs_cross_by_the_file(tmp_path: Path) -> None:
     assert (said.rank, said.restart, said.step, said.phase, said.count) == (3, 1, 7, "evaluation", 3)
     (tmp_path / "rank-4").write_bytes(b"half")
     assert len(beats.listen(tmp_path)) == 1
-    assert Watch(tmp_path, LIMITS).step == 7
+    assert Watch(tmp_path, LIMITS).step() == 7
+
+
+def test_a_restarts_signs_leave_those_before_it(tmp_path: Path) -> None:
+    Heart(tmp_path, 0, 0).say("step", 7)
+    Heart(tmp_path, 0, 1).say("start", 4)
+    watch = Watch(tmp_path, LIMITS)
+    assert (watch.step(), watch.step(0), watch.step(1), watch.step(2)) == (4, 7, 4, 0)
+    for file in tmp_path.glob("rank-*"):
+        file.unlink()
+    assert watch.step() == 4, "as it was last seen"
 
 
 def look(rank: int, *frames: str, step: int = 5, state: str = "S") -> Look:

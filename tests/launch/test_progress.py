@@ -183,7 +183,11 @@ def test_history_is_read_from_the_events_that_tell_it() -> None:
 
 
 def test_a_try_that_left_no_word_counts_as_a_lost_node() -> None:
-    told = [started("0.0"), started("0.1", saved=4), {"event": "requeued", "reason": "Slurm put it back"}]
+    told = [
+        started("0.0"),
+        {"event": "requeued", "reason": "Slurm put it back"},
+        {"event": "lost", "saved": 4},
+    ]
     (silent,) = progress.history(told, 0)
     assert (silent.kind, silent.saved, silent.then) == ("node", 4, "requeue")
 
