@@ -133,7 +133,7 @@ def _event_line(event: dict[str, Any]) -> str:
         return str(event.get("message"))
     if kind == "restarting":
         return f"{event.get('reason')}; {event.get('why')}"
-    if kind == "lost":
+    if kind in ("lost", "hang"):
         return str(event.get("message"))
     if kind == "restarted":
         return f"restarted in place, for the {event.get('restart')}. time"
