@@ -38,7 +38,7 @@ def test_the_first_start_composes_and_claims(tmp_path: Path) -> None:
         2,
         2,
     )
-    assert "\nsrun --export=ALL" in run.job_file.read_text()
+    assert "    srun --export=ALL" in run.job_file.read_text()
 
 
 def test_a_requeued_job_composes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
