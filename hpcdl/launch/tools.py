@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any
 from hpcdl.errors import Fault, UsageError, nearest_name
 from hpcdl.experiment import places
 from hpcdl.experiment.resolve import absolute
-from hpcdl.launch import sweep
+from hpcdl.launch import secret_file, sweep
 from hpcdl.launch.compose import Composer, config_folder
 from hpcdl.runs import query
 from hpcdl.runs.files import write_atomic
@@ -142,6 +143,7 @@ def main(verb: str, argv: Sequence[str]) -> int:
         if out.exists() and not options.force:
             raise UsageError(f"--out {out} is there already: another folder, or --force to write over it")
         flags += ["--out", str(out)]
+    secret_file.load(os.environ)  # as a job's agent does: a gated model wants a token
     with tempfile.TemporaryDirectory(prefix="hpcdl-") as folder:
         spec = Path(folder) / "spec.yaml"
         write_atomic(spec, dump_yaml(to_plain(asked.points[0].spec)))

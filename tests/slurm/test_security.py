@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
+from hpcdl.launch.slurm import _word
+from tests.launch.test_security import words
 from tests.slurm.cluster import Cluster, Launched
 from tests.slurm.test_runs import LONG
 
@@ -58,3 +61,11 @@ def test_a_secret_reaches_the_workers_and_no_file(cluster: Cluster) -> None:
     names = cluster.shell(f"find {shlex.quote(runs_dir)} -name 'slurm-*.out' -o -name 'MARK*'").split("\n")
     assert names[0].endswith(f"slurm-{run.array_id}_0.out") and names[1:] == [""]
     assert cluster.shell(f"find {cluster.home} /shared/home -name 'MARK*' -newer {secrets}") == ""
+
+
+def test_sbatch_reads_a_header_as_it_was_meant(cluster: Cluster) -> None:
+    """Its rules are its own: a backslash counts in single quotes, too. sbatch -vvvvv tells what it has read."""
+    lines = [f"#SBATCH --comment={_word(word)}" for word in words()]
+    cluster.run("bash", "-c", 'printf "%s\\n" "$@" > header.sh', "bash", "#!/bin/bash", *lines, "true")
+    told = cluster.shell("sbatch -vvvvv --test-only header.sh 2>&1", check=False)
+    assert re.findall(r'Found in script, argument "--comment=(.*)"\n', told) == words()
