@@ -118,11 +118,11 @@ class Closing:
             failure = progress.of_cause(cause[0], progress.saved(self._run), self.reached(None))
             if left.judged is not None and left.cause is None:
                 failure = left.judged.failure
-        elif end.requeue and seen.outcome is not None:
+        elif end.requeue:
             kind: kinds.Kind = "timeout" if end.state == "TIMEOUT" else "preempted"
-            failure = progress.Failure(
-                kind=kind, step=seen.outcome.step, saved=seen.outcome.step, reason=end.reason
-            )
+            saved = seen.outcome.step if seen.outcome else progress.saved(self._run)
+            step = saved if seen.outcome else max(saved, self.reached(None))
+            failure = progress.Failure(kind=kind, step=step, saved=saved, reason=end.reason)
         else:
             return self._finish(end, "")
         return self._follow(end, failure, cause[0] if cause else None, left)
@@ -197,7 +197,10 @@ class Closing:
                 )
             again = requeue.again(self._run, self._place, self._cluster.requeue, self._say)
             if not again.refused:
-                return self._queued(end.reason, {**more, **self._exclude(decided, again.job_id)}, again)
+                code = self._queued(end.reason, {**more, **self._exclude(decided, again.job_id)}, again)
+                if left.lost and again.changes:
+                    self._start_at_once(again.job_id)
+                return code
             decided = dataclasses.replace(
                 decided, why=f"not requeued: {again.refused}", exit_code=failure.exit_code
             )
@@ -225,6 +228,16 @@ class Closing:
         self._update(event=event, **changes)
         self._say(f"requeued: {reason}" if not again.changes else f"job {again.job_id} goes on: {reason}")
         return again.exit_code
+
+    def _start_at_once(self, job_id: str) -> None:
+        """A successor waits for this job's end, which a lost node keeps from coming."""
+        refused = nodes.start_without_waiting(job_id)
+        said = (
+            f"still waits for the end of this job: {refused}"
+            if refused
+            else "need not wait for this job's end"
+        )
+        self._say(f"job {job_id} {said}")
 
     def _exclude(self, decided: progress.Verdict, job_id: str) -> dict[str, Any]:
         """Keeps the job that goes on off the nodes that are to blame; what the event says of it."""

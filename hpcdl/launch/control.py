@@ -17,7 +17,7 @@ from hpcdl.launch.lost import NO_ANSWER, LostAnswer
 from hpcdl.runs.patience import Patience
 from hpcdl.runs.submissions import SBATCH_LIMIT_S
 
-Fate = Literal["running", "requeued", "timeout", "cancelled", "unknown"]
+Fate = Literal["running", "requeued", "preempted", "timeout", "cancelled", "unknown"]
 _LIMIT_S = 30.0
 _AWAY_S = 600.0
 """How long a requeue is asked for while the controller is away: it ends no job meanwhile either."""
@@ -41,7 +41,8 @@ def ask(job_id: str, restarts: int) -> JobFate:
 
     While processes are left, `JobState` is COMPLETING whatever the cause, so the cause is read from the rest
     (seen on 22.05): a job that goes back to the queue (preempted, requeued by somebody) has a higher
-    `Restarts` already; the time limit is the `Reason`; what remains is scancel.
+    `Restarts` already; one that was preempted and doesn't (PreemptMode=CANCEL), or has a grace time left, has a
+    `PreemptTime`; the time limit is the `Reason`; what remains is scancel.
 
     Args:
         job_id: `123_4` for an array task.
@@ -56,6 +57,8 @@ def ask(job_id: str, restarts: int) -> JobFate:
     count = fields.get("Restarts", "")
     if count.isdigit() and int(count) > restarts:
         return JobFate(fate="requeued", words=words)
+    if fields.get("PreemptTime", "None") != "None":
+        return JobFate(fate="preempted", words=words)
     if state == "RUNNING":
         return JobFate(fate="running", words=words)
     if state == "TIMEOUT" or reason == "TimeLimit":
@@ -107,7 +110,9 @@ def submit(script: Path) -> str:
         LostAnswer: whether it got through is not known.
         SchedulerError: it was refused, or there is no sbatch here; with Slurm's own words.
     """
-    given = {word.partition(b"=")[0].decode() for word in Path("/proc/self/environ").read_bytes().split(b"\0")}
+    given = {
+        word.partition(b"=")[0].decode() for word in Path("/proc/self/environ").read_bytes().split(b"\0")
+    }
     # What was read from the user's file of secrets since this process began: the next job reads it there.
     unset = {*job_variables(os.environ), *(n for n in os.environ if secrets.is_name(n) and n not in given)}
     environment = {key: value for key, value in os.environ.items() if key not in unset}

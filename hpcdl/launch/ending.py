@@ -113,7 +113,8 @@ def _stopped(seen: Seen, outcome: Outcome, ask: Callable[[], JobFate]) -> Ending
         assert ended is not None
         return ended
     # USR2 announces the time limit (or a preemption); TERM comes with a grace time, or at the limit itself.
-    late: State = "TIMEOUT" if "USR2" in seen.signals or fate.fate == "timeout" else "PREEMPTED"
+    limit = fate.fate != "preempted" and ("USR2" in seen.signals or fate.fate == "timeout")
+    late: State = "TIMEOUT" if limit else "PREEMPTED"
     return Ending(state=late, reason=f"stopped by SIG{first}; {saved}", exit_code=1, requeue=True)
 
 
@@ -121,7 +122,9 @@ def _ended_by_slurm(fate: JobFate, how: str) -> Ending | None:
     if fate.fate == "requeued":
         return Ending(state="PENDING", reason=f"requeued by Slurm; {how}", requeued=True)
     if fate.fate == "timeout":
-        return Ending(state="TIMEOUT", reason=f"time limit; {how}", exit_code=1)
+        return Ending(state="TIMEOUT", reason=f"time limit; {how}", exit_code=1, requeue=True)
+    if fate.fate == "preempted":
+        return Ending(state="PREEMPTED", reason=f"preempted; {how}", exit_code=1, requeue=True)
     if fate.fate == "cancelled":
         return Ending(state="CANCELLED", reason=f"scancel; {how}", exit_code=INTERRUPTED)
     return None

@@ -115,10 +115,10 @@ free_port() {
 }
 
 # A signal to this shell alone (scancel --batch, --signal=B:…) goes on to the agents. Not a terminal's Ctrl-C, which
-# srun has had itself.
+# srun has had itself. SIGTERM becomes USR1: srun would end the step 32 s after it, in the middle of a long save.
 relay() {
     hpcdl_signal=$1
-    [[ -z $hpcdl_srun || ($1 == INT && -t 0) ]] || kill -s "$1" "$hpcdl_srun" 2>/dev/null || true
+    [[ -z $hpcdl_srun || ($1 == INT && -t 0) ]] || kill -s "${1/TERM/USR1}" "$hpcdl_srun" 2>/dev/null || true
 }
 
 names=$(node_names)

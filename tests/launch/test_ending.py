@@ -70,6 +70,8 @@ def test_cancelled_by_the_user(kind: str) -> None:
         (("TERM",), "cancelled", "CANCELLED", False, False),
         (("TERM",), "timeout", "TIMEOUT", True, False),
         (("USR2",), "unknown", "TIMEOUT", True, False),
+        (("TERM",), "preempted", "PREEMPTED", True, False),
+        (("USR2", "TERM"), "preempted", "PREEMPTED", True, False),
     ],
 )
 def test_stopped_under_slurm(
@@ -108,7 +110,13 @@ def test_a_late_signal_to_a_leaving_worker_does_not_undo_the_stop() -> None:
 
 @pytest.mark.parametrize(
     ("fate", "state"),
-    [("requeued", "PENDING"), ("timeout", "TIMEOUT"), ("cancelled", "CANCELLED"), ("running", "FAILED")],
+    [
+        ("requeued", "PENDING"),
+        ("timeout", "TIMEOUT"),
+        ("preempted", "PREEMPTED"),
+        ("cancelled", "CANCELLED"),
+        ("running", "FAILED"),
+    ],
 )
 def test_ended_by_slurm_before_a_checkpoint(fate: Fate, state: str) -> None:
     assert end(code=1, signals=("TERM",), fate=fate).state == state

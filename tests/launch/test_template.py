@@ -206,9 +206,10 @@ def test_a_signal_to_the_script_reaches_srun_and_its_code_stands(tmp_path: Path,
     with subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        for number in (signal.SIGUSR2, signal.SIGUSR1):
-            process.send_signal(number)
-            assert process.stdout.readline() == f"{number.name.removeprefix('SIG')}\n"
+        process.send_signal(signal.SIGUSR2)
+        assert process.stdout.readline() == "USR2\n"
+        process.send_signal(signal.SIGTERM)  # upon which srun itself would end the step
+        assert process.stdout.readline() == "USR1\n"
         process.send_signal(signal.SIGUSR2)  # while srun is on its way out
         assert process.stdout.readlines()[-1] == "down\n"
     assert process.returncode == 9
