@@ -3,6 +3,8 @@
 main.py           the order of things, on one screen
 process.py        who am I: rank, device, process group          threads.py     CPU threads, cores, NUMA nodes
 signals.py        asked to stop? all ranks agree                 errors.py      what a failing rank leaves behind
+heartbeat.py      signs of life for the agent                    preflight.py   what the nodes' links carry
+unable.py         last words where nothing can be imported
 model.py          weights from a folder, the hub, a package      convert.py     GGUF → safetensors, once
 streamed.py       the model of offload=stream
 network.py        the fine-tuning method, then the strategy      optim.py       optimizer and learning rate

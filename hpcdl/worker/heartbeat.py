@@ -59,10 +59,16 @@ def start(who: Process) -> Progress:
     if not place:
         return Progress()
     folder = Path(place)
-    stacks = beats.stacks_file(folder, who.rank).open("w")  # open as long as the process lives
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    _OPEN.append(stacks)
-    return Progress(beats.Heart(folder, who.rank, who.restart))
+    try:
+        stacks = beats.stacks_file(folder, who.rank).open("w")  # open as long as the process lives
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        _OPEN.append(stacks)
+        return Progress(beats.Heart(folder, who.rank, who.restart))
+    except OSError as error:  # the node's own disk: training can do without
+        print(
+            f"{who.node}: rank {who.rank}: no signs of life, so a hang will not be seen: {error}", flush=True
+        )
+        return Progress()
 
 
 _OPEN: list[object] = []

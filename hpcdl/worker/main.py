@@ -10,13 +10,18 @@ import os
 import sys
 from pathlib import Path
 
-from hpcdl.compress import quant
-from hpcdl.runs.spec import read_spec
-from hpcdl.runs.store import RunDir
-from hpcdl.worker import errors, heartbeat, monitor, process
-from hpcdl.worker.heartbeat import Progress
-from hpcdl.worker.process import Process
-from hpcdl.worker.signals import Stop
+from hpcdl.worker import unable
+
+try:
+    from hpcdl.compress import quant
+    from hpcdl.runs.spec import read_spec
+    from hpcdl.runs.store import RunDir
+    from hpcdl.worker import errors, heartbeat, monitor, process
+    from hpcdl.worker.heartbeat import Progress
+    from hpcdl.worker.process import Process
+    from hpcdl.worker.signals import Stop
+except BaseException as error:  # a package that is missing, or another version's: the same at each start
+    unable.leave(error)
 
 
 def main(run: RunDir) -> None:
@@ -33,7 +38,9 @@ def main(run: RunDir) -> None:
         try:
             errors.report(run, who, progress.step, error)
         finally:
-            os._exit(errors.exit_code(error))  # at once: a tidy exit would wait for ranks that wait for this one
+            os._exit(
+                errors.exit_code(error)
+            )  # at once: a tidy exit would wait for ranks that wait for this one
 
 
 def train(run: RunDir, who: Process, stop: Stop, progress: Progress) -> None:

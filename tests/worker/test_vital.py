@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 
 from hpcdl.launch import causes, hang
 from hpcdl.launch.hang import Hang, Limits, Watch
-from hpcdl.runs import beats
+from hpcdl.runs import beats, kinds
+from hpcdl.runs.store import RunDir
+from hpcdl.worker import unable
 from hpcdl.worker.preflight import Seen, carried
 from tests.worker.conftest import Workers, until
 
@@ -76,6 +80,24 @@ def test_a_slow_node_is_slow_to_both_its_neighbours(seconds: list[float], slowes
     by_node = carried(seen, 4.0)
     assert min(by_node, key=lambda node: by_node[node]) == slowest
     assert sorted(by_node.values()) == [4.0, 40.0, 40.0, 40.0]
+
+
+def test_a_worker_that_can_not_be_imported_says_why(tmp_path: Path) -> None:
+    (tmp_path / "annotated_types.py").write_text("raise ImportError('of another Python')")
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcdl.worker.main", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "RANK": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == kinds.NEVER_RESTART == unable.NEVER_RESTART
+    assert unable.CAUSE == kinds.CAUSE
+    (words,) = (line for line in done.stderr.splitlines() if line.startswith(kinds.CAUSE))
+    cause = causes.find(RunDir(tmp_path), "0.0", [words], "n1")
+    assert (cause.kind, cause.rank) == ("fault", 3) and cause.reason.startswith(
+        "ImportError: of another Python"
+    )
 
 
 def test_what_a_failed_rank_says_of_its_kind(workers: Workers, tmp_path: Path) -> None:
