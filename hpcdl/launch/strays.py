@@ -17,7 +17,8 @@ from pathlib import Path
 from hpcdl.launch.child import started_at
 
 AGENT = "HPCDL_AGENT"
-"""Environment variable of everything below an agent: `<pid>:<its start>`."""
+"""Environment variable of everything below an agent: `<pid>:<its start>:<its job>`. sbatch hands it on to jobs that
+are submitted from inside a run; those have a job id of their own, and are no part of it."""
 _TOLERANCE_S = 2.0
 _KILL_LIMIT_S = 1.0
 
@@ -39,7 +40,7 @@ class Stray:
 
 def name_of_this_agent() -> str:
     """What stands in the environment of everything below this process."""
-    return f"{os.getpid()}:{started_at(os.getpid()):.2f}"
+    return f"{os.getpid()}:{started_at(os.getpid()):.2f}:{os.environ.get('SLURM_JOB_ID', '')}"
 
 
 def find(proc: Path = Path("/proc")) -> list[Stray]:
@@ -52,13 +53,13 @@ def find(proc: Path = Path("/proc")) -> list[Stray]:
         place = Path(entry.path)
         with contextlib.suppress(OSError, ValueError):  # another user's, or gone meanwhile
             environment = _environment(place)
-            agent = environment.get(AGENT)
+            job = environment.get("SLURM_JOB_ID", "")
+            *agent, of_job = environment.get(AGENT, ":").split(":")
             # Another container's processes count in their own way: nothing can be said of their agents.
-            if agent is None or _namespace(place) != here or _lives(agent):
+            if len(agent) != 2 or of_job != job or _namespace(place) != here or _lives(*agent):
                 continue
             words = (place / "cmdline").read_bytes().split(b"\0")
             command = " ".join(word.decode(errors="replace") for word in words[:4] if word)
-            job = environment.get("SLURM_JOB_ID")
             whose = f"job {job}" if job else f"try {environment.get('HPCDL_TRY', '?')} of a run"
             found.append(Stray(pid=int(entry.name), command=command[:80] or "?", whose=whose))
     return found
@@ -87,8 +88,7 @@ def _namespace(place: Path) -> str:
     return str((place / "ns" / "pid").readlink())
 
 
-def _lives(agent: str) -> bool:
-    pid, _, started = agent.partition(":")
+def _lives(pid: str, started: str) -> bool:
     try:
         return _runs(int(pid)) and abs(started_at(int(pid)) - float(started)) < _TOLERANCE_S
     except OSError:

@@ -209,7 +209,7 @@ def left(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-@pytest.mark.parametrize("left", ["1:0.00", "4194304:12.00"], indirect=True)
+@pytest.mark.parametrize("left", ["1:0.00:77", "4194304:12.00:77"], indirect=True)
 def test_what_a_dead_agent_has_left_behind_is_ended(tmp_path: Path, left: subprocess.Popen[bytes]) -> None:
     warnings = preflight.check(make(tmp_path), "c2", {}).warnings
     (said,) = (text for text in warnings if str(left.pid) in text)
@@ -217,8 +217,14 @@ def test_what_a_dead_agent_has_left_behind_is_ended(tmp_path: Path, left: subpro
     assert not alive(left.pid)
 
 
-@pytest.mark.parametrize("left", [strays.name_of_this_agent()], indirect=True)
-def test_a_living_agents_processes_are_left_alone(tmp_path: Path, left: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize(
+    "left",
+    [f"{strays.name_of_this_agent()}77", "1:0.00:76", "1:0.00:", "", "1:0.00", "x:y:77"],
+    indirect=True,
+)
+def test_a_living_agents_processes_are_left_alone_and_those_of_other_jobs(
+    tmp_path: Path, left: subprocess.Popen[bytes]
+) -> None:
     preflight.check(make(tmp_path), "c2", {})
     assert alive(left.pid)
 
