@@ -77,6 +77,19 @@ def exclude(job_id: str, names: Iterable[str], needed: int) -> Exclusion:
     )
 
 
+def start_without_waiting(job_id: str) -> str:
+    """Takes a pending job's dependency away; returns Slurm's words if it refuses.
+
+    A successor waits for the end of the job before it, and a job that has lost a node ends only once Slurm calls
+    the node down (SlurmdTimeout). What may still run there is fenced off (hpcdl.runs.fence).
+
+    Args:
+        job_id: `123_4` for an array's task.
+    """
+    done = control.run(["scontrol", "update", f"jobid={job_id}", "Dependency="])
+    return "" if done.returncode == 0 else control.said(done)
+
+
 def down(names: Iterable[str]) -> dict[str, str]:
     """Which of these nodes Slurm itself calls down or out of reach, each with its state in Slurm's words."""
     found = {}

@@ -32,6 +32,7 @@ from hpcdl.launch import closing, network, nodes, peers, progress, torchrun
 from hpcdl.launch.child import started_at
 from hpcdl.launch.job import run_path
 from hpcdl.launch.place import Place, find
+from hpcdl.launch.requeue import HANDED_OVER
 from hpcdl.runs import fence
 from hpcdl.runs.state import ACTIVE, RunState
 from hpcdl.runs.store import RunDir, now
@@ -40,9 +41,10 @@ _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal
 _POLL_S = 0.2
 _LOOK_S = 1.0
 """Between two looks at state.json."""
-_SRUN_GRACE_S = 5.0
-"""How long srun may go on after the first node's agent has gone. With a node lost it waits for KillWait (30 s)
-for an answer that can't come."""
+_SRUN_GRACE_S = 3.0
+"""How long srun may go on after the first node's agent has gone: for the others to end as well. With a node lost
+it would wait until Slurm calls that node down (SlurmdTimeout, 300 s by default); and Slurm then puts the job back
+into its queue, though a successor may have taken the run over."""
 _AGENT = ("-m", "hpcdl.launch.job")
 
 
@@ -94,7 +96,7 @@ class Steps:
                 port = network.free_pair(self.place.head, self.place.port + 2)
                 environment["HPCDL_PORT"] = str(port)
         process = subprocess.Popen([*srun, *self.agent], env=environment)
-        watch = _FirstAgent(self.run, self.place)
+        watch, killed = _FirstAgent(self.run, self.place), False
         while process.poll() is None:
             for signal_number in self._signals[self._passed :]:
                 self._passed += 1
@@ -102,8 +104,17 @@ class Steps:
             if watch.gone_for() > _SRUN_GRACE_S:
                 _say(f"srun (process {process.pid}) goes on, the first node's agent is gone: srun is killed")
                 process.kill()
+                killed = True
             time.sleep(_POLL_S)
-        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+        return self._agents_code(code) if killed else code
+
+    def _agents_code(self, code: int) -> int:
+        """What srun would have ended with: the first node's agent's code, as far as the state tells it."""
+        state = self.run.read_state()
+        if state.submission != self.place.token:
+            return HANDED_OVER
+        return code if state.state in ACTIVE else state.exit_code or code
 
     def _after(self, code: int) -> tuple[tuple[str, ...], int]:
         """Nodes of the next step, none where there is no such step; and the job's exit code then."""
@@ -164,26 +175,27 @@ class _FirstAgent:
     def __init__(self, run: RunDir, place: Place) -> None:
         self._run = run
         self._place = place
-        self._pid: tuple[int, float] | None = None
+        self._pid: tuple[int, float | None] | None = None
         self._next_look = 0.0
         self._gone_since: float | None = None
 
     def gone_for(self) -> float:
-        """Seconds since it has gone, while the run still counts as its; 0 as long as it is there."""
-        if time.monotonic() < self._next_look:
-            return 0.0
-        self._next_look = time.monotonic() + _LOOK_S
-        state = self._run.read_state()
-        mine = state.running_try == self._place.attempt(state.attempt) and state.state == "RUNNING"
-        if not mine or state.agent_pid is None or state.host != os.uname().nodename:
-            self._gone_since = None
-            return 0.0
-        if _alive(state.agent_pid, state.agent_started):
-            self._pid = (state.agent_pid, state.agent_started or 0.0)
-            self._gone_since = None
-        elif self._pid is not None:  # it was seen here, so that it isn't hidden by a container
-            self._gone_since = self._gone_since or time.monotonic()
-        return time.monotonic() - self._gone_since if self._gone_since else 0.0
+        """Seconds since it has gone; 0 as long as it is there, and after an end that the others follow."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_S
+            self._look()
+        return time.monotonic() - self._gone_since if self._gone_since is not None else 0.0
+
+    def _look(self) -> None:
+        if self._pid is None:
+            state = self._run.read_state()
+            mine = state.running_try == self._place.attempt(state.attempt) and state.state == "RUNNING"
+            # Once seen from here, it isn't hidden by a container.
+            if mine and state.agent_pid and _alive(state.agent_pid, state.agent_started):
+                self._pid = (state.agent_pid, state.agent_started)
+        elif self._gone_since is None and not _alive(*self._pid):
+            done = self._run.read_state().state == "COMPLETED"
+            self._gone_since = None if done else time.monotonic()
 
 
 def _alive(pid: int, started: float | None) -> bool:

@@ -36,7 +36,12 @@ _CLASSES = {
     (_METADATA, "ChunkStorageMetadata"),
     (_FILES, "_StorageInfo"),
 }
-_UNUSED = {(_METADATA, "_MEM_FORMAT_ENCODING"), ("torch.serialization", "_get_layout")}
+_UNUSED = {
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    # How Python 3.11.2 writes a member of an enumeration: of the one above. It stands for nothing here.
+    ("builtins", "getattr"),
+    ("torch.serialization", "_get_layout"),
+}
 _PATHS = {"PosixPath", "PurePosixPath", "WindowsPath", "Path"}
 
 
