@@ -84,7 +84,7 @@ def sealed_anew(file: Path, **changes: Any) -> None:
     write_json(file, seal({**json.loads(file.read_text()), **changes}))
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     "cut": (lambda p: cut(p / "__0_0.distcp"), "torn", "__0_0.distcp", "has 26 bytes, and 27 when"),
     "gone": (lambda p: (p / ".metadata").unlink(), "torn", ".metadata", "is missing"),
     "changed": (lambda p: checkpoints.flip(p / "__1_0.distcp"), "corrupt", "__1_0.distcp", "has CRC-32"),

@@ -58,7 +58,7 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "torn": (lambda p: truncate(p / "__1_0.distcp"), "torn: __1_0.distcp has 22 bytes"),
     "missing": (lambda p: (p / "__0_0.distcp").unlink(), "torn: __0_0.distcp is missing"),
     "changed": (lambda p: checkpoints.flip(p / "__0_0.distcp"), "corrupt: __0_0.distcp has CRC-32"),
