@@ -399,6 +399,20 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert not run.state_file.is_symlink() and target.read_text() == "as it was"
 
 
+def test_a_pipe_in_another_users_run_is_not_waited_for(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    for file in (run.events_file, run.metrics_file):
+        file.unlink(missing_ok=True)
+        os.mkfifo(file)
+    for look in (run.events, run.step):
+        with pytest.raises(OSError, match="no ordinary file"):
+            look()
+    run.state_file.unlink()
+    os.mkfifo(run.state_file)
+    with pytest.raises(UsageError, match="not a state file that hpcdl wrote"):
+        run.read_state()
+
+
 def test_yaml_runs_nothing(tmp_path: Path) -> None:
     from yaml import YAMLError
 

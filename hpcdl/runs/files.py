@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcdl.runs.private import open_text, open_to_write
+from hpcdl.runs.private import open_text, open_to_read, open_to_write
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a user's quota, a limit on files (`ulimit -f`)."""
@@ -162,7 +162,8 @@ def append_bytes(path: Path, line: bytes) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole JSON lines of a file; a torn last line (its writer was killed) is left out."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with open_to_read(path) as file:
+            text = file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
     records = []
@@ -181,7 +182,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def last_line(path: Path, *, having: str | None = None, window: int = 65536) -> dict[str, Any] | None:
     """The last whole JSON line (that has the key `having`), reading only the file's end."""
     try:
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - window))
             tail = file.read().decode("utf-8", errors="replace")

@@ -61,7 +61,7 @@ def open_to_write(path: Path, flags: int) -> int:
     Raises:
         UsageError: it is a symbolic link: what is written might go anywhere.
     """
-    mode = path.parent.stat().st_mode & 0o666
+    mode = path.parent.stat().st_mode & 0o644  # nobody but the owner writes
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     except OSError as error:
@@ -78,6 +78,25 @@ def open_to_write(path: Path, flags: int) -> int:
 def open_text(path: Path) -> IO[Any]:
     """`path` emptied and open for text; see `open_to_write`."""
     return os.fdopen(open_to_write(path, os.O_WRONLY | os.O_TRUNC), "w", encoding="utf-8")
+
+
+def open_to_read(path: Path) -> IO[bytes]:
+    """`path` open for bytes. In another user's run it may be anything: a named pipe would be waited for, for ever.
+
+    Raises:
+        OSError: it can't be opened, or is no ordinary file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no ordinary file", os.fspath(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: Path) -> str:
+    """The text of an ordinary file; see `open_to_read`."""
+    with open_to_read(path) as file:
+        return file.read().decode("utf-8")
 
 
 def owner(path: Path) -> str:

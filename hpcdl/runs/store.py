@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 from hpcdl.errors import UsageError
 from hpcdl.runs.files import append_line, last_line, locked, read_lines, write_json
+from hpcdl.runs.private import read_text
 from hpcdl.runs.state import RunState, State
 from hpcdl.secrets import hide
 
@@ -126,6 +127,10 @@ class RunDir:
             plain = json.loads(_read_replaced(self.state_file))
         except PermissionError as error:
             raise UsageError(f"{self.state_file}: you may not read it (permission denied)") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise UsageError(f"{self.state_file}: not a state file that hpcdl wrote (no file)") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{self.state_file}: not a state file that hpcdl wrote ({error})") from error
         if not isinstance(plain, dict):
@@ -213,11 +218,11 @@ def _read_replaced(path: Path, tries: int = 5) -> str:
     """The text of a file that others replace: NFS calls a handle stale when the old file is gone."""
     for _ in range(tries - 1):
         try:
-            return path.read_text(encoding="utf-8")
+            return read_text(path)
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-    return path.read_text(encoding="utf-8")
+    return read_text(path)
 
 
 def parse_state(plain: Mapping[str, Any], source: Path) -> RunState:
@@ -270,7 +275,7 @@ _STAND_INS: dict[str, Any] = {"kind": "local", "nodes": 1, "world_size": 1, "max
 def read_submission(runs_dir: Path, token: str, file: str = "submission.json") -> dict[str, Any]:
     """The record of one submission: `{token, job_id, kind, name, created, …}`; empty if it isn't there."""
     try:
-        record = json.loads((runs_dir / SUBMISSIONS / token / file).read_text(encoding="utf-8"))
+        record = json.loads(read_text(runs_dir / SUBMISSIONS / token / file))
     except (OSError, json.JSONDecodeError):
         return {}
     if not isinstance(record, dict) or not re.fullmatch(r"\d+(_\d+)?", str(record.get("job_id") or 0)):

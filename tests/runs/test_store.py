@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpcdl.errors import UsageError
+from hpcdl.runs import store
 from hpcdl.runs.reconcile import read
 from hpcdl.runs.store import RunDir, all_runs
 from tests.runs.making import make_run, make_submission
@@ -49,7 +50,7 @@ def test_permission_denied_is_a_clear_message(runs_dir: Path, monkeypatch: pytes
     def denied(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", denied)
+    monkeypatch.setattr(store, "read_text", denied)
     with pytest.raises(UsageError, match="you may not read it"):
         run.read_state()
 
