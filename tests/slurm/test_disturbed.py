@@ -24,22 +24,6 @@ def test_cancel_pending_and_running(cluster: Cluster) -> None:
     assert "cancelled" in (logs.stdout + logs.stderr).lower()
 
 
-def test_a_killed_agent_is_seen_by_the_next_poll(cluster: Cluster) -> None:
-    run = cluster.launch_one(*LONG, "cluster.processes_per_node=2", 'cluster.extra=["--nodelist=c2"]')
-    cluster.wait_step(run, 2)
-    cluster.root("c2", "pkill -9 -f hpcdl.launch.job")
-    status = cluster.wait_state(run.run_id, "FAILED", "CANCELLED", "NODE_FAIL", "COMPLETED")
-    assert status["state"] == "FAILED" and status["reason"]
-    gone = cluster.until(
-        lambda: True if not cluster.root("c2", "pgrep -f hpcdl.worker.main").strip() else None,
-        "no worker left on the node",
-    )
-    assert gone
-    again = cluster.launch_one(*LONG, "cluster.processes_per_node=2", 'cluster.extra=["--nodelist=c2"]')
-    assert again.run_id == run.run_id, "launching again takes the failed run up"
-    cluster.wait_state(run.run_id, "RUNNING")
-
-
 def test_launching_again_finds_the_run(cluster: Cluster) -> None:
     words = (*TINY, "trainer.max_steps=2")
     first = cluster.launch_one(*words)

@@ -1,0 +1,215 @@
+"""Nodes, agents and workers lost under real runs: containers killed or cut off, processes killed.
+
+What a container can't show: a cut-off node goes on writing to the shared disk, since that is a volume of the machine
+all containers run on, and no network file system. So it is the harder case for `running_try` (hpcdl.runs.fence).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster, Launched
+from tests.slurm.test_runs import TINY
+
+PROJECT = os.environ.get("COMPOSE_PROJECT_NAME", "hpcdl")
+SHORT = (*TINY, "trainer.checkpoint_every=20", "trainer.max_steps=400", "optim.warmup_steps=0")
+TWO_NODES = ("cluster.nodes=2", "cluster.processes_per_node=1")
+ONE_NODE = ("cluster.nodes=1", "cluster.processes_per_node=2")
+
+
+def docker(*words: str) -> None:
+    subprocess.run(["docker", *words], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def killed(cluster: Cluster, node: str) -> Iterator[None]:
+    """The node's power fails: every process dies, its address is gone."""
+    container = f"{PROJECT}-{node}-1"
+    docker("kill", container)
+    try:
+        yield
+    finally:
+        docker("start", container)
+        wait_idle(cluster)
+
+
+@contextlib.contextmanager
+def cut_off(cluster: Cluster, node: str) -> Iterator[None]:
+    """The node's network is cut: its processes live on, and nobody hears of them."""
+    container, network = f"{PROJECT}-{node}-1", f"{PROJECT}_default"
+    docker("network", "disconnect", network, container)
+    try:
+        yield
+    finally:
+        docker("network", "connect", "--alias", node, network, container)
+        wait_idle(cluster)
+
+
+def wait_idle(cluster: Cluster) -> None:
+    """Slurm uses all nodes again."""
+
+    def back() -> bool | None:
+        states = cluster.shell("sinfo -h -N -p debug -o '%N %T'").split()[1::2]
+        return True if all(s in ("idle", "mixed", "allocated", "completing") for s in states) else None
+
+    cluster.until(back, "all nodes back", story=lambda: cluster.shell("sinfo -R; sinfo"))
+
+
+def event(cluster: Cluster, run: Launched, kind: str, number: int = 1) -> dict[str, Any]:
+    """The run's `number`th event of a kind, as soon as it is there."""
+
+    def there() -> dict[str, Any] | None:
+        found = cluster.events(run, kind)
+        return found[number - 1] if len(found) >= number else None
+
+    return cluster.until(there, f"{kind} of {run.run_id}", story=lambda: cluster.story(run.run_id))
+
+
+def seconds(first: dict[str, Any], then: dict[str, Any]) -> float:
+    """Between two events."""
+    return (datetime.fromisoformat(then["time"]) - datetime.fromisoformat(first["time"])).total_seconds()
+
+
+def tries(cluster: Cluster, run: Launched) -> list[str]:
+    return [each["try"] for each in cluster.events(run, "started")]
+
+
+def kill(cluster: Cluster, node: str, what: str) -> None:
+    """kill -9 of one process of a kind on a node: the oldest."""
+    cluster.root(node, f"pkill -9 --oldest -f '{what}'")
+
+
+def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Cluster) -> None:
+    doomed = cluster.launch_one(*SHORT, *TWO_NODES)
+    calm = cluster.launch_one(*SHORT, *ONE_NODE, 'cluster.extra=["--nodelist=c3"]')
+    shaken = cluster.launch_one(*SHORT, *ONE_NODE, "trainer.keep_last=2", 'cluster.extra=["--nodelist=c4"]')
+    head, other = event(cluster, doomed, "started")["node_list"]
+    assert {head, other} == {"c1", "c2"}
+    cluster.wait_step(doomed, 15)
+    with killed(cluster, other):
+        cluster.wait_step(shaken, 15)
+        kill(cluster, "c4", "python.* -m hpcdl.worker.main")
+        first = event(cluster, shaken, "restarting")
+        assert (first["kind"], first["in_place"]) == ("killed", "torchrun")
+        event(cluster, shaken, "resumed")
+        kill(cluster, "c4", "^[^ ]*python.* -m hpcdl.launch.job")
+        second = event(cluster, shaken, "restarting", 2)
+        assert (second["kind"], second["in_place"], second["nodes"]) == ("killed", "job", ["c4"])
+        ended, _, restarted = cluster.wait_done([doomed, calm, shaken])
+    requeued = event(cluster, doomed, "requeued")
+    assert (requeued["node"], requeued["exclude"], requeued["kind"]) == (other, [other], "node")
+    assert requeued["reason"].startswith("NodeLost: the node is lost: ")
+    assert other not in event(cluster, doomed, "started", 2)["node_list"]
+    assert tries(cluster, doomed) == ["0.0", "0.1"]
+    assert seconds(requeued, event(cluster, doomed, "started", 2)) < 60, "it need not wait for SlurmdTimeout"
+    assert (ended["requeues"], ended["restarts"]) == (1, 0)
+    assert (restarted["requeues"], restarted["restarts"]) == (0, 2)
+    assert tries(cluster, shaken) == ["0.0", "0.0.1"]
+    for run in (doomed, shaken):
+        assert all(each["step"] > 0 for each in cluster.events(run, "resumed")), "from a checkpoint"
+        assert cluster.losses(run) == cluster.losses(calm), "bit for bit"
+
+
+@pytest.mark.slow
+def test_a_cut_off_node_is_found_by_its_silence(cluster: Cluster) -> None:
+    run, calm = cluster.launch(
+        *SHORT, *TWO_NODES, "-m", "trainer.keep_last=2,3", "cluster.array_parallelism=1"
+    )
+    cluster.wait_step(run, 15)
+    head, other = event(cluster, run, "started")["node_list"]
+    with cut_off(cluster, other):
+        requeued = event(cluster, run, "requeued")
+        assert (requeued["node"], requeued["exclude"]) == (other, [other])
+        assert "no word from its agent for" in requeued["reason"]
+        cut = cluster.run("bash", "-c", f"cat {run.run_dir}/logs/{other}-try0.0.log").stdout
+        cluster.wait_done([run, calm])
+        assert f"node {head} is lost" in cut, "the node that is cut off ends its own workers"
+        assert not cluster.root(other, "pgrep -f hpcdl.worker.main").strip()
+    assert cluster.losses(run) == cluster.losses(calm)
+
+
+@pytest.mark.slow
+def test_a_cut_off_first_node_writes_nothing_beside_the_new_try(cluster: Cluster) -> None:
+    """One node: nobody misses it but Slurm. It trains on, and may save, until the new try has begun."""
+    words = (*SHORT, *ONE_NODE, "trainer.max_steps=20000", "monitor=none")
+    run = cluster.launch_one(*words)
+    cluster.wait_step(run, 15)
+    (node,) = event(cluster, run, "started")["node_list"]
+    with cut_off(cluster, node):
+        cluster.until(
+            lambda: True if "Restarts=1" in cluster.shell(f"scontrol show job {run.job_id}") else None,
+            "Slurm has given the node up (SlurmdTimeout)",
+        )
+        assert cluster.root(node, "pgrep -f hpcdl.worker.main").strip(), "its workers go on"
+        cluster.status(run.run_id)
+        cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now")
+        started = event(cluster, run, "started", 2)
+        assert node not in started["node_list"]
+        lost = event(cluster, run, "lost")
+        assert lost["down"] == [node]
+        cluster.until(
+            lambda: True if not cluster.root(node, "pgrep -f hpcdl.launch.job").strip() else None,
+            "the old try's agent has ended itself",
+        )
+        log = cluster.shell(f"cat {run.run_dir}/logs/{node}-try0.0.log")
+        assert "try 0.1 has taken the run over from try 0.0" in log
+        resumed = event(cluster, run, "resumed")
+        cluster.until(
+            lambda: True if cluster.status(run.run_id)["step"] > resumed["step"] + 20 else None, "new steps"
+        )
+        steps = [line["step"] for line in cluster.lines(f"{run.run_dir}/metrics.jsonl") if "loss" in line]
+        assert steps == sorted(set(steps)), "one writer"
+        cluster.run("hpcdl", "cancel", run.run_id)
+        cluster.wait_state(run.run_id, "CANCELLED")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_nodes(cluster: Cluster) -> None:
+    words = (
+        *SHORT,
+        "cluster.processes_per_node=1",
+        "trainer.global_batch_size=12",
+        "trainer.micro_batch_size=1",
+    )
+    run = cluster.launch_one(*words, "cluster.nodes=3", "cluster.min_nodes=1")
+    calm = cluster.launch_one(*words, "cluster.nodes=1")
+    cluster.wait_step(run, 15)
+    nodes = event(cluster, run, "started")["node_list"]
+    with killed(cluster, nodes[2]):
+        restarting = event(cluster, run, "restarting")
+        assert (restarting["node"], restarting["nodes"]) == (nodes[2], nodes[:2])
+        status, _ = cluster.wait_done([run, calm])
+    assert (status["nodes"], status["world_size"], status["restarts"], status["requeues"]) == (2, 2, 1, 0)
+    assert cluster.losses(run) == pytest.approx(cluster.losses(calm), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_first_nodes_death_is_slurms_to_see(cluster: Cluster) -> None:
+    run, calm = cluster.launch(
+        *SHORT, *TWO_NODES, "-m", "trainer.keep_last=2,3", "cluster.array_parallelism=1"
+    )
+    cluster.wait_step(run, 15)
+    head, other = event(cluster, run, "started")["node_list"]
+    with killed(cluster, head):
+        log = f"{run.run_dir}/logs/{other}-try0.0.log"
+        cluster.until(
+            lambda: True if f"node {head} is lost" in cluster.shell(f"cat {log}") else None,
+            "the other's word",
+        )
+        cluster.until(
+            lambda: True if "Restarts=1" in cluster.shell(f"scontrol show job {run.job_id}") else None,
+            "Slurm has given the node up (SlurmdTimeout)",
+        )
+        cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now")
+        lost = event(cluster, run, "lost")
+        assert lost["down"] == [head]
+        status, _ = cluster.wait_done([run, calm])
+    assert status["requeues"] == 1
+    assert cluster.losses(run) == cluster.losses(calm)
