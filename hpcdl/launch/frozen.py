@@ -3,7 +3,9 @@
 A job may wait for days, and be started again after that; meanwhile the checkout that hpcdl is installed from goes on.
 So the launcher copies the package, once for all submissions of the same code: the folder's name is a digest of its
 files. Job scripts put it before everything that is installed, and an agent that finds itself running other code
-refuses. spec.yaml says which code it was (`code`); what git says of it is in the run's `code/` (hpcdl.launch.code).
+refuses. The configs and templates that lie beside the package in a checkout go along: a job may call hpcdl itself
+(a teardown line that evaluates). spec.yaml says which code it was (`code`); what git says of it is in the run's own
+`code/` (hpcdl.launch.code).
 
 A package that pip has put into site-packages is not copied: it changes when its environment does.
 """
@@ -35,6 +37,7 @@ LARGEST_FILE = 2**20
 """Bytes. A larger file in the package is no code; it is left out, and about.json says so."""
 _ABOUT = "about.json"
 _INSTALLED = ("site-packages", "dist-packages")
+_BESIDE = ("conf", "slurm")
 _LEFT_OUT = ("__pycache__", ".git", ".mypy_cache", ".ruff_cache")
 
 
@@ -46,7 +49,8 @@ class Code:
     """Of its files' names and contents."""
     package: Path
     files: Mapping[str, tuple[bytes, int]]
-    """Content and time (ns) by the path in `package`. Read once: an edit in between is in the next launch's."""
+    """Content and time (ns), by the path from the folder that the package lies in. Read once: an edit in between is
+    in the next launch's."""
     left_out: tuple[str, ...]
     """Files that are too large, or hold secrets."""
     commit: str
@@ -77,11 +81,12 @@ def identity() -> str:
 
 
 def read(package: Path) -> Code:
-    """A package's files, and a digest of them."""
+    """A package's files and what belongs to it beside it, and a digest of them."""
     files: dict[str, tuple[bytes, int]] = {}
     left_out = []
-    for path in sorted(_files(package)):
-        name, found = path.relative_to(package).as_posix(), path.stat()
+    folders = [package, *(beside for name in _BESIDE if (beside := package.parent / name).is_dir())]
+    for path in sorted(path for folder in folders for path in _files(folder)):
+        name, found = path.relative_to(package.parent).as_posix(), path.stat()
         if found.st_size > LARGEST_FILE or secrets.is_file(name):
             left_out.append(name)
         else:
@@ -121,7 +126,7 @@ def write(folder: Path) -> None:
     if not folder.exists():
         made = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
         try:
-            _copy(found, made / found.package.name)
+            _copy(found, made)
             about = {"identity": found.identity, "from": str(found.package), "left_out": found.left_out}
             (made / _ABOUT).write_text(
                 json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -139,7 +144,7 @@ def write(folder: Path) -> None:
 def _copy(found: Code, target: Path) -> None:
     """The files, with their times: what Python has compiled of them stays valid, and is taken along."""
     for name, (content, time_ns) in found.files.items():
-        source, copy = found.package / name, target / name
+        source, copy = found.package.parent / name, target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(content)
         os.utime(copy, ns=(time_ns, time_ns))

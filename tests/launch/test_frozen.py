@@ -45,7 +45,7 @@ def package(tmp_path: Path) -> Path:
 
 def test_the_digest_is_of_what_runs(package: Path) -> None:
     before = frozen.read(package)
-    assert list(before.files) == ["__init__.py", "sub/more.py"] and len(before.commit) == 40
+    assert list(before.files) == ["hpcdl/__init__.py", "hpcdl/sub/more.py"] and len(before.commit) == 40
     assert not before.changed and before.identity.endswith(f"commit {before.commit[:12]}")
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "x.cpython-311.pyc").write_bytes(b"compiled")
@@ -55,8 +55,8 @@ def test_the_digest_is_of_what_runs(package: Path) -> None:
     (package / "weights.bin").write_bytes(bytes(frozen.LARGEST_FILE + 1))
     (package / "new.py").write_text("z = 3\n")  # nobody has told git of it
     after = frozen.read(package)
-    assert after.digest != before.digest and "new.py" in after.files
-    assert after.left_out == (".env", "weights.bin") and after.identity.endswith(" and changes")
+    assert after.digest != before.digest and "hpcdl/new.py" in after.files
+    assert after.left_out == ("hpcdl/.env", "hpcdl/weights.bin") and after.identity.endswith(" and changes")
     (package / "new.py").unlink()
     assert frozen.read(package).digest == before.digest
     (package / "sub" / "more.py").rename(package / "more.py")
@@ -115,6 +115,7 @@ def test_the_spec_says_which_code_and_the_run_id_does_not_change(
     ).read_bytes()
     (call,) = slurm.calls("sbatch")
     assert f"HPCDL_CODE={copy}\n" in call["script"]
+    assert (copy / "conf" / "config.yaml").is_file() and (copy / "slurm" / "torchrun.sbatch").is_file()
     assert experiment.digest(tiny_spec(code="x")) == experiment.digest(tiny_spec())
 
 
