@@ -9,7 +9,7 @@ from pathlib import Path
 from hpcdl.errors import Fault
 from hpcdl.experiment.places import run_folder
 from hpcdl.spec import TrainerSpec
-from hpcdl.spec.checkpoint import FOLDER, TRAINER, Found, newest, read
+from hpcdl.spec.checkpoint import FOLDER, TRAINER, Damage, Found, look, newest, read
 
 KEY = "trainer.resume_from"
 ALLOWED = "a run id, its beginning, latest, a run's directory, or one of its checkpoints"
@@ -58,17 +58,19 @@ def goes_on(trainer: TrainerSpec, seed: int) -> Iterator[Fault]:
 
 def _whole(given: str, place: Path) -> Found | Fault:
     """The checkpoint in a folder, or the newest whole one of a run."""
+    found: Found | Damage | None
     if (place / TRAINER).exists() or place.name.startswith("step-"):
-        found = read(place)
+        found = look(place)
         near = newest(place.parent)[0]
     else:
         found = near = newest(place if place.name == FOLDER else place / FOLDER)[0]
-    if found is not None:
+    if isinstance(found, Found):
         return found
+    why = f": it is {found}" if found is not None and place.is_dir() else ""
     return Fault(
         key=KEY,
         value=given,
-        problem=f"there is no whole checkpoint in {place}",
+        problem=f"there is no whole checkpoint in {place}{why}",
         allowed=ALLOWED,
         nearest=str(near.path) if near else "",
         fix=f"{KEY}={near.path}"
