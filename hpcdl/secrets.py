@@ -28,11 +28,11 @@ LEAST = 8
 """Shorter values are not looked for in what is written: too many words would be taken for them."""
 
 _NAME = (
-    r"(^|_)(TOKENS?_SECRET|(ACCESS|AUTH|API|BEARER|REFRESH|ID)?TOKEN|(ACCESS|AUTH|API|SECRET|PRIVATE)?KEY|PASSPHRASE|PASSWD|PWD|PAT|JWT|CREDENTIALS?)$"
-    r"|SECRET|PASSWORD|^AWS_"
+    r"(^|_)(ACCESS|AUTH|API|BEARER|REFRESH|ID|SECRET|PRIVATE)?(TOKEN|KEY)$"
+    r"|(^|_)(PASSPHRASE|PASSWD|PWD|PAT|JWT|CREDENTIALS?)$|SECRET|PASSWORD|^AWS_"
 )
 _NO_SECRET = (
-    r"_(FILE|PATH|DIR|FOLDER|HELPER|COMMAND|CMD|NAME|ID_FIELD)$|(^|_)(PUBLIC|SORT|PRIMARY|FOREIGN)_KEY$|^OLDPWD$|^PWD$"
+    r"_(FILE|PATH|DIR|FOLDER|HELPER|COMMAND|CMD|NAME)$|(^|_)(PUBLIC|SORT|PRIMARY|FOREIGN)_KEY$|^OLDPWD$|^PWD$"
     r"|^AWS_((DEFAULT_)?REGION|(DEFAULT_)?PROFILE|DEFAULT_OUTPUT|CONFIG_\w+|ENDPOINT_URL\w*|CA_BUNDLE|EC2_\w+|STS_\w+"
     r"|MAX_ATTEMPTS|RETRY_MODE|SHARED_\w+|PAGER|ROLE_\w+|EXECUTION_ENV|SDK_\w+)$"
 )
@@ -113,12 +113,8 @@ def is_name(name: str) -> bool:
 
 def is_value(name: str, value: str) -> bool:
     """Whether a variable's value is a secret itself, and not the place of one, a variable's name or nothing."""
-    if (
-        not is_name(name)
-        or value.strip().lower() in _NO_VALUE
-        or not value.strip()
-        or value.lstrip().startswith("$")
-    ):
+    plain = value.strip()
+    if not is_name(name) or not plain or plain.lower() in _NO_VALUE or plain.startswith("$"):
         return False
     return not (re.fullmatch(_PLACE, value) and re.search(r"(KEY|CREDENTIALS?)$", name.upper()))
 
@@ -142,7 +138,8 @@ def find(text: str) -> list[Found]:
     ]
     for match in _assigned().finditer(text):
         name, kind = match["name"], match.lastgroup or "bare"
-        if (name.isupper() or name.lower() in _LOWER) and is_value(name, match[kind]):
+        meant = name.isupper() or name.lower() in _LOWER or text[: match.start()].rstrip().endswith("export")
+        if meant and is_value(name, match[kind]):
             found.append(Found(f"a value of {name}", match[kind], *match.span(kind)))
     apart: list[Found] = []
     for each in sorted(found, key=lambda one: (one.start, -one.end)):

@@ -76,6 +76,7 @@ def test_names_of_secrets(name: str, is_one: bool) -> None:
     [
         ("export HF_TOKEN=abc", "export HF_TOKEN=[hidden]"),
         ('export HF_TOKEN="a b"; true', 'export HF_TOKEN="[hidden]"; true'),
+        ("true; export my_token=abc", "true; export my_token=[hidden]"),
         ("--comment=API_KEY=x1", "--comment=API_KEY=[hidden]"),
         ("git clone https://me:pw@host/x.git", "git clone https://me:[hidden]@host/x.git"),
         ("https://ghp0123456789012345678@host/x", "https://[hidden]@host/x"),
