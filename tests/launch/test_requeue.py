@@ -6,10 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from hpcdl.runs.scheduler import Slurm
 from hpcdl.runs.store import SUBMISSIONS, RunDir, read_submission
 from hpcdl.spec import ClusterSpec
 from tests.fake_slurm import FakeSlurm as ShellSlurm
+from tests.killing import killed_at
 from tests.launch.making import TOKEN, Agents, make_runs, request
 from tests.launch.test_slurm import options
 from tests.runs.making import FakeJob, FakeSlurm, make_submission
@@ -250,29 +249,8 @@ LINES = (
 )
 
 
-def killed_at(number: int, world: World) -> bool:
-    """Runs the end of a job in a child that is killed at so many lines from its begin; whether it came so far."""
-    child = os.fork()
-    if child == 0:
-        left = number
-
-        def count(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal left
-            file = frame.f_code.co_filename
-            if not (file.startswith(str(HERE)) and file.endswith(LINES)):
-                return None
-            if event == "line":
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return count
-
-        try:
-            sys.settrace(count)
-            world.end()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+def is_watched(file: str) -> bool:
+    return file.startswith(str(HERE)) and file.endswith(LINES)
 
 
 def poll(world: World) -> Any:
@@ -287,7 +265,7 @@ def test_killed_at_any_line_the_run_goes_on_in_one_job_or_ends(
     number, killed, handed = (0 if then == "job over" else 5), True, 0
     while killed:
         world = make_world(f"{then}-{number}")
-        killed = killed_at(number, world)
+        killed = killed_at(number, world.end, is_watched)
         number += 11
         state: Any = world.run.read_state()
         if then == "job over":

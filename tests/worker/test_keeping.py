@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
-import sys
-from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -25,6 +21,7 @@ from hpcdl.worker.keeping import Keeper
 from hpcdl.worker.process import Process
 from tests import checkpoints
 from tests.factory import tiny_spec
+from tests.killing import killed_at
 
 WHO = Process(
     rank=0, world_size=2, local_rank=0, local_world_size=2, node="n1", attempt="0.0", restart=0
@@ -173,38 +170,8 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 WATCHED = (keeping.__file__, files.__file__)
 
 
-def killed_at(number: int, act: Callable[[], None]) -> bool:
-    """Does it in a process that is killed before the n-th line of ours; false once there are no so many.
-
-    A line that comes again and again counts twice.
-    """
-    pid = os.fork()
-    if pid == 0:
-        left = number
-        seen: Counter[tuple[str, int]] = Counter()
-
-        def trace(frame: FrameType, event: str, argument: Any) -> Any:
-            nonlocal left
-            if frame.f_code.co_filename not in WATCHED:
-                return None
-            place = (frame.f_code.co_filename, frame.f_lineno)
-            seen[place] += event == "line"
-            if event == "line" and seen[place] < 3:
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        try:
-            sys.settrace(trace)
-            act()
-            sys.settrace(None)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, -signal.SIGKILL), f"line {number}: the child ended with {code}"
-    return code != 0
+def is_watched(file: str) -> bool:
+    return file in WATCHED
 
 
 def test_killed_at_any_line_there_is_a_whole_one(tmp_path: Path, quick_disk: None) -> None:
@@ -223,7 +190,7 @@ def test_killed_at_any_line_there_is_a_whole_one(tmp_path: Path, quick_disk: Non
             save(keeper, 4)
             keeper.note(4, 1.0)
 
-        was_killed = killed_at(number, act)
+        was_killed = killed_at(number, act, is_watched, most=2)
         found, broken = newest(run.checkpoints)
         assert found is not None and found.step in (2, 4) and is_whole(found), f"line {number}"
         assert [path.name for path, _ in broken] in ([], ["step-00000004"])
@@ -247,7 +214,8 @@ def test_killed_while_a_loss_is_noted_the_record_is_the_old_or_the_new(
     while True:
         run = RunDir(tmp_path / f"run{number}")
         path = checkpoints.make(run.checkpoints, 2)
-        was_killed = killed_at(number, lambda run=run: keeper_of(run).note(2, 1.5))
+        keeper = keeper_of(run)
+        was_killed = killed_at(number, partial(keeper.note, 2, 1.5), is_watched)
         found = look(path)
         assert isinstance(found, Found), f"line {number}: {found}"
         losses.add(found.heldout_loss)
