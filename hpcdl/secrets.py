@@ -138,7 +138,11 @@ def find(text: str) -> list[Found]:
     ]
     for match in _assigned().finditer(text):
         name, kind = match["name"], match.lastgroup or "bare"
-        meant = name.isupper() or name.lower() in _LOWER or text[: match.start()].rstrip().endswith("export")
+        meant = (
+            name.isupper()
+            or name.lower() in _LOWER
+            or text[max(0, match.start() - 8) : match.start()].rstrip().endswith("export")
+        )
         if meant and is_value(name, match[kind]):
             found.append(Found(f"a value of {name}", match[kind], *match.span(kind)))
     apart: list[Found] = []
