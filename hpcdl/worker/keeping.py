@@ -167,7 +167,7 @@ class Keeper:
     def _holds(self) -> bool:
         try:
             fence.must_hold(self._run, self._who.attempt, "")
-        except SupersededError:
+        except (SupersededError, OSError):  # unknown for now: nothing that can't wait is changed
             return False
         return True
 
