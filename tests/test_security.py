@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from hpcdl.errors import ConfigError, RunFailedError, UsageError
 from hpcdl.launch import __main__ as launch
 from hpcdl.launch import code, secret_file, sweep
 from hpcdl.launch.compose import Composer
-from hpcdl.runs import cancel, private, query, terminal
+from hpcdl.runs import cancel, private, query, terminal, wish
 from hpcdl.runs.files import append_line, locked, read_lines, write_json
+from hpcdl.runs.hurry import hurry
+from hpcdl.runs.reconcile import read, reconcile
 from hpcdl.runs.store import parse_state
 from hpcdl.spec.plain import load_yaml
 from tests.factory import tiny_plain
 from tests.fake_slurm import FakeSlurm
 from tests.launch.test_code import git
-from tests.runs.making import make_run
+from tests.runs.making import FakeJob, make_run
+from tests.runs.making import FakeSlurm as RunsSlurm
 
 TOKEN = "hf_Xq7secretsecretsecret42"
 SOURCES = sorted(Path(hpcdl.__file__).parent.rglob("*.py"))
@@ -356,6 +360,24 @@ def test_another_users_run_is_not_cancelled(tmp_path: Path, monkeypatch: pytest.
     said: list[str] = []
     assert cancel.cancel([run], cancel.How(), said.append) == []
     assert "only they can cancel it" in said[0] and not run.stop_file.exists()
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_looking_at_another_users_run_touches_no_job_of_ours(
+    theirs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their state file names a job of ours, which somebody wished to be cancelled, and to be started now."""
+    slurm = RunsSlurm()
+    soon = (datetime.now(UTC) + timedelta(minutes=5)).strftime("%Y-%m-%dT%H:%M:%S")
+    slurm.jobs["7"] = [FakeJob("PENDING", tasks="0", reason="BeginTime", start=soon)]
+    run = make_run(tmp_path / "runs", state="PENDING", kind="slurm", job_id="7_0")
+    wish.make(run, now=True)
+    run.event("requeued")
+    if theirs:
+        give_away(run.path, monkeypatch)
+    hurry(reconcile(read([run]).views, slurm.slurm()), slurm.slurm())
+    assert ("scancel" in slurm.names()) is not theirs
+    assert any("StartTime=now" in call for call in slurm.calls) is not theirs
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
+from hpcdl.runs import private
 from hpcdl.runs.reconcile import View
 from hpcdl.runs.scheduler import Slurm
 from hpcdl.runs.store import RunDir
@@ -30,7 +31,9 @@ def _hurry(view: View, slurm: Slurm) -> View:
     if job is None or job_id is None or not job.waiting or job.reason != "BeginTime" or job.start is None:
         return view
     ahead = datetime.fromisoformat(job.start) - datetime.now(UTC)
-    if ahead < timedelta(seconds=AHEAD_S) or not requeued(view.run) or not slurm.start_now(job_id):
+    if ahead < timedelta(seconds=AHEAD_S) or not requeued(view.run) or not private.is_mine(view.run.path):
+        return view
+    if not slurm.start_now(job_id):
         return view
     view.run.event("hastened", job_id=job_id, begin_time=job.start)
     reason = f"requeued; asked to start now, {ahead.total_seconds():.0f} s before Slurm would have"

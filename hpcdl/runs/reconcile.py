@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl.errors import SchedulerError, UsageError
-from hpcdl.runs import chain, contact, failure, judge, processes, submissions, wish
+from hpcdl.runs import chain, contact, failure, judge, private, processes, submissions, wish
 from hpcdl.runs.judge import Verdict
 from hpcdl.runs.patience import Patience
 from hpcdl.runs.scheduler import Job, Slurm, with_comment
@@ -187,10 +187,12 @@ def _unknown(view: View, away: str) -> View:
 def _fulfil(views: Sequence[View], slurm: Slurm) -> None:
     """A cancel that Slurm could not be told of is told now.
 
-    Of jobs in the queue, and of those that shall end at once; the others' workers see the wish by themselves.
+    Of jobs in the queue, and of those that shall end at once; the others' workers see the wish by themselves. Only
+    for one's own runs: in another user's, somebody may have written down a job of ours.
     """
     wished = {v.run: wish.of(v.run) for v in views if v.job and not v.job.ended and v.state.state in ACTIVE}
     due = [v for v in views if wished.get(v.run) == "now" or (wished.get(v.run) and v.job and v.job.waiting)]
+    due = [v for v in due if private.is_mine(v.run.path)]
     if due:
         with contextlib.suppress(SchedulerError):  # the next look tries again
             slurm.cancel([v.state.job_id for v in due if v.state.job_id])
