@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcdl.launch import template
 from hpcdl.launch.base import JobRequest
 from hpcdl.runs.parents import Parent
 from hpcdl.runs.state import RunState
@@ -45,8 +46,13 @@ def request(count: int = 1, *, runs_dir: Path = Path("/shared/runs"), **fields: 
 
 
 def golden(name: str, text: str) -> None:
-    """Compares with tests/golden/<name>; HPCDL_GOLDEN=write writes it anew."""
+    """Compares with tests/golden/<name>; HPCDL_GOLDEN=write writes it anew.
+
+    What is the template's own text, word by word, stands there as one line.
+    """
     file = GOLDEN / name
+    for part, word in ((template.body(), "BODY"), (template.frame(), "FRAME")):
+        text = text.replace(part.rstrip("\n"), f"{word} OF slurm/{template.NAME}")
     if os.environ.get("HPCDL_GOLDEN") == "write":
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)

@@ -41,17 +41,24 @@ def fake_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(FAKE_TORCH))
 
 
-def test_whole_scripts() -> None:
-    local = {"kind": "local", "python": "/usr/bin/python3"}
-    golden("local-single.sh", BACKEND.render(request(**local, processes_per_node=2)))
-    sweep = request(3, **local, runs_dir=Path("/home/me/my runs"), setup=("source env/bin/activate",))
-    golden("local-sweep.sh", BACKEND.render(sweep))
+LOCAL = {"kind": "local", "python": "/usr/bin/python3"}
+SCRIPTS = {
+    "local-single.sh": request(**LOCAL, processes_per_node=2),
+    "local-sweep.sh": request(
+        3, **LOCAL, runs_dir=Path("/home/me/my runs"), setup=("source env/bin/activate",)
+    ),
+}
 
 
-@pytest.mark.parametrize("name", ["local-single.sh", "local-sweep.sh"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_whole_scripts(name: str) -> None:
+    golden(name, BACKEND.render(SCRIPTS[name]))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_bash_can_read_them(name: str) -> None:
-    file = HERE.parent / "golden" / name
-    assert subprocess.run(["bash", "-n", file], capture_output=True, text=True).stderr == ""
+    text = BACKEND.render(SCRIPTS[name])
+    assert subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True).stderr == ""
 
 
 def test_submit_returns_at_once_and_the_run_goes_on(tmp_path: Path) -> None:
