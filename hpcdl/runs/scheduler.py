@@ -90,7 +90,7 @@ class Slurm:
         runner: what runs a command; tests give their own.
     """
 
-    def __init__(self, limit_s: float = 15.0, runner: Runner = run_command) -> None:
+    def __init__(self, limit_s: float = 20.0, runner: Runner = run_command) -> None:
         self.limit_s = limit_s
         self._runner = runner
 
