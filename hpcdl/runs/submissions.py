@@ -73,7 +73,9 @@ def settle(runs_dir: Path, token: str, ids: Iterable[str], slurm: Slurm, say: Ca
     chosen = decide_job(runs_dir, token, ids[0])
     others = [i for i in ids if i != chosen]
     if others:
-        say(f"submission {token} has reached Slurm {len({*ids, chosen})} times: {', '.join(others)} cancelled")
+        say(
+            f"submission {token} has reached Slurm {len({*ids, chosen})} times: {', '.join(others)} cancelled"
+        )
         slurm.cancel(others)
     return chosen
 
