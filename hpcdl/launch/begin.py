@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from hpcdl.launch import control
 from hpcdl.launch.place import Place
 from hpcdl.runs import parents, wish
+from hpcdl.runs.parents import Parent
+from hpcdl.runs.reconcile import look
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir, decide_job, now
 
@@ -23,6 +26,7 @@ INTERRUPTED = 130
 SEEN_AFTER_S = 60.0
 """A parent's last word may reach this node's copy of a shared disk late (NFS keeps what it has read)."""
 POLL_S = 1.0
+LOOK_S = 10.0
 
 
 def nothing_to_do(run: RunDir, place: Place) -> int | None:
@@ -58,13 +62,33 @@ def _is_second(run: RunDir, place: Place) -> bool:
 def _after(run: RunDir, place: Place) -> int | None:
     awaited = parents.of_submission(run.runs_dir, place.token)
     deadline = time.monotonic() + (SEEN_AFTER_S if place.kind == "slurm" else 0.0)
+    looks = Looks()
     while left := parents.unfinished(awaited):
+        looks.at(left)
         if why := parents.failed(left):
             return cancel(run, place.token, why, by="dependency")
         if time.monotonic() >= deadline:
             return _back(run, place, parents.waits_for(left))
         time.sleep(POLL_S)
     return None
+
+
+class Looks:
+    """Finds out now and then whether what is waited for still lives: its agent may have left no last word, and a
+    task that was cancelled before it had started left none at all (Slurm then counts a wait for it as over).
+    """
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def at(self, awaited: Sequence[Parent]) -> None:
+        """Makes the states of these runs true, if it is time to."""
+        if time.monotonic() < self._next:
+            return
+        for parent in awaited:
+            if parent.run is not None and parent.run.state_file.exists():
+                look(parent.run)
+        self._next = time.monotonic() + LOOK_S
 
 
 def _back(run: RunDir, place: Place, why: str) -> int:

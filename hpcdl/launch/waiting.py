@@ -13,12 +13,9 @@ from pathlib import Path
 
 from hpcdl.launch import begin
 from hpcdl.runs import parents, wish
-from hpcdl.runs.reconcile import look
 from hpcdl.runs.store import RunDir
 
 POLL_S = 1.0
-LOOK_S = 10.0
-"""Between two looks whether what is waited for still lives."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,13 +24,9 @@ def main(argv: Sequence[str]) -> int:
     lines = Path(argv[0]).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     runs = [RunDir(Path(line)) for line in lines]
     awaited = parents.of_submission(folder.parent.parent, folder.name)
-    said, next_look = "", 0.0
+    said, looks = "", begin.Looks()
     while left := parents.unfinished(awaited):
-        if time.monotonic() >= next_look:
-            next_look = time.monotonic() + LOOK_S
-            for parent in left:
-                if parent.run is not None and parent.run.state_file.exists():
-                    look(parent.run)  # its agent may have been killed: then nobody else says so
+        looks.at(left)
         if why := parents.failed(left):
             return _cancel(runs, folder.name, why, by="dependency")
         if all(wish.of(run) for run in runs):

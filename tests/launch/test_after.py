@@ -190,6 +190,7 @@ def test_it_goes_back_while_they_go_on_in_another_job(
     monkeypatch.setattr(begin, "POLL_S", 0.01)
     train, child = chain(slurm, capsys)
     end(train, "RUNNING")
+    slurm.change("1_0", state="RUNNING")
     assert begins(child) == 0
     assert child.read_state().state == "PENDING"
     assert child.read_state().reason == f"waits for {train.path.name} (train), RUNNING"
@@ -198,6 +199,19 @@ def test_it_goes_back_while_they_go_on_in_another_job(
     slurm.set(requeue_refused="Job is not requeueable")
     assert begins(child) == 130
     assert "can't go back into the queue: Job is not requeueable" in child.read_state().reason
+
+
+def test_a_task_that_left_no_record_is_found_to_be_gone(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cancelled while pending within its array: Slurm takes a wait for it as over, and starts the dependent."""
+    (first, _), (gone, _) = launch(capsys, "-m", "seed=1,2")
+    ((child, _),) = launch(capsys, "name=eval", f"after={first.path.name},{gone.path.name}")
+    end(first, "COMPLETED")
+    (slurm.folder / "tasks" / "1_1.json").unlink()
+    assert begins(child) == 130
+    reason = child.read_state().reason
+    assert reason.startswith(f"{gone.path.name} (pretrain_tiny), which it waited for, is CANCELLED: "), reason
 
 
 def test_a_second_job_has_nothing_to_do(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
