@@ -22,6 +22,7 @@ import itertools
 import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,7 +86,7 @@ class SlurmBackend:
                 "fix: launch from a login node of the cluster, or run here with cluster=local"
             )
         request.folder.mkdir(parents=True, exist_ok=True)
-        return lost.submit(request, lambda: _sbatch(request, text))
+        return lost.submit(request, lambda: _sbatch(text))
 
 
 BACKEND = SlurmBackend()
@@ -133,25 +134,23 @@ def _word(value: str) -> str:
     return shlex.quote(value.replace("\\", "\\\\"))
 
 
-def _sbatch(request: JobRequest, text: str) -> str:
+def _sbatch(text: str) -> str:
     """One sbatch; returns the job id.
 
     Raises:
         LostAnswer: whether it got through is not known.
         SchedulerError: it was refused.
     """
-    try:
-        executor = _executor_class()(request.folder)
-        executor.text = text
-        # submitit prints what sbatch says before it raises; we say it once, in words of ours.
-        with contextlib.redirect_stderr(io.StringIO()):
-            job = executor._submit_command("")
-    except Exception as error:  # submitit has several kinds of errors for what sbatch says
-        raise lost.told(error) from error
-    finally:
-        for copy in request.folder.glob(".submission_file_*.sh"):
-            copy.unlink(missing_ok=True)
-    job.paths.submission_file.unlink(missing_ok=True)
+    # Not in the submission's own folder: submitit replaces %j, %A, … in a folder's name, after the job was made.
+    with tempfile.TemporaryDirectory(prefix="hpcdl-") as folder:
+        try:
+            executor = _executor_class()(folder)
+            executor.text = text
+            # submitit prints what sbatch says before it raises; we say it once, in words of ours.
+            with contextlib.redirect_stderr(io.StringIO()):
+                job = executor._submit_command("")
+        except Exception as error:  # submitit has several kinds of errors for what sbatch says
+            raise lost.told(error) from error
     return str(job.job_id)
 
 
