@@ -102,9 +102,10 @@ class Agent:
             self._preflight()
             self._judge = judging.Judge(self.run, self.place, self.attempt, end, cluster.max_restarts)
             left = self._torchrun(cluster)
-            code = end.first(left) if self.place.first else end.another(left)
+            code = end.first(left) if self.place.first else end.another(left, self._leave)
         except SupersededError as error:
             self._say(str(error))
+            self._leave(failed=False)
             return 1
         except (HpcdlError, OSError) as error:
             code = self._broken(error, end)
@@ -188,7 +189,7 @@ class Agent:
             shutil.rmtree(log_dir, ignore_errors=True)
             if self._child is not None:
                 self._child.kill()
-            if self._peers is not None:
+            if self._peers is not None and self.place.first:
                 self._peers.leave(end=self._ended_here)
         if self._superseded:
             raise SupersededError(self._superseded)
@@ -199,11 +200,24 @@ class Agent:
             signals=tuple(self._signals),
             killed=self._killed,
             out_of_memory=self._memory_ran_out(),
-            cause=self._over.cause if self._over else None,
+            cause=self._over.cause if self._over else self._torchrun_killed(code),
             judged=self._judge.judged if self._judge else None,
             lost=self._over.lost if self._over else (),
             told=self._over is not None,
         )
+
+    def _torchrun_killed(self, code: int) -> causes.Cause | None:
+        by_guard = self._guard is not None and self._guard.has_ended_torchrun
+        if code >= 0 or self._ended_here or self._killed or by_guard:
+            return None
+        name = signal.Signals(-code).name
+        return causes.Cause(
+            time=now(), type=name, message="torchrun was killed", node=self.place.name, signal=-code
+        )
+
+    def _leave(self, failed: bool) -> None:
+        if self._peers is not None:
+            self._peers.leave(failed=failed)
 
     def _rendezvous(self) -> torchrun.Rendezvous:
         place = self.place
@@ -300,6 +314,7 @@ class Agent:
         with contextlib.suppress(OSError):  # the run directory may be what is broken
             if not self.place.first:
                 causes.record(self.run, self.attempt, self.place.node, cause)
+                self._leave(failed=True)
                 return 1
             if self._child is None:
                 self._started(None)

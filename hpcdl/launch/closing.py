@@ -127,15 +127,22 @@ class Closing:
             return self._finish(end, "")
         return self._follow(end, failure, cause[0] if cause else None, left)
 
-    def another(self, left: Left) -> int:
-        """Another node's agent: leaves its view of a failure, and ends after the first node's has spoken."""
+    def another(self, left: Left, tell: Callable[[bool], None]) -> int:
+        """Another node's agent: leaves its view of a failure, and ends after the first node's has spoken.
+
+        Args:
+            left: what torchrun has left behind here.
+            tell: tells the first node's agent whether this node's part has failed, once the view is there.
+        """
         if left.code == 0:
+            tell(False)
             return 0
         if not left.told:
-            own = causes.from_torchrun(
+            own = left.cause or causes.from_torchrun(
                 list(left.words), self._place.name, killed_by_kernel=left.out_of_memory
             )
             causes.record(self._run, self._attempt, self._place.node, own)
+        tell(True)
         self._wait_for_the_first()
         return 1
 
@@ -182,7 +189,7 @@ class Closing:
         fewest = self._cluster.min_nodes or self._cluster.nodes
         decided = self.verdict(
             failure,
-            in_place=self._place.again is not None and not _asked_to_stop(left),
+            in_place=self._place.again is not None and not self._asked_to_stop(left),
             is_lost=bool(left.lost),
             spare=bool(left.lost) and len(nodes_left) >= fewest,
         )
@@ -208,6 +215,11 @@ class Closing:
             end, reason=f"{end.reason}; {decided.why}", exit_code=decided.exit_code or end.exit_code
         )
         return self._finish(end, cause.traceback if cause else "")
+
+    def _asked_to_stop(self, left: Left) -> bool:
+        """Whether somebody wants the job to end. SIGTERM is also what srun sends where another agent has ended."""
+        from_srun = {signal.SIGTERM} if self._place.kind == "slurm" else set()
+        return bool(set(left.signals) - from_srun)
 
     def _restart(self, reason: str, details: dict[str, Any], nodes_left: tuple[str, ...]) -> int:
         """The next try, in this job: the state stays RUNNING."""
@@ -290,12 +302,6 @@ class Closing:
     def _first_is_silent(self) -> bool:
         state = self._run.read_state()
         return state.state in ACTIVE and not state.reason
-
-
-def _asked_to_stop(left: Left) -> bool:
-    """Whether somebody wants the job to end; SIGTERM is also what srun sends after the loss of an agent."""
-    srun_may_have = {signal.SIGTERM} if left.cause is not None else set()
-    return bool(set(left.signals) - srun_may_have)
 
 
 def forget_signal(run: RunDir) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from hpcdl.launch import network, nodes
@@ -10,6 +11,8 @@ from hpcdl.launch.place import Place
 from hpcdl.launch.pulse import Caller, Listener, Loss, Pulse
 from hpcdl.runs import kinds
 
+_NOTICE_S = 3.0
+"""How long the first node's own workers have to notice another node's failure: what they say tells more."""
 KILLED = "its agent was killed (kill -9, or by the kernel for want of memory)"
 
 
@@ -41,6 +44,7 @@ class Peers:
         assert place.head is not None
         self._first = place.first
         self._known: set[str] = set()
+        self._failed_since = 0.0
         secret = f"{place.token}/{place.index}/{attempt}"
         port = network.pulse_port(place.port)
         if place.first:
@@ -59,8 +63,10 @@ class Peers:
     def look(self) -> Over | None:
         """Whether the try is over because of another node."""
         losses = self._pulse.losses
+        if not losses and self._pulse.told_to_end:
+            return Over(words="the first node's agent ends the try")
         if not losses:
-            return Over(words="the first node's agent ends the try") if self._pulse.told_to_end else None
+            return self._failed()
         loss = losses[0]
         words = f"node {loss.node} is lost: {loss.why}"
         if not self._first:
@@ -68,13 +74,24 @@ class Peers:
         silent = {loss.node: loss.why} if not loss.closed else nodes.silent([loss.node])
         return Over(words=words, cause=cause_of(loss, silent.get(loss.node, "")), lost=tuple(silent))
 
-    def leave(self, *, end: bool) -> None:
+    def _failed(self) -> Over | None:
+        """Another node's part has failed, and here nothing is noticed of it: the workers may still be starting."""
+        failed = self._pulse.failed
+        if not failed:
+            return None
+        self._failed_since = self._failed_since or time.monotonic()
+        if time.monotonic() - self._failed_since < _NOTICE_S:
+            return None
+        return Over(words=f"node {failed[0]} has failed")
+
+    def leave(self, *, end: bool = False, failed: bool = False) -> None:
         """This node's part is over.
 
         Args:
             end: from the first node: the others' as well.
+            failed: from another node: it has failed.
         """
-        self._pulse.leave(end=end)
+        self._pulse.leave(end=end, failed=failed)
 
 
 def cause_of(loss: Loss, silent: str) -> Cause:

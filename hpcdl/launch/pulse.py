@@ -29,6 +29,7 @@ BEAT_S = 1.0
 _CONNECT_S = 5.0
 _BYE = b"bye\n"
 _END = b"end\n"
+_FAILED = b"failed\n"
 _BEAT = b".\n"
 
 
@@ -103,13 +104,19 @@ class Pulse:
         """On the first node: those whose agents are connected now."""
         return ()
 
-    def leave(self, *, end: bool = False) -> None:
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """On the first node: those whose agents have said that their part has failed."""
+        return ()
+
+    def leave(self, *, end: bool = False, failed: bool = False) -> None:
         """Says good-bye, so that this end is none to worry about.
 
         Args:
             end: by the first node: the others are to end as well.
+            failed: by another node: its part has failed, and it has left word of it (hpcdl.launch.causes).
         """
-        self._final = _END + _BYE if end else _BYE
+        self._final = (_END if end else _FAILED if failed else b"") + _BYE
         self._leaving.set()
         if self._thread is not None:
             self._thread.join(2 * BEAT_S)
@@ -150,6 +157,7 @@ class Listener(Pulse):
         self._secret = secret
         self._nodes = nodes
         self._lines: dict[int, _Line] = {}
+        self._failed: list[str] = []
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._server = socket.socket(family, socket.SOCK_STREAM)
         self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -157,6 +165,11 @@ class Listener(Pulse):
         self._server.listen(len(nodes) + 8)
         self._server.setblocking(False)
         self._start(threading.Thread(target=self._run, name="pulse", daemon=True))
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Those whose agents have said that their part has failed."""
+        return tuple(self._failed)
 
     @property
     def heard_of(self) -> tuple[str, ...]:
@@ -201,6 +214,8 @@ class Listener(Pulse):
         for word in said:
             if word == _BYE:
                 line.bye = True
+            elif word == _FAILED and line.node:
+                self._failed.append(line.node)
             elif not line.node and word != _BEAT:
                 secret, _, name = word.decode(errors="replace").strip().partition(" ")
                 if secret == self._secret and name in self._nodes:

@@ -102,6 +102,14 @@ def test_the_first_node_says_whether_all_are_to_end(port: int, end: bool) -> Non
     assert caller.losses == ()
 
 
+def test_a_node_says_that_it_has_failed(first: Listener, port: int) -> None:
+    caller = call(port)
+    heard(first, 1)
+    caller.leave(failed=True)
+    assert until(lambda: first.failed, "the word") == ("n2",)
+    assert first.losses == ()
+
+
 def test_who_never_came_is_not_lost(first: Listener, port: int) -> None:
     caller = call(port + 1)
     caller.leave()

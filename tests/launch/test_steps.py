@@ -146,6 +146,25 @@ def test_the_run_goes_on_with_fewer_nodes(agents: Agents, cluster: FakeSlurm) ->
     ]
 
 
+def test_torchrun_killed_on_another_node(agents: Agents, cluster: FakeSlurm) -> None:
+    """The first node's workers notice nothing of it: they hang. Its agent is told by the other one's."""
+    agents.cluster = {"kind": "slurm", "nodes": 2, "processes_per_node": 1, "max_restarts": 1}
+    agents.meet_on_loopback = True
+    run = agents.make("again")
+    job = agents.job(2)
+    agents.pids()
+    until(lambda: run.read_state().state == "RUNNING", "the first agent has begun")
+    until(lambda: "hears node n2" in (run.logs / "n1-try0.0.log").read_text(), "they hear of each other")
+    second = agents_of(job)[1][1]
+    (torchrun,) = Path(f"/proc/{second}/task/{second}/children").read_text().split()
+    os.kill(int(torchrun), signal.SIGKILL)
+    code, said = agents.end(job)
+    assert code == 0, said
+    (event,) = events(agents, "restarting")
+    assert (event["in_place"], event["nodes"]) == ("job", ["n1", "n2"])
+    assert event["reason"] == "SIGKILL: torchrun was killed (node n2)"
+
+
 def test_a_node_on_which_srun_can_start_nothing(agents: Agents, cluster: FakeSlurm) -> None:
     agents.cluster = {"kind": "slurm", "nodes": 2, "processes_per_node": 1, "requeue": "requeue"}
     run = agents.make("hang")

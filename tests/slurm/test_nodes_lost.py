@@ -89,7 +89,7 @@ def kill(cluster: Cluster, node: str, what: str) -> None:
 def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Cluster) -> None:
     doomed = cluster.launch_one(*SHORT, *TWO_NODES)
     calm = cluster.launch_one(*SHORT, *ONE_NODE, 'cluster.extra=["--nodelist=c3"]')
-    shaken = cluster.launch_one(*SHORT, *ONE_NODE, "trainer.keep_last=2", 'cluster.extra=["--nodelist=c4"]')
+    shaken = cluster.launch_one(*SHORT, *ONE_NODE, "trainer.keep_last=3", 'cluster.extra=["--nodelist=c4"]')
     head, other = event(cluster, doomed, "started")["node_list"]
     assert {head, other} == {"c1", "c2"}
     cluster.wait_step(doomed, 15)
