@@ -7,6 +7,7 @@ all containers run on, and no network file system. So it is the harder case for 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -81,9 +82,18 @@ def tries(cluster: Cluster, run: Launched) -> list[str]:
     return [each["try"] for each in cluster.events(run, "started")]
 
 
-def kill(cluster: Cluster, node: str, what: str) -> None:
-    """kill -9 of one process of a kind on a node: the oldest."""
-    cluster.root(node, f"pkill -9 --oldest -f '{what}'")
+def kill_worker(cluster: Cluster, run: Launched, node: str) -> None:
+    """kill -9 of one of the run's workers: torchrun starts them with -u."""
+    cluster.root(node, f"pkill -9 --oldest -f '^[^ ]* -u -m hpcdl.worker.main {run.run_dir}'")
+
+
+def kill_agent(cluster: Cluster, run: Launched, node: str) -> None:
+    """kill -9 of the first node's agent: what is below it dies with it."""
+    state = json.loads(cluster.shell(f"cat {run.run_dir}/state.json"))
+    below = cluster.root(node, f"pgrep -f hpcdl.worker.main.*{run.run_dir}").split()
+    cluster.root(node, f"kill -9 {state['agent_pid']}")
+    alive = f"ps -o pid= -p {','.join(below)}"
+    cluster.until(lambda: True if not cluster.root(node, alive).strip() else None, "no orphan (fact 15)")
 
 
 def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Cluster) -> None:
@@ -92,14 +102,14 @@ def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Clus
     shaken = cluster.launch_one(*SHORT, *ONE_NODE, "trainer.keep_last=3", 'cluster.extra=["--nodelist=c4"]')
     head, other = event(cluster, doomed, "started")["node_list"]
     assert {head, other} == {"c1", "c2"}
-    cluster.wait_step(doomed, 15)
+    cluster.wait_step(doomed, 25)
     with killed(cluster, other):
-        cluster.wait_step(shaken, 15)
-        kill(cluster, "c4", "python.* -m hpcdl.worker.main")
+        cluster.wait_step(shaken, 25)
+        kill_worker(cluster, shaken, "c4")
         first = event(cluster, shaken, "restarting")
         assert (first["kind"], first["in_place"]) == ("killed", "torchrun")
         event(cluster, shaken, "resumed")
-        kill(cluster, "c4", "^[^ ]*python.* -m hpcdl.launch.job")
+        kill_agent(cluster, shaken, "c4")
         second = event(cluster, shaken, "restarting", 2)
         assert (second["kind"], second["in_place"], second["nodes"]) == ("killed", "job", ["c4"])
         ended, _, restarted = cluster.wait_done([doomed, calm, shaken])
@@ -122,7 +132,7 @@ def test_a_cut_off_node_is_found_by_its_silence(cluster: Cluster) -> None:
     run, calm = cluster.launch(
         *SHORT, *TWO_NODES, "-m", "trainer.keep_last=2,3", "cluster.array_parallelism=1"
     )
-    cluster.wait_step(run, 15)
+    cluster.wait_step(run, 25)
     head, other = event(cluster, run, "started")["node_list"]
     with cut_off(cluster, other):
         requeued = event(cluster, run, "requeued")
@@ -140,7 +150,7 @@ def test_a_cut_off_first_node_writes_nothing_beside_the_new_try(cluster: Cluster
     """One node: nobody misses it but Slurm. It trains on, and may save, until the new try has begun."""
     words = (*SHORT, *ONE_NODE, "trainer.max_steps=20000", "monitor=none")
     run = cluster.launch_one(*words)
-    cluster.wait_step(run, 15)
+    cluster.wait_step(run, 25)
     (node,) = event(cluster, run, "started")["node_list"]
     with cut_off(cluster, node):
         cluster.until(
@@ -180,7 +190,7 @@ def test_a_run_goes_on_with_fewer_nodes(cluster: Cluster) -> None:
     )
     run = cluster.launch_one(*words, "cluster.nodes=3", "cluster.min_nodes=1")
     calm = cluster.launch_one(*words, "cluster.nodes=1")
-    cluster.wait_step(run, 15)
+    cluster.wait_step(run, 25)
     nodes = event(cluster, run, "started")["node_list"]
     with killed(cluster, nodes[2]):
         restarting = event(cluster, run, "restarting")
@@ -195,7 +205,7 @@ def test_the_first_nodes_death_is_slurms_to_see(cluster: Cluster) -> None:
     run, calm = cluster.launch(
         *SHORT, *TWO_NODES, "-m", "trainer.keep_last=2,3", "cluster.array_parallelism=1"
     )
-    cluster.wait_step(run, 15)
+    cluster.wait_step(run, 25)
     head, other = event(cluster, run, "started")["node_list"]
     with killed(cluster, head):
         log = f"{run.run_dir}/logs/{other}-try0.0.log"
