@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcdl.runs import failure, parents
+from hpcdl.runs import chain, failure, parents
 from hpcdl.runs.slurm_text import Job
 from hpcdl.runs.state import RunState
 from hpcdl.runs.store import RunDir, now
@@ -121,6 +121,9 @@ def _waiting(run: RunDir, state: RunState, job: Job) -> Verdict:
     reason = queue_reason(job, state)
     if job.reason == "Dependency":
         waits = parents.waits_for(parents.of_submission(run.runs_dir, state.submission))
+        before = chain.link(run.runs_dir, state.submission)
+        if before is not None:
+            waits = f"waits for the end of job {before.job_id}, which it goes on with"
         reason = f"{job.reason}: {waits}" if waits else reason
     if state.state == "PENDING":
         return Verdict(changes={"reason": reason}, write=False)

@@ -261,12 +261,12 @@ def poll(world: World) -> Any:
 def test_killed_at_any_line_the_run_goes_on_in_one_job_or_ends(
     make_world: Callable[..., World], then: str
 ) -> None:
-    """Every eleventh line, in the order of time."""
+    """Every seventeenth line, in the order of time."""
     number, killed, handed = (0 if then == "job over" else 5), True, 0
     while killed:
         world = make_world(f"{then}-{number}")
         killed = killed_at(number, world.end, is_watched)
-        number += 11
+        number += 17
         state: Any = world.run.read_state()
         if then == "job over":
             world.over = True
@@ -295,6 +295,13 @@ def test_the_successor_of_a_killed_agent_takes_over_before_any_poll(make_world: 
     assert (state.submission, state.job_id) == (TOKEN, "12_0")
     assert chain.owns(world.run, state, NEXT, 0)
     assert chain.owns(world.run, state, TOKEN, 0)
+
+
+def test_a_successor_waits_for_the_end_of_its_job(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world.end()
+    assert poll(world).reason == "Dependency: waits for the end of job 12_0, which it goes on with"
+    assert world.run.read_state().state == "PENDING"
 
 
 @pytest.mark.parametrize("name", ["12_0", "12", "13_0", "13"])
