@@ -9,42 +9,35 @@ stacks, which each rank's faulthandler writes from a signal handler in C, also w
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import shutil
 import signal
 import statistics
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from hpcdl.launch import causes, torchrun
+from hpcdl.launch import causes, stacks, torchrun
 from hpcdl.launch.causes import Cause
 from hpcdl.launch.child import Torchrun
 from hpcdl.launch.place import Place
+from hpcdl.launch.stacks import Look
 from hpcdl.runs import beats, kinds
 from hpcdl.runs.beats import Beat
-from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir
 
 LOOK_EVERY_S = 1.0
+TORCHRUN_LIMIT_S = 30.0
+"""How long torchrun may take to see that its workers were ended; then it hangs itself, and is ended too."""
 _ENOUGH = 3
 """Timed steps that make a median."""
 _LONGEST_LOOK_S = 5.0
 """An agent that was itself stopped (scontrol suspend, a laptop's lid) doesn't take that time for its ranks'."""
 _DUMP_LIMIT_S = 3.0
-_PEERS_LIMIT_S = 5.0
-"""How long to wait for what the other nodes' agents have seen: they count with their own clocks."""
-_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
-_WAITS = re.compile(
-    r"torch/distributed/|torch/autograd/graph\.py:.*_engine_run_backward|worker/control\.py:.* wait"
-)
-"""Innermost frames of a rank that waits for others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,39 +59,6 @@ class Limits:
             min_s=float(monitor.get("hang_min_s", 0)),
             quiet_s=float(monitor.get("hang_quiet_s", 0)),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """Where one silent rank is."""
-
-    rank: int
-    node: str
-    step: int
-    """Steps done."""
-    phase: str
-    state: str
-    """The kernel's letter for the process: S sleeps, R runs, D waits for a disk, T is stopped; empty: gone."""
-    frames: tuple[str, ...]
-    """The main thread's, innermost first: `worker/loop.py:12 train_step`; none: it gave no answer."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether it waits for other ranks."""
-        return bool(self.frames) and bool(_WAITS.search(self.frames[0]))
-
-    @property
-    def where(self) -> str:
-        """In words."""
-        if self.state == "T":
-            return "stopped (SIGSTOP)"
-        if self.state in ("", "Z"):
-            return "gone"
-        if self.state == "D":
-            return f"waiting for a disk{f' in {self.frames[0]}' if self.frames else ''}"
-        if not self.frames:
-            return "without an answer"
-        return f"{'waiting ' if self.waits else ''}in {self.frames[0]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,14 +167,15 @@ class Watch:
         `errors/try<t>-restart<n>-rank<r>-stacks.txt`.
         """
         for beat in hang.beats:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(OSError):
+                beats.stacks_file(self._folder, beat.rank).write_bytes(b"")  # somebody may have asked before
                 os.kill(beat.pid, signal.SIGUSR1)
         deadline = time.monotonic() + _DUMP_LIMIT_S
         texts = [""] * len(hang.beats)
         while time.monotonic() < deadline:
-            before, texts = texts, [_read(beats.stacks_file(self._folder, beat.rank)) for beat in hang.beats]
-            silent = [beat for beat, text in zip(hang.beats, texts, strict=True) if not text]
-            if texts == before and all(_state(beat.pid) in ("T", "Z", "") for beat in silent):
+            texts = [stacks.read(beats.stacks_file(self._folder, beat.rank)) for beat in hang.beats]
+            silent = [b for b, text in zip(hang.beats, texts, strict=True) if not stacks.is_whole(text)]
+            if all(stacks.state(beat.pid) in ("T", "Z", "") for beat in silent):
                 break
             time.sleep(0.1)
         looks = []
@@ -228,8 +189,8 @@ class Watch:
                     node=node,
                     step=beat.step,
                     phase=beat.phase,
-                    state=_state(beat.pid),
-                    frames=main_thread(text),
+                    state=stacks.state(beat.pid),
+                    frames=stacks.main_thread(text),
                 )
             )
         return looks
@@ -253,20 +214,29 @@ class Guard:
         self.watch = Watch(folder, Limits.of(monitor))
         self.environment = {beats.FOLDER: str(folder)}
         """For the ranks: where they give their signs."""
+        self._ended: tuple[int, ...] = ()
+        self._ended_at = 0.0
+        self.has_ended_torchrun = False
 
     def look(self, child: Torchrun, say: Callable[[str], None]) -> None:
         """Ends the ranks if they hang; to be called several times a second."""
+        if self._ended and time.monotonic() > self._ended_at + TORCHRUN_LIMIT_S:
+            if any(stacks.state(pid) == "Z" for pid in self._ended):
+                say("torchrun takes no notice of its workers' end; ending it")
+                self.has_ended_torchrun = True
+                child.kill()
+            self._ended = ()
         found = self.watch.look()
         if found is None:
             return
         say(f"hang: {found.words}; asking all ranks where they are")
         place, restart = self._place, found.restart
         own = self.watch.dump(found, self._run, self._attempt, place.name)
-        looks = gather(self._run, self._attempt, restart, place.node, len(place.nodes), own)
+        looks = stacks.gather(self._run, self._attempt, restart, place.node, len(place.nodes), own)
         why = cause(found, looks, place.name)
         causes.record(self._run, self._attempt, place.node, why, restart=restart, by="hang")
         if place.first:
-            odd = differing(looks)
+            odd = stacks.differing(looks)
             self._run.event(
                 kinds.HANG.lower(),
                 message=why.message,
@@ -276,50 +246,7 @@ class Guard:
             )
         say(f"{why.reason}; ending the workers")
         child.signal_workers(signal.SIGKILL)
-
-
-def gather(run: RunDir, attempt: str, restart: int, node: int, nodes: int, own: Sequence[Look]) -> list[Look]:
-    """Tells the other nodes' agents where this node's ranks are; where all ranks are, as far as it was told.
-
-    Args:
-        run: the run.
-        attempt: the try.
-        restart: restarts in place before it.
-        node: this node's number.
-        nodes: how many there are.
-        own: this node's ranks.
-    """
-    stem = f"hang-try{attempt}-restart{restart}"
-    write_json(run.errors / f"{stem}-node{node}.looks", [asdict(look) for look in own])
-    deadline = time.monotonic() + _PEERS_LIMIT_S
-    files = list(run.errors.glob(f"{stem}-node*.looks"))
-    while len(files) < nodes and time.monotonic() < deadline:
-        time.sleep(0.1)
-        files = list(run.errors.glob(f"{stem}-node*.looks"))
-    looks = [_look(plain) for file in files for plain in json.loads(file.read_text(encoding="utf-8"))]
-    return sorted(looks, key=lambda look: look.rank)
-
-
-def _look(plain: Mapping[str, Any]) -> Look:
-    return Look(**{**plain, "frames": tuple(plain["frames"])})
-
-
-def differing(looks: Sequence[Look]) -> list[Look]:
-    """The ranks that the others wait for; none where they are all alike, or it can't be told."""
-    signs = (
-        lambda look: look.state in ("T", "D", "Z", "") or not look.frames,
-        lambda look: look.step < max(other.step for other in looks),
-        lambda look: not look.waits,
-    )
-    for differs in signs:
-        found = [look for look in looks if differs(look)]
-        if 0 < len(found) < len(looks):
-            return found
-    places = Counter(look.frames[:5] for look in looks)
-    (usual, count), *others = places.most_common()
-    if others and count > others[0][1]:
-        return [look for look in looks if look.frames[:5] != usual]
-    return []
+        self._ended, self._ended_at = tuple(beat.pid for beat in found.beats), time.monotonic()
 
 
 def cause(hang: Hang, looks: Sequence[Look], node: str) -> Cause:
@@ -330,11 +257,11 @@ def cause(hang: Hang, looks: Sequence[Look], node: str) -> Cause:
         looks: where all ranks are.
         node: this node, to blame where no rank differs.
     """
-    odd = differing(looks)
+    odd = stacks.differing(looks)
     rest = [look for look in looks if look not in odd]
     said = [f"rank {look.rank} ({look.node}) {look.where}" for look in odd[:4]]
-    for where, ranks in _together(rest).items():
-        said.append(f"{_ranks(ranks)} {where}")
+    for where, ranks in stacks.together(rest).items():
+        said.append(f"{stacks.in_words(ranks)} {where}")
     since = datetime.now(UTC) - timedelta(seconds=hang.silent_s)
     first = odd[0] if odd else None
     return Cause(
@@ -345,50 +272,3 @@ def cause(hang: Hang, looks: Sequence[Look], node: str) -> Cause:
         rank=first.rank if first else None,
         step=max(look.step for look in looks),
     )
-
-
-def _together(looks: Sequence[Look]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for look in looks:
-        found.setdefault(look.where, []).append(look.rank)
-    return found
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    named = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
-    return f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
-
-
-def main_thread(text: str) -> tuple[str, ...]:
-    """The main thread's frames from what faulthandler last wrote, innermost first, `worker/loop.py:12 run`.
-
-    The main thread is the one that began in a module; faulthandler lists threads from the youngest to the oldest.
-    """
-    threads: list[list[str]] = []
-    for line in text.splitlines():
-        if line.endswith("(most recent call first):"):
-            threads.append([])
-        elif threads and (frame := _FRAME.match(line)):
-            path, number, name = frame.groups()
-            threads[-1].append(f"{_short(path)}:{number} {name}")
-    main = [
-        frames for frames in threads if frames and frames[-1].endswith(("<module>", " _run_module_as_main"))
-    ]
-    return tuple((main or threads or [[]])[-1])
-
-
-def _short(path: str) -> str:
-    """`torch/distributed/x.py` of a package, else the last two parts."""
-    inside = path.rpartition("site-packages/")
-    return inside[2] if inside[1] else "/".join(Path(path).parts[-2:])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _state(pid: int) -> str:
-    return (_read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split() or [""])[0]

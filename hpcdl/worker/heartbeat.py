@@ -60,7 +60,7 @@ def start(who: Process) -> Progress:
         return Progress()
     folder = Path(place)
     try:
-        stacks = beats.stacks_file(folder, who.rank).open("w")  # open as long as the process lives
+        stacks = beats.stacks_file(folder, who.rank).open("a")  # open as long as the process lives
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         _OPEN.append(stacks)
         return Progress(beats.Heart(folder, who.rank, who.restart))

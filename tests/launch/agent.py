@@ -11,7 +11,7 @@ if "CGROUPS" in os.environ:  # a control group that the tests' worker counts its
     CGROUPS = Path(os.environ["CGROUPS"])
     kills = memory.kills
     memory.kills = lambda: kills(CGROUPS / "cgroup", CGROUPS)
-hang.LOOK_EVERY_S = 0.1
+hang.LOOK_EVERY_S, hang.TORCHRUN_LIMIT_S = 0.1, 1.0
 if os.environ.get("SLURMD_NODENAME", "") == os.environ.get("UNFIT"):
     preflight.available_bytes = lambda: 0
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from hpcdl.launch import hang
-from hpcdl.launch.hang import Hang, Limits, Look, Watch
+from hpcdl.launch import hang, stacks
+from hpcdl.launch.hang import Hang, Limits, Watch
+from hpcdl.launch.stacks import Look
 from hpcdl.runs import beats
 from hpcdl.runs.beats import Beat, Heart
 from hpcdl.runs.store import RunDir
@@ -127,7 +128,7 @@ def look(rank: int, *frames: str, step: int = 5, state: str = "S") -> Look:
     ],
 )
 def test_who_has_not_come(looks: list[Look], differ: list[int]) -> None:
-    assert [one.rank for one in hang.differing(looks)] == differ
+    assert [one.rank for one in stacks.differing(looks)] == differ
 
 
 def test_the_cause_says_where_everybody_is(tmp_path: Path) -> None:
@@ -145,9 +146,9 @@ def test_nodes_tell_each_other_where_their_ranks_are(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.errors.mkdir()
     found: list[list[Look]] = []
-    other = threading.Thread(target=lambda: found.append(hang.gather(run, "0.0", 1, 1, 2, [look(1)])))
+    other = threading.Thread(target=lambda: found.append(stacks.gather(run, "0.0", 1, 1, 2, [look(1)])))
     other.start()
-    mine = hang.gather(run, "0.0", 1, 0, 2, [look(0, WAIT)])
+    mine = stacks.gather(run, "0.0", 1, 0, 2, [look(0, WAIT)])
     other.join()
     assert mine == found[0] == [look(0, WAIT), look(1)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from typing import Any
 
 from hpcdl.runs.kinds import NEVER_RESTART
@@ -35,6 +37,17 @@ def test_a_hang_is_written_down_and_started_anew(agents: Agents) -> None:
     assert (again["kind"], again["step"], again["why"]) == ("hang", 5, "restart in place 1 of 1")
     assert state.reason.startswith("Hang: no step for") and state.reason.endswith("(cluster.max_restarts)")
     assert "(rank 1, node" in state.reason
+
+
+def test_a_torchrun_that_hangs_with_its_workers_is_ended_too(agents: Agents) -> None:
+    run = make(agents, "stall", MONITOR)
+    process = agents.start()
+    agents.pids()
+    os.kill(agents.torchrun(), signal.SIGSTOP)
+    code, said = agents.end(process, limit_s=60)
+    assert (code, run.read_state().state) == (1, "FAILED"), said
+    assert run.read_state().reason.startswith("Hang: no step for")
+    assert "torchrun takes no notice of its workers' end; ending it" in agents.log()
 
 
 def test_the_same_step_again_and_again_ends_the_run(agents: Agents) -> None:

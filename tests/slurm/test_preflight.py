@@ -17,7 +17,7 @@ def test_a_node_that_is_not_fit_is_left_out_and_a_hang_is_got_over(cluster: Clus
     )
     try:
         run = cluster.launch_one(
-            *TINY, "trainer.max_steps=400", "trainer.checkpoint_every=50", "optim.warmup_steps=0",
+            *TINY, "trainer.max_steps=200", "trainer.checkpoint_every=50", "optim.warmup_steps=0",
             "cluster.nodes=2", "cluster.gres='gpu:1'", "cluster.max_restarts=1", "monitor.hang_factor=10",
             "monitor.hang_min_s=3",
         )  # fmt: skip
@@ -32,17 +32,17 @@ def test_a_node_that_is_not_fit_is_left_out_and_a_hang_is_got_over(cluster: Clus
         started = cluster.events(run, "started")[-1]
         assert "c2" not in started["node_list"] and started["preflight"]["seconds"] < 2
         stopped = started["node_list"][1]
-        cluster.root(stopped, "pkill -STOP -f hpcdl.worker.main")
+        cluster.root(stopped, "pkill -STOP -f -- '-u -m hpcdl.worker.main'")  # torchrun has no -u
         hang = cluster.until(
             lambda: next(iter(cluster.events(run, "hang")), None),
             "the hang is seen",
             story=lambda: cluster.story(run.run_id),
         )
-        assert (hang["ranks"], hang["nodes"]) == ([1], [stopped])
-        assert f"rank 1 ({stopped}) stopped (SIGSTOP); rank 0 waiting in" in hang["message"]
-        assert "most recent call first" in cluster.shell(f"cat {run.run_dir}/errors/*-rank0-stacks.txt")
+        assert (len(hang["ranks"]), hang["nodes"]) == (1, [stopped])
+        assert f"({stopped}) stopped (SIGSTOP); rank " in hang["message"] and "waiting in" in hang["message"]
+        assert "most recent call first" in cluster.shell(f"cat {run.run_dir}/errors/*-stacks.txt")
         (status,) = cluster.wait_done([run])
-        assert (status["step"], status["restarts"], status["exit_code"]) == (400, 1, 0)
+        assert (status["step"], status["restarts"], status["exit_code"]) == (200, 1, 0)
         links = cluster.events(run, "preflight")[-1]
         assert set(links["links_mib_per_s"]) == set(started["node_list"]) and links["allreduce_mib_per_s"] > 0
     finally:

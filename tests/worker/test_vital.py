@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hpcdl.launch import causes, hang
+from hpcdl.launch import causes, stacks
 from hpcdl.launch.hang import Hang, Limits, Watch
 from hpcdl.runs import beats, kinds
 from hpcdl.runs.store import RunDir
@@ -50,7 +50,7 @@ def test_a_rank_in_a_gloo_collective_tells_where_it_is_and_goes_on(workers: Work
     watch = Watch(tmp_path, Limits(factor=1, min_s=1, quiet_s=1))
     looks = watch.dump(found, run, "0.0", "n1")
     os.kill(stopped.pid, signal.SIGCONT)
-    assert [look.rank for look in hang.differing(looks)] == [1]
+    assert [look.rank for look in stacks.differing(looks)] == [1]
     assert looks[0].waits and looks[1].state == "T", looks
     assert any(frame.startswith("worker/loop.py") for frame in looks[0].frames), looks[0].frames
     finished = workers.finish(run)
