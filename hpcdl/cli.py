@@ -40,6 +40,7 @@ examples:
   hpcdl status latest                               all about one
   hpcdl logs -f 123_4                               what array task 4 prints
   hpcdl cancel latest                               save a checkpoint, stop
+  hpcdl resubmit sweep-1a2b3c4d --only failed,oom   those go on
   hpcdl compare sweep-1a2b3c4d                      its runs side by side
 
 RUN is a run id or its beginning, a job id (123, 123_4), a run's directory,

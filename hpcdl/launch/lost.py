@@ -116,6 +116,7 @@ def submit(
             return submissions.settle(request.runs_dir, request.token, [sbatch()], slurm, waits.say)
         except LostAnswer as lost:
             why = str(lost)
+        waits.say(f"no answer: {why}; looking whether Slurm has taken the job")
         found = _found(request, slurm, waits, why, sleep)
         if found is not None:
             waits.say(f"Slurm has taken the job all the same: {found}")

@@ -65,7 +65,7 @@ class LaunchOptions:
     parsable: bool = False
     """Print one line a run: run_id, job_id, run_dir, tab-separated."""
     after: str | None = None
-    """Start only once this run or job has succeeded (sbatch --dependency=afterok)."""
+    """Start only once these runs or jobs, with commas between, have succeeded (sbatch --dependency=afterok)."""
     strict: bool = False
     """Refuse a whole sweep when one of its points can't be, rather than leave that point out."""
     readable_by: Literal["owner", "group", "all"] = "owner"

@@ -59,6 +59,8 @@ def test_one_that_was_not_taken_is_submitted_again(
     assert submit(tmp_path) == "1"
     assert slurm.jobs() == ["1"]
     said = capsys.readouterr().err.splitlines()
+    assert [": no answer: " in line for line in said] == [True, False] * 2
+    said = said[1::2]
     assert len(said) == 2 and all(
         "Slurm does not answer (" in line and "; next try in " in line for line in said
     )
@@ -196,6 +198,7 @@ def test_ctrl_c_while_it_waits(slurm: FakeSlurm, tmp_path: Path) -> None:
     environment = {**os.environ, patience.VARIABLE: "60"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
+    assert "no answer: sbatch: error: Unable to contact" in process.stderr.readline()
     first = process.stderr.readline()
     assert "Slurm does not answer (" in first and "next try in 1 s" in first
     process.send_signal(2)
