@@ -26,15 +26,16 @@ def own_name_on_the_loopback(cluster: Cluster, node: str) -> Iterator[None]:
 def test_two_jobs_meet_on_the_same_two_nodes(cluster: Cluster) -> None:
     """Facts 7 (--export=NONE), 8 (CPUs of the step), 13 (loopback) and 14 (ports), which don't disturb each other."""
     words = (
-        *TINY, "-m", "seed=1,2", "trainer.max_steps=40", "optim.warmup_steps=0", "cluster.nodes=2",
-        "cluster.processes_per_node=1", "cluster.cpus_per_process=2", 'cluster.extra=["--nodelist=c[1-2]"]',
+        *TINY, "-m", "seed=1,2", "trainer.max_steps=10", "optim.warmup_steps=0", "cluster.nodes=2",
+        "cluster.processes_per_node=1", "cluster.cpus_per_process=2", "trainer.threads_per_process=1",
+        'cluster.extra=["--nodelist=c[1-2]"]',
     )  # fmt: skip
     launch = ("env", "SBATCH_EXPORT=NONE", "hpcdl", "launch", "cluster=slurm_docker", *words, "parsable=true")
     with own_name_on_the_loopback(cluster, "c1"):
         assert cluster.root("c1", "hostname --ip-address").split()[0] == "127.0.1.1"
         lines = cluster.run(*launch).stdout.splitlines()
         first, second = (Launched(*line.split("\t")) for line in lines if line.count("\t") == 2)
-        cluster.wait_step(first, 1)
+        cluster.until(lambda: cluster.events(first, "started") or None, "its start")
         steps = cluster.shell(f"scontrol show step {first.job_id}.0")
         assert "Tasks=2" in steps and "CPUs=4" in steps, "two for each task"
         a, b = cluster.wait_done([first, second])
