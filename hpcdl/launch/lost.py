@@ -18,7 +18,7 @@ from typing import Protocol
 
 from hpcdl.errors import SchedulerError
 from hpcdl.runs import patience, submissions
-from hpcdl.runs.scheduler import Slurm
+from hpcdl.runs.scheduler import Slurm, one_line
 from hpcdl.runs.store import RunDir
 
 SETTLE_S = 2.0
@@ -27,7 +27,7 @@ NO_ANSWER = re.compile(
     r"unable to contact|timed out|connection (refused|reset|failure|closed)|communication|zero bytes"
     r"|unable to establish|no route to host|network is unreachable|temporarily unable|standby mode"
     r"|broken pipe|transport endpoint|insane message|unexpected message|incomplete|not responding"
-    r"|job queue full, sleeping|could not make sense of",
+    r"|unable to resolve|getaddrinfo|temporarily unavailable|job queue full, sleeping|could not make sense of",
     re.IGNORECASE,
 )
 """What sbatch says when it has not heard from the controller, or not all of it."""
@@ -80,8 +80,8 @@ def told(error: Exception) -> Exception:
         return LostAnswer(f"sbatch gave no answer within {submissions.SBATCH_LIMIT_S:g} s")
     if (code is not None and code < 0) or code == 143:
         return LostAnswer(f"sbatch was killed (exit code {code})")
-    words = [line.strip() for line in text.splitlines() if "sbatch:" in line or "slurm" in line.lower()]
-    said = " ".join(words) or " ".join(text.split()) or f"sbatch ended with code {code} and said nothing"
+    words = [line for line in text.splitlines() if "sbatch:" in line or "slurm" in line.lower()]
+    said = one_line(words) or " ".join(text.split()) or f"sbatch ended with code {code} and said nothing"
     if not text or NO_ANSWER.search(text):
         return LostAnswer(said)
     return SchedulerError(f"sbatch refused the job: {said}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpcdl.errors import SchedulerError
@@ -34,6 +34,8 @@ COMMENT = "hpcdl:"
 """Each job's comment is this and its submission's token: found by it when sbatch's answer was lost."""
 CHUNK = 1000
 """Job ids on one command line."""
+SAID_LINES = 3
+"""Of what a command says when it fails, the last lines tell why."""
 _QUEUED = re.compile(r"\d+\|")
 _FORGOTTEN = "Invalid job id"
 _NOT_FOUND = " not found"
@@ -221,11 +223,16 @@ def _chunks(items: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _words(done: subprocess.CompletedProcess[str], less: Sequence[str] = ()) -> str:
     """What a command that failed said, on one line; of lines that have any of `less`, nothing."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    said = " ".join(line for line in lines if not any(word in line for word in less))
-    if said or lines:
+    said = one_line(line for line in done.stderr.splitlines() if not any(word in line for word in less))
+    if said or done.stderr.strip():
         return said
     return f"{done.args[0]} ended with code {done.returncode} and said nothing"
+
+
+def one_line(lines: Iterable[str]) -> str:
+    """The last few of what a command has said, without the ten tries that it says before."""
+    kept = [line.strip() for line in lines if line.strip() and "attempt number" not in line]
+    return " ".join(kept[-SAID_LINES:])
 
 
 def _other_words(done: subprocess.CompletedProcess[str]) -> str:

@@ -133,6 +133,37 @@ def test_a_refusal_is_final(words: str, slurm: FakeSlurm, tmp_path: Path) -> Non
     assert len(slurm.calls("sbatch")) == 1
 
 
+NETWORK_CUT = """\
+sbatch: error: get_addr_info: getaddrinfo() failed: Name or service not known: No error, attempt number -4
+sbatch: error: get_addr_info: getaddrinfo() failed: Name or service not known: No error, attempt number -3
+sbatch: error: get_addr_info: getaddrinfo() fAiled: Name or service not known
+sbatch: error: slurm_set_addr: Unable to resolve "slurmctld"
+sbatch: error: Unable to establish control machine address
+sbatch: error: Batch job submission failed: No error
+"""
+"""What 22.05 says on a login node whose network was taken away (seen)."""
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        (NETWORK_CUT, 1, "Unable to establish control machine address sbatch: error: Batch job"),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", 1, "timed out"),
+        ("sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received", 1, "Zero Bytes"),
+        ("sbatch: error: Batch job submission failed: Resource temporarily unavailable", 1, "unavailable"),
+        ("", 1, "said nothing"),
+        ("", -9, "sbatch was killed"),
+        ("", 124, "no answer within 60 s"),
+        ("", 137, "no answer within 60 s"),
+    ],
+)
+def test_what_is_no_answer(text: str, code: int, words: str) -> None:
+    error = RuntimeError(text)
+    error.__cause__ = subprocess.CalledProcessError(code, "sbatch")
+    told = lost.told(error)
+    assert isinstance(told, lost.LostAnswer) and words in str(told) and "attempt number" not in str(told)
+
+
 # --- the launcher as a whole
 
 
