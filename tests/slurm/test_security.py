@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -33,20 +34,22 @@ def test_a_secret_reaches_the_workers_and_no_file(cluster: Cluster) -> None:
     run = Launched(*next(text for text in printed.splitlines() if text.count("\t") == 2).split("\t"))
     assert run.run_dir.startswith(runs_dir)
     as_named = f"HPCDL_RUNS={shlex.quote(runs_dir)}"
-    cluster.until(
-        lambda: (
-            '"loss"' in cluster.shell(f"cat {shlex.quote(run.run_dir)}/metrics.jsonl", check=False) or None
-        ),
-        "the first step",
-    )
+
+    def trains() -> bool | None:
+        status = json.loads(cluster.shell(f"{as_named} hpcdl status {run.run_id} --json"))
+        assert status["state"] in ("PENDING", "RUNNING"), status
+        return status["step"] >= 1 or None
+
+    cluster.until(trains, "the first step")
     node = cluster.shell(f"squeue -h -j {run.array_id} -o %N").split()[0]
-    listed = cluster.root(
-        node, "ps -eww -o args; tr '\\0' '\\n' < /proc/$(pgrep -f hpcdl.worker.main | tail -1)/environ"
+    arguments = cluster.root(node, "ps -eww -o args")
+    # The brackets: not this very shell.
+    environment = cluster.root(
+        node, "cat /proc/$(pgrep -f '[h]pcdl.worker.main' | tail -1)/environ | tr '\\0' '\\n'"
     )
     shown = cluster.shell(
         f"scontrol show job -dd {run.array_id}; scontrol write batch_script {run.array_id} -"
     )
-    arguments, _, environment = listed.partition("\nHPCDL_")
     assert (
         "hpcdl.worker.main" in arguments and SECRET not in arguments + shown and LAB not in arguments + shown
     )
