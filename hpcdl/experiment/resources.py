@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -223,6 +224,18 @@ def slurm_understands(cluster: ClusterSpec) -> Iterator[Fault]:
             problem=f"comes before the job has started: the time limit is {cluster.time_min} min",
             allowed=f"fewer than {cluster.time_min * 60} seconds",
             fix=f"cluster.signal={signal.partition('@')[0]}@{max(1, cluster.time_min * 60 // 4)}",
+        )
+
+
+def output_has_a_name(runs_dir: str, cluster: ClusterSpec) -> Iterator[Fault]:
+    """With a backslash in it Slurm takes an output file's name as it stands, without the job's number, or fails."""
+    if cluster.kind == "slurm" and "\\" in os.path.abspath(os.path.expanduser(runs_dir)):  # noqa: PTH100, PTH111
+        yield Fault(
+            key="runs_dir",
+            value=runs_dir,
+            problem="has a backslash in its path, and Slurm can't write a job's output there",
+            allowed="a path without backslashes",
+            fix="runs_dir=runs, in a folder without one",
         )
 
 

@@ -339,6 +339,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("cluster",), resources.partition_is_known),
     (("cluster",), resources.fits_the_partition),
     (("cluster",), resources.slurm_understands),
+    (("runs_dir", "cluster"), resources.output_has_a_name),
     (("cluster",), resources.extra_is_extra),
     (("cluster",), resources.lines_are_lines),
 )
@@ -354,6 +355,7 @@ OF_FORM: frozenset[Callable[..., Iterator[Fault]]] = frozenset(
         ranks.degrees_count_ranks,
         resources.partition_is_known,
         resources.slurm_understands,
+        resources.output_has_a_name,
         resources.extra_is_extra,
         resources.lines_are_lines,
     }

@@ -208,6 +208,8 @@ def test_a_line_break_is_refused_wherever_a_line_is_made() -> None:
     ):
         faults = experiment.check(tiny_plain(cluster__kind="slurm", **{f"cluster__{key}": value})).faults
         assert faults and faults[0].key.startswith(f"cluster.{key}")
+    refused = {**tiny_plain(cluster__kind="slurm"), "runs_dir": "a\\b"}
+    assert [fault.key for fault in experiment.check(refused).faults] == ["runs_dir"]
     for key, value in (("name", "a\nb"), ("runs_dir", "a\nb"), ("name", "$(x)"), ("name", "-rf")):
         assert [fault.key for fault in experiment.check({**tiny_plain(), key: value}).faults] == [key]
 
