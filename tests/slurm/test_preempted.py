@@ -154,6 +154,25 @@ def test_a_grace_time_is_enough_for_a_save_of_41_s(cluster: Cluster) -> None:
     assert no_step_was_lost(cluster, run) == 1
 
 
+@pytest.mark.slow
+def test_preempted_for_good_it_goes_on_all_the_same(cluster: Cluster) -> None:
+    """PreemptMode=CANCEL: Slurm itself would let it end there."""
+    cluster.root("slurmctld", "scontrol update PartitionName=low PreemptMode=CANCEL")
+    try:
+        run = cluster.launch_one(
+            *TINY, "trainer.max_steps=60", "optim.warmup_steps=10", "cluster.partition=low"
+        )
+        cluster.wait_step(run, 10)
+        node = cluster.events(run, "started")[0]["node_list"][0]
+        cluster.shell(f"sbatch -p high -w {node} --exclusive --wrap 'sleep 1'")
+        requeued = wait_event(cluster, run, "requeued", 1)
+        assert (requeued["way"], requeued["kind"]) == ("successor", "preempted")
+        cluster.wait_done([run])
+        assert no_step_was_lost(cluster, run) == 1
+    finally:
+        cluster.root("slurmctld", "scontrol update PartitionName=low PreemptMode=REQUEUE")
+
+
 def slow_disk(cluster: Cluster, delay_s: int) -> None:
     """The first file of a checkpoint that is brought to the disk takes this long."""
     cluster.shell(
