@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from hpcdl.errors import HpcdlError
 from hpcdl.launch import after, arguments, modes, points, report, sweep
 from hpcdl.launch.compose import CONFIG_NAME, Composer
-from hpcdl.runs import private
-from hpcdl.runs.store import SUBMISSIONS
 
 INTERRUPTED = 130
 
@@ -40,14 +38,8 @@ def _main(argv: Sequence[str]) -> int:
         report.dry_run(shown, [*report.refused_lines(asked.refused), *notes])
         return 0
     from hpcdl.launch import running  # a dry run needs none of what submits
-    from hpcdl.runs.query import SWEEPS
 
-    folder = points.runs_folder(options)
-    for line in private.warnings_about(folder):
-        print(f"warning: {line}", file=sys.stderr)
-    names = {folder / item.spec.name for item in planned}
-    with private.made_for(options.readable_by, folder, folder / SUBMISSIONS, folder / SWEEPS, *names):
-        return running.launch(planned, batches, asked)
+    return running.launch(planned, batches, asked)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hpcdl.errors import SchedulerError, UsageError
-from hpcdl.launch import report, submit
+from hpcdl.launch import points, report, submit
 from hpcdl.launch.points import Batch, Planned
 from hpcdl.launch.sweep import Asked
-from hpcdl.runs.store import RunDir
+from hpcdl.runs import private
+from hpcdl.runs.query import SWEEPS
+from hpcdl.runs.store import SUBMISSIONS, RunDir
 from hpcdl.spec import LaunchOptions
 
 if TYPE_CHECKING:
@@ -31,6 +34,16 @@ def launch(planned: Sequence[Planned], batches: Sequence[Batch], asked: Asked) -
         SchedulerError: the scheduler has refused at least one submission; the others were made.
         UsageError: this machine can't train.
     """
+    options = asked.options
+    folder = points.runs_folder(options)
+    for line in private.warnings_about(folder):
+        print(f"warning: {line}", file=sys.stderr)
+    names = {item.run.path.parent for item in planned}
+    with private.made_for(options.readable_by, folder, folder / SUBMISSIONS, folder / SWEEPS, *names):
+        return _launch(planned, batches, asked)
+
+
+def _launch(planned: Sequence[Planned], batches: Sequence[Batch], asked: Asked) -> int:
     options = asked.options
     here = [batch for batch in batches if batch.request.cluster.kind == "local"]
     away = [batch for batch in batches if batch not in here]
