@@ -47,6 +47,7 @@ def test_bounds(cluster: dict[str, Any], problem: str) -> None:
 def test_the_job_may_start_smaller_and_outlives_a_node() -> None:
     elastic = BACKEND.render(request(nodes=4, min_nodes=2))
     assert "#SBATCH --nodes=2-4\n" in elastic and "#SBATCH --no-kill\n" in elastic
+    assert "#SBATCH --ntasks-per-node" not in elastic.partition("# ----")[0]
     for fixed in (request(nodes=4), request(nodes=4, min_nodes=4)):
         text = BACKEND.render(fixed)
         assert "#SBATCH --nodes=4\n" in text and "--no-kill" not in text.partition("# ----")[0]

@@ -102,7 +102,8 @@ def _header(request: JobRequest) -> list[str]:
         "comment": COMMENT + request.token,
         "array": f"0-{last}%{min(cluster.array_parallelism, last + 1)}",
         "nodes": f"{cluster.min_nodes}-{cluster.nodes}" if elastic else cluster.nodes,
-        "ntasks-per-node": 1,
+        # With it Slurm (22.05) takes the least number of a range of nodes, though more are idle; srun has it anyway.
+        "ntasks-per-node": None if elastic else 1,
         "cpus-per-task": cluster.cpus_per_node,
         "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
         "time": cluster.time_min,

@@ -29,6 +29,7 @@ from pathlib import Path
 from hpcdl import secrets
 from hpcdl.errors import HpcdlError, SupersededError, UsageError
 from hpcdl.launch import closing, network, nodes, peers, progress, torchrun
+from hpcdl.launch.causes import Cause
 from hpcdl.launch.child import started_at
 from hpcdl.launch.job import run_path
 from hpcdl.launch.place import Place, find
@@ -88,9 +89,10 @@ class Steps:
         srun = [*self.srun]
         if number:
             count = len(self.place.nodes)
-            # The last of an option counts. --overlap: of the step before, something may still be on its way out.
+            # The last of an option counts. The step before may still be on its way out, and with a lost node it is
+            # for minutes: --overlap shares its CPUs, --mem=0 takes the job's memory without counting it twice.
             srun += [f"--nodes={count}", f"--ntasks={count}", f"--nodelist={','.join(self.place.nodes)}"]
-            srun.append("--overlap")
+            srun += ["--overlap", "--mem=0"]
             if count > 1:
                 assert self.place.head is not None
                 port = network.free_pair(self.place.head, self.place.port + 2)
@@ -128,7 +130,17 @@ class Steps:
             return (decided, code) if decided is not None else self._speak(state, attempt, code)
         if not started and state.state in ACTIVE and (silent := nodes.silent(self.place.nodes)):
             return self._speak(state, attempt, code, silent)  # srun could not even start all agents
+        if not started and state.state in ACTIVE and self.place.again:
+            return self._no_step(attempt, code)
         return (), code
+
+    def _no_step(self, attempt: str, code: int) -> tuple[tuple[str, ...], int]:
+        """Slurm has refused another step in this job: the queue is left."""
+        words = f"srun could not start the next try (exit code {code})"
+        cause = Cause(time=now(), type="ExitCode", message=words, node=self.place.name, code=code)
+        place = replace(self.place, again=None)
+        end = closing.Closing(self.run, place, attempt, torchrun.resources(self.run), _say)
+        return (), end.first(closing.Left(code=code, speechless=True, cause=cause))
 
     def _decided(self, attempt: str) -> tuple[str, ...] | None:
         """The nodes of the next step, if the first node's agent has said that there is one."""

@@ -53,7 +53,7 @@ def test_a_killed_agent_is_followed_by_another_try_in_the_same_job(
     assert (event["in_place"], event["nodes"], event["kind"]) == ("job", ["n1"], "killed")
     assert event["reason"].startswith("SIGKILL: its agent was killed")
     first, second = cluster.calls("srun")
-    assert second["argv"][-6:-3] == ["--ntasks=1", "--nodelist=n1", "--overlap"]
+    assert second["argv"][-7:-3] == ["--ntasks=1", "--nodelist=n1", "--overlap", "--mem=0"]
     assert "--overlap" not in first["argv"]
 
 
@@ -138,11 +138,12 @@ def test_the_run_goes_on_with_fewer_nodes(agents: Agents, cluster: FakeSlurm) ->
     assert (state.nodes, state.world_size, state.node_list) == (1, 1, ("n1",))
     (event,) = events(agents, "restarting")
     assert (event["node"], event["nodes"]) == ("n2", ["n1"])
-    assert cluster.calls("srun")[1]["argv"][-7:-3] == [
+    assert cluster.calls("srun")[1]["argv"][-8:-3] == [
         "--nodes=1",
         "--ntasks=1",
         "--nodelist=n1",
         "--overlap",
+        "--mem=0",
     ]
 
 
@@ -173,6 +174,20 @@ def test_a_node_on_which_srun_can_start_nothing(agents: Agents, cluster: FakeSlu
     assert run.read_state().state == "PENDING"
     (event,) = events(agents, "requeued")
     assert (event["node"], event["exclude"]) == ("n4", ["n4"])
+
+
+def test_a_step_that_slurm_refuses(agents: Agents, cluster: FakeSlurm) -> None:
+    agents.cluster = {"kind": "slurm", "max_restarts": 1, "requeue": "requeue"}
+    run = agents.make("again")
+    job = agents.job(1)
+    agents.pids()
+    until(lambda: run.read_state().state == "RUNNING", "the agent has begun")
+    cluster.set(srun_exit=1)
+    os.kill(agents_of(job)[1][0], signal.SIGKILL)
+    agents.end(job)
+    assert run.read_state().state == "PENDING"
+    (event,) = events(agents, "requeued")
+    assert event["reason"] == "ExitCode: srun could not start the next try (exit code 1) (node n1)"
 
 
 def test_a_job_that_slurm_ends_is_left_alone(agents: Agents, cluster: FakeSlurm) -> None:
