@@ -38,8 +38,9 @@ SAID_LINES = 3
 """Of what a command says when it fails, the last lines tell why."""
 _QUEUED = re.compile(r"\d+\|")
 _FORGOTTEN = "Invalid job id"
-_NOT_FOUND = " not found"
-"""scontrol's word for a task that its array has no more, on standard output: `Job 4_7 not found`."""
+_DENIED = (_FORGOTTEN, " not found")
+"""scontrol's words for a job that it doesn't know. `Job 4_7 not found`, for a task that its array has no more, goes to
+standard output up to 24.11 and to standard error in 26.05 (seen)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,29 +170,30 @@ class Slurm:
 
     def _scontrol(self, job_ids: Collection[str]) -> tuple[dict[str, Job], str]:
         """Whole arrays and jobs; then each task that the answer for its array didn't show."""
-        known, away = self._show_all(job_ids, sorted({_base(i) for i in job_ids}))
-        # Only of arrays that are known in part: of the others, every task has been denied.
-        arrays = {_base(i) for i in known}
-        hidden = [i for i in job_ids if i not in known and "_" in i and _base(i) in arrays]
+        known, shown, away = self._show(job_ids, sorted({_base(i) for i in job_ids}))
+        # Of arrays that aren't shown at all, every task has been denied.
+        hidden = [i for i in job_ids if i not in known and "_" in i and _base(i) in shown]
         if hidden and not away:
-            more, away = self._show_all(hidden, hidden)
+            more, _, away = self._show(hidden, hidden)
             known.update(more)
         return known, away
 
-    def _show_all(self, job_ids: Collection[str], asked: Sequence[str]) -> tuple[dict[str, Job], str]:
+    def _show(self, job_ids: Collection[str], asked: Sequence[str]) -> tuple[dict[str, Job], set[str], str]:
+        """What is known of the jobs, the arrays and jobs that were shown, and why the answer is none."""
         known: dict[str, Job] = {}
+        shown: set[str] = set()
         for chunk in _chunks(asked):
             # scontrol takes one job on its command line, but any number of lines on standard input.
             text = "".join(f"show job {i}\n" for i in chunk)
             done = self._runner(["scontrol", "-o"], text, self.limit_s)
             records = list(control_lines(done.stdout))
             known.update(match(job_ids, records))
-            shown = {base for base, _, _ in records}
+            shown |= {base for base, _, _ in records}
             lacking = [i for i in chunk if (i not in known if "_" in i else i not in shown)]
-            denied = done.stderr.count(_FORGOTTEN) + done.stdout.count(_NOT_FOUND)
-            if denied < len(lacking):
-                return known, _other_words(done)
-        return known, ""
+            said = done.stdout + done.stderr
+            if sum(said.count(words) for words in _DENIED) < len(lacking):
+                return known, shown, _other_words(done)
+        return known, shown, ""
 
     def _sacct(self, job_ids: Collection[str]) -> dict[str, Job]:
         known: dict[str, Job] = {}
@@ -237,6 +239,6 @@ def one_line(lines: Iterable[str]) -> str:
 
 def _other_words(done: subprocess.CompletedProcess[str]) -> str:
     """Why an answer is none, though parts of it can be read."""
-    if done.returncode != 0 and (words := _words(done, less=(_FORGOTTEN,))):
+    if done.returncode != 0 and (words := _words(done, less=_DENIED)):
         return words
     return f"{done.args[0]}'s answer was not whole"

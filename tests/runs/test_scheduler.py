@@ -193,6 +193,27 @@ def test_what_is_denied_in_so_many_words_is_believed(fake: FakeSlurm) -> None:
     assert spoiled.ask(["4_0", "5_0", "6"]).away, "one denial for three jobs"
 
 
+@pytest.mark.parametrize(
+    ("out", "err", "away"),
+    [
+        ("Job 4_0 not found\n", "", ""),  # 22.05, 24.11
+        ("", "Job 4_0 not found\n", ""),  # 26.05
+        ("", "slurm_load_jobs error: Invalid job id specified\n", ""),
+        ("", "", "scontrol ended with code 1 and said nothing"),
+    ],
+)
+def test_a_task_that_its_array_has_no_more(fake: FakeSlurm, out: str, err: str, away: str) -> None:
+    fake.jobs["4"] = [FakeJob("RUNNING", "1")]
+
+    def run(command: Sequence[str], text: str, limit_s: float) -> subprocess.CompletedProcess[str]:
+        if "show job 4_0" in text:
+            return subprocess.CompletedProcess(command, 1, out, err)
+        return fake.run(command, text, limit_s)
+
+    answer = Slurm(runner=run).ask(["4_0", "4_1"])
+    assert (set(answer.jobs), answer.away) == ({"4_1"}, away)
+
+
 @pytest.mark.parametrize("out", [GARBAGE, "cut:5", "8|hpcdl:tok"])
 def test_a_submission_that_is_not_seen_in_half_an_answer_may_be_there(fake: FakeSlurm, out: str) -> None:
     fake.jobs["8"] = [FakeJob("PENDING", "0-3", comment="hpcdl:tokA")]
