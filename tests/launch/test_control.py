@@ -24,7 +24,10 @@ COMMON = "JobId=7 ArrayJobId=7 ArrayTaskId=0 JobName=probe.sh UserId=student(100
         ("JobState=COMPLETING Reason=None Requeue=1 Restarts=1 ExitCode=0:0", "requeued"),
         ("JobState=COMPLETING Reason=None Restarts=0 PreemptTime=2026-11-23T09:39:50", "preempted"),
         ("JobState=COMPLETING Reason=None Restarts=1 PreemptTime=2026-11-23T09:39:50", "requeued"),
-        ("JobState=RUNNING Reason=None Restarts=0 PreemptEligibleTime=2026-11-23 PreemptTime=None", "running"),
+        (
+            "JobState=RUNNING Reason=None Restarts=0 PreemptEligibleTime=2026-11-23 PreemptTime=None",
+            "running",
+        ),
         ("JobState=PENDING Reason=BeginTime Requeue=1 Restarts=1 ExitCode=0:0", "requeued"),
         ("JobState=CANCELLED Reason=None Restarts=0 ExitCode=0:15", "cancelled"),
         ("JobState=CONFIGURING Reason=None Restarts=0", "unknown"),
