@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from tests.slurm.fixtures import cluster, slurm
+
+__all__ = ["cluster", "slurm"]
+
 SLOW = os.environ.get("HPCDL_SLOW") == "1"
+HERE = Path(__file__).parent
+ON_THE_CLUSTER = (HERE / "slurm", HERE / "chaos")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves slow tests to `make test-all`: deselected, which pytest's last line counts."""
+    """Marks what needs the cluster, and leaves slow tests to `make test-all`: deselected, which the last line counts."""
+    for item in items:
+        if any(folder in Path(item.fspath).parents for folder in ON_THE_CLUSTER):
+            item.add_marker(pytest.mark.slurm)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(900))
     slow = [] if SLOW else [item for item in items if item.get_closest_marker("slow")]
     if slow:
         config.hook.pytest_deselected(items=slow)

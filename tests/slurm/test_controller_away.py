@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.slurm.cluster import CLUSTER, Cluster, Launched
+from tests.slurm.harm import daemon
 from tests.slurm.test_runs import TINY
 
 HELD = (*TINY, "cluster.extra=[--hold]")
@@ -20,11 +21,6 @@ touch {home}/lost
 /usr/bin/sbatch "$@" >/dev/null
 {then}
 """
-
-
-def daemon(what: str, service: str) -> None:
-    """`docker/cluster stop` or `start`: the daemon, as its administrator does it."""
-    subprocess.run([CLUSTER, what, service], check=True, capture_output=True, timeout=120)
 
 
 @pytest.fixture

@@ -6,61 +6,18 @@ all containers run on, and no network file system. So it is the harder case for 
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 import pytest
 
 from tests.slurm.cluster import Cluster, Launched
+from tests.slurm.harm import cut_off, kill_agent, kill_worker, killed
 from tests.slurm.test_runs import TINY
 
-PROJECT = os.environ.get("COMPOSE_PROJECT_NAME", "hpcdl")
 SHORT = (*TINY, "trainer.checkpoint_every=20", "trainer.max_steps=400", "optim.warmup_steps=0")
 TWO_NODES = ("cluster.nodes=2", "cluster.processes_per_node=1")
 ONE_NODE = ("cluster.nodes=1", "cluster.processes_per_node=2")
-
-
-def docker(*words: str) -> None:
-    subprocess.run(["docker", *words], check=True, capture_output=True)
-
-
-@contextlib.contextmanager
-def killed(cluster: Cluster, node: str) -> Iterator[None]:
-    """The node's power fails: every process dies, its address is gone."""
-    container = f"{PROJECT}-{node}-1"
-    docker("kill", container)
-    try:
-        yield
-    finally:
-        docker("start", container)
-        wait_idle(cluster)
-
-
-@contextlib.contextmanager
-def cut_off(cluster: Cluster, node: str) -> Iterator[None]:
-    """The node's network is cut: its processes live on, and nobody hears of them."""
-    container, network = f"{PROJECT}-{node}-1", f"{PROJECT}_default"
-    docker("network", "disconnect", network, container)
-    try:
-        yield
-    finally:
-        docker("network", "connect", "--alias", node, network, container)
-        wait_idle(cluster)
-
-
-def wait_idle(cluster: Cluster) -> None:
-    """Slurm uses all nodes again."""
-
-    def back() -> bool | None:
-        states = cluster.shell("sinfo -h -N -p debug -o '%N %T'").split()[1::2]
-        return True if all(s in ("idle", "mixed", "allocated", "completing") for s in states) else None
-
-    cluster.until(back, "all nodes back", story=lambda: cluster.shell("sinfo -R; sinfo"))
 
 
 def event(cluster: Cluster, run: Launched, kind: str, number: int = 1) -> dict[str, Any]:
@@ -73,6 +30,16 @@ def event(cluster: Cluster, run: Launched, kind: str, number: int = 1) -> dict[s
     return cluster.until(there, f"{kind} of {run.run_id}", story=lambda: cluster.story(run.run_id))
 
 
+def wait_given_up(cluster: Cluster, run: Launched) -> None:
+    """Slurm calls the node down (SlurmdTimeout) and puts the job back. Its controller may be slow to answer then."""
+
+    def back() -> bool | None:
+        job = cluster.shell(f"scontrol show job {run.job_id}", check=False)
+        return True if "Restarts=1" in job and "JobState=PENDING" in job else None
+
+    cluster.until(back, "the job is back in the queue", story=lambda: cluster.story(run.run_id))
+
+
 def seconds(first: dict[str, Any], then: dict[str, Any]) -> float:
     """Between two events."""
     return (datetime.fromisoformat(then["time"]) - datetime.fromisoformat(first["time"])).total_seconds()
@@ -80,20 +47,6 @@ def seconds(first: dict[str, Any], then: dict[str, Any]) -> float:
 
 def tries(cluster: Cluster, run: Launched) -> list[str]:
     return [each["try"] for each in cluster.events(run, "started")]
-
-
-def kill_worker(cluster: Cluster, run: Launched, node: str) -> None:
-    """kill -9 of one of the run's workers: torchrun starts them with -u."""
-    cluster.root(node, f"pkill -9 --oldest -f '^[^ ]* -u -m hpcdl.worker.main {run.run_dir}'")
-
-
-def kill_agent(cluster: Cluster, run: Launched, node: str) -> None:
-    """kill -9 of the first node's agent: what is below it dies with it."""
-    state = json.loads(cluster.shell(f"cat {run.run_dir}/state.json"))
-    below = cluster.root(node, f"pgrep -f hpcdl.worker.main.*{run.run_dir}").split()
-    cluster.root(node, f"kill -9 {state['agent_pid']}")
-    alive = f"ps -o pid= -p {','.join(below)}"
-    cluster.until(lambda: True if not cluster.root(node, alive).strip() else None, "no orphan (fact 15)")
 
 
 def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Cluster) -> None:
@@ -153,13 +106,10 @@ def test_a_cut_off_first_node_writes_nothing_beside_the_new_try(cluster: Cluster
     cluster.wait_step(run, 25)
     (node,) = event(cluster, run, "started")["node_list"]
     with cut_off(cluster, node):
-        cluster.until(
-            lambda: True if "Restarts=1" in cluster.shell(f"scontrol show job {run.job_id}") else None,
-            "Slurm has given the node up (SlurmdTimeout)",
-        )
+        wait_given_up(cluster, run)
         assert cluster.root(node, "pgrep -f hpcdl.worker.main").strip(), "its workers go on"
         cluster.status(run.run_id)
-        cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now")
+        cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now", check=False)
         started = event(cluster, run, "started", 2)
         assert node not in started["node_list"]
         lost = event(cluster, run, "lost")
@@ -218,11 +168,8 @@ def test_the_first_nodes_death_is_slurms_to_see(cluster: Cluster) -> None:
             lambda: True if f"node {head} is lost" in cluster.shell(f"cat {log}") else None,
             "the other's word",
         )
-        cluster.until(
-            lambda: True if "Restarts=1" in cluster.shell(f"scontrol show job {run.job_id}") else None,
-            "Slurm has given the node up (SlurmdTimeout)",
-        )
-        cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now")
+        wait_given_up(cluster, run)
+        cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now", check=False)
         lost = event(cluster, run, "lost")
         assert lost["down"] == [head]
         status, _ = cluster.wait_done([run, calm])

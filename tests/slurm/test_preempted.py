@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import Cluster, Launched
+from tests.slurm.harm import come_near_the_limit
 from tests.slurm.test_runs import LONG, TINY
 
 AGAIN_S = 20.0
@@ -199,14 +200,6 @@ def wait_event(cluster: Cluster, run: Launched, kind: str, number: int) -> dict[
         return found[number - 1] if len(found) >= number else None
 
     return cluster.until(look, f"{kind}, {number}", story=lambda: cluster.story(run.run_id))
-
-
-def come_near_the_limit(cluster: Cluster, job_id: str) -> None:
-    """The job has less than 120 s left, cluster.signal's time, of which Slurm takes notice every 30 s."""
-    found = re.search(r"RunTime=(\d+):(\d+):", cluster.shell(f"scontrol show job {job_id}"))
-    assert found is not None
-    minutes = 60 * int(found.group(1)) + int(found.group(2)) + 2
-    cluster.shell(f"scontrol update jobid={job_id} TimeLimit={minutes}")
 
 
 def no_step_was_lost(cluster: Cluster, run: Launched) -> int:

@@ -6,21 +6,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import CLUSTER, Cluster
 
-HERE = Path(__file__).parent
 REQUIRED = os.environ.get("HPCDL_REQUIRE_CLUSTER") == "1"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in Path(item.fspath).parents:
-            item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.timeout(900))
 
 
 def why_no_docker() -> str | None:
