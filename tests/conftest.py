@@ -17,7 +17,7 @@ ON_THE_CLUSTER = (HERE / "slurm", HERE / "chaos")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what needs the cluster, and leaves slow tests to `make test-all`: deselected, which the last line counts."""
+    """Marks what needs the cluster; leaves slow tests to `make test-all`: deselected, as the last line counts."""
     for item in items:
         if any(folder in Path(item.fspath).parents for folder in ON_THE_CLUSTER):
             item.add_marker(pytest.mark.slurm)

@@ -1,0 +1,243 @@
+"""Three runs train while one fault after another is done to them; a table tells what became of each."""
+
+from __future__ import annotations
+
+import random
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.chaos.faults import FAULTS, Fault, Victim
+from tests.slurm.cluster import ROOT, Cluster, Launched
+from tests.slurm.test_runs import TINY
+
+HOOK = "/hpcdl/" + str((ROOT / "tests" / "chaos" / "hook").relative_to(ROOT))
+PACE_S = 0.3
+"""Each step takes so much longer while there are faults to come: the two cores have time for what recovers."""
+EVERY = 20
+"""Steps between checkpoints."""
+RECOVERS_S = 600.0
+COMMON = (
+    *TINY, f"trainer.checkpoint_every={EVERY}", "optim.warmup_steps=0", "cluster.requeue=auto",
+)  # fmt: skip
+ALIVE = ("PENDING", "RUNNING", "COMPLETED", "UNKNOWN")
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """One of the three runs: its shape, and the shape of the undisturbed run that it is compared with."""
+
+    name: str
+    words: tuple[str, ...]
+    calm: str
+    """Name of the undisturbed run, in `CALM`."""
+    processes: int
+    """World size that it begins with. Where a try had another, the losses are equal within rounding only."""
+
+
+CALM = {
+    "ddp": ("parallel=ddp", "cluster.nodes=1", "cluster.processes_per_node=2"),
+    "fsdp": ("parallel=fsdp", "cluster.nodes=1", "cluster.processes_per_node=2"),
+}
+TRAINEES = (
+    Trainee("ddp, 1 node × 2", CALM["ddp"], "ddp", 2),
+    Trainee("ddp, 2 nodes × 1", ("parallel=ddp", "cluster.nodes=2"), "ddp", 2),
+    Trainee("fsdp, 1 to 2 nodes", ("parallel=fsdp", "cluster.nodes=2", "cluster.min_nodes=1"), "fsdp", 2),
+)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A fault, whom it is done to, and on which of its nodes."""
+
+    fault: Fault
+    trainee: int
+    node: int
+    """Modulo the nodes that it has then."""
+
+
+def plan(seed: int, length: int) -> list[Chapter]:
+    """Faults in a random order, each one once before one comes twice."""
+    dice = random.Random(seed)
+    chapters: list[Chapter] = []
+    while len(chapters) < length:
+        for fault in dice.sample(FAULTS, len(FAULTS)):
+            chapters.append(
+                Chapter(fault, dice.choice((1, 2) if fault.many_nodes else (0, 1, 2)), dice.randrange(2))
+            )
+    return chapters[:length]
+
+
+@dataclass
+class Told:
+    """A line of the table."""
+
+    fault: str
+    run: str
+    recovered_s: float
+    """From the fault until all three had done a step that they hadn't done before it."""
+    steps_lost: int
+    """Done before the fault and done again after it, over all three."""
+    what: list[str]
+    """What the events say was done about it."""
+
+
+@dataclass
+class Story:
+    """Three runs on a cluster."""
+
+    cluster: Cluster
+    max_steps: int
+    runs: list[Launched] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Starts all three, slowed down, and waits until each has trained."""
+        self.cluster.shell(f"mkdir -p disk; echo {PACE_S} >disk/pace")
+        hook = (f"cluster.env.PYTHONPATH={HOOK}", f"cluster.env.CHAOS_DISK={self.cluster.home}/disk")
+        for trainee in TRAINEES:
+            words = (*COMMON, *trainee.words, *hook, "trainer.keep_last=3", "cluster.partition=low")
+            self.runs.append(self.cluster.launch_one(*words, f"trainer.max_steps={self.max_steps}"))
+        for run in self.runs:
+            self.cluster.wait_step(run, EVERY + 2)
+
+    def tell(self, chapter: Chapter) -> None:
+        """Does one fault, and waits until all train again; what it did is undone whatever happens."""
+        fault, run = chapter.fault, self.runs[chapter.trainee]
+        if self._over(run):
+            self.told.append(
+                Told(fault.name, TRAINEES[chapter.trainee].name, 0.0, 0, ["not tried: it was over"])
+            )
+            return
+        self._wait_checkpoints(run, fault.checkpoints)
+        nodes = self._started(run)["node_list"]
+        victim = Victim(self.cluster, run, nodes, nodes[chapter.node % len(nodes)])
+        before, seen = [self._step(each) for each in self.runs], [self._events(each) for each in self.runs]
+        begun = time.monotonic()
+        with fault.harm(victim):
+            if fault.event is not None:
+                self._wait_event(run, fault.event, seen[chapter.trainee])
+            for each, step in zip(self.runs, before, strict=True):
+                self._wait_beyond(each, step)
+            took = time.monotonic() - begun
+        new = [self._events(each)[len(old) :] for each, old in zip(self.runs, seen, strict=True)]
+        lost = sum(
+            max(0, step - event["step"])
+            for events, step in zip(new, before, strict=True)
+            for event in events
+            if event["event"] == "resumed"
+        )
+        what = [_in_words(event) for events in new for event in events if event["event"] in TOLD]
+        self.told.append(Told(fault.name, TRAINEES[chapter.trainee].name, took, lost, what))
+        print(row(len(self.told), self.told[-1]), flush=True)
+
+    def end(self) -> None:
+        """All three run to their end at full speed, then the undisturbed ones; the losses must be equal."""
+        self.cluster.shell("rm disk/pace")
+        self.cluster.wait_done(self.runs, limit_s=900)
+        calm = {
+            name: self.cluster.launch_one(
+                *COMMON, *words, "trainer.keep_last=2", f"trainer.max_steps={self.max_steps}"
+            )
+            for name, words in CALM.items()
+        }
+        self.cluster.wait_done(calm.values(), limit_s=900)
+        expected = {name: self.cluster.losses(run) for name, run in calm.items()}
+        for trainee, run in zip(TRAINEES, self.runs, strict=True):
+            losses = self.cluster.losses(run)
+            assert list(losses) == list(range(1, self.max_steps + 1)), "each step once, none left out"
+            same = all(self._ranks(event) == trainee.processes for event in self._all(run, "started"))
+            wanted = expected[trainee.calm]
+            if same:
+                assert losses == wanted, f"{trainee.name}: not bit for bit\n{self.cluster.story(run.run_id)}"
+            else:
+                assert losses == pytest.approx(wanted, rel=1e-5), self.cluster.story(run.run_id)
+            print(f"{trainee.name}: {len(losses)} losses equal {'bit for bit' if same else 'within 1e-5'}")
+
+    def _step(self, run: Launched) -> int:
+        path = shlex.quote(f"{run.run_dir}/metrics.jsonl")
+        text = self.cluster.shell(f"grep -o '\"step\": *[0-9]*' {path} | tail -n 1", check=False).strip()
+        return int(text.split(":")[1]) if text else 0
+
+    def _events(self, run: Launched) -> list[dict[str, Any]]:
+        return self.cluster.lines(f"{run.run_dir}/events.jsonl")
+
+    def _all(self, run: Launched, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self._events(run) if event["event"] == kind]
+
+    def _started(self, run: Launched) -> dict[str, Any]:
+        return self._all(run, "started")[-1]
+
+    @staticmethod
+    def _ranks(started: dict[str, Any]) -> int:
+        return int(started["world_size"])
+
+    def _state(self, run: Launched) -> str:
+        status = self.cluster.status(run.run_id)  # which also asks Slurm to start a requeued job now
+        assert status["state"] in ALIVE, self.cluster.story(run.run_id)
+        return str(status["state"])
+
+    def _over(self, run: Launched) -> bool:
+        return self._state(run) == "COMPLETED"
+
+    def _wait_beyond(self, run: Launched, step: int) -> None:
+        def reached() -> bool | None:
+            return True if self._step(run) > step or self._over(run) else None
+
+        self.cluster.until(
+            reached, f"{run.run_id} beyond step {step}", RECOVERS_S, lambda: self.cluster.story(run.run_id)
+        )
+
+    def _wait_event(self, run: Launched, kind: str, seen: Sequence[dict[str, Any]]) -> None:
+        def there() -> bool | None:
+            self._state(run)
+            return True if any(e["event"] == kind for e in self._events(run)[len(seen) :]) else None
+
+        self.cluster.until(
+            there, f"another {kind} of {run.run_id}", RECOVERS_S, lambda: self.cluster.story(run.run_id)
+        )
+
+    def _wait_checkpoints(self, run: Launched, number: int) -> None:
+        count = f"ls {shlex.quote(run.run_dir)}/checkpoints/step-*/trainer.json 2>/dev/null | wc -l"
+        self.cluster.until(
+            lambda: True if int(self.cluster.shell(count)) >= number else None, f"{number} checkpoints"
+        )
+
+
+TOLD = ("restarting", "requeued", "lost", "checkpoint_failed", "warning", "hang")
+
+
+def _in_words(event: dict[str, Any]) -> str:
+    way = event.get("way") or ("in place" if event["event"] == "restarting" else "")
+    text = event.get("reason") or event.get("message") or event.get("text") or ""
+    return f"{event['event']}{f' ({way})' if way else ''}: {str(text)[:70]}"
+
+
+def row(number: int, told: Told) -> str:
+    """A line of the table."""
+    cells = (
+        f"{number:>2}",
+        f"{told.fault:<27}",
+        f"{told.run:<19}",
+        f"{told.recovered_s:>7.1f}",
+        f"{told.steps_lost:>5}",
+    )
+    return "  ".join((*cells, "; ".join(told.what)))
+
+
+def table(title: str, told: Sequence[Told], planned: int) -> str:
+    """What was done, and what became of it."""
+    tried = [each for each in told if each.recovered_s]
+    head = f"{'#':>2}  {'fault':<27}  {'run':<19}  {'s':>7}  {'lost':>5}  what hpcdl did"
+    rows = [row(number, each) for number, each in enumerate(told, 1)]
+    worst = max((each.recovered_s for each in tried), default=0.0)
+    lost = sum(each.steps_lost for each in tried)
+    last = (
+        f"{planned} faults planned, {len(tried)} tried and survived; {lost} steps lost; "
+        f"{sum(each.recovered_s for each in tried):.0f} s to recover, the longest {worst:.0f} s"
+    )
+    return "\n".join((title, head, *rows, last))
