@@ -78,6 +78,7 @@ def test_a_dependent_of_a_sweep(cluster: Cluster) -> None:
         assert f"{trains[1].run_id} (train), which it waited for" in status["reason"], status
 
 
+@pytest.mark.slow
 def test_a_sweep_longer_than_an_array_may_be(cluster: Cluster) -> None:
     """Facts 5 and 19: MaxArraySize=1001 bounds the index; two sbatch, no pickle."""
     runs = cluster.launch(
