@@ -82,9 +82,9 @@ def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Clus
 
 @pytest.mark.slow
 def test_a_cut_off_node_is_found_by_its_silence(cluster: Cluster) -> None:
-    run, calm = cluster.launch(
-        *SHORT, *TWO_NODES, "-m", "trainer.keep_last=2,3", "cluster.array_parallelism=1"
-    )
+    calm = cluster.launch_one(*SHORT, *TWO_NODES)
+    cluster.wait_done([calm])
+    run = cluster.launch_one(*SHORT, *TWO_NODES, "trainer.keep_last=3")
     cluster.wait_step(run, 25)
     head, other = event(cluster, run, "started")["node_list"]
     with cut_off(cluster, other):
@@ -92,7 +92,7 @@ def test_a_cut_off_node_is_found_by_its_silence(cluster: Cluster) -> None:
         assert (requeued["node"], requeued["exclude"]) == (other, [other])
         assert "no word from its agent for" in requeued["reason"]
         cut = cluster.run("bash", "-c", f"cat {run.run_dir}/logs/{other}-try0.0.log").stdout
-        cluster.wait_done([run, calm])
+        cluster.wait_done([run])
         assert f"node {head} is lost" in cut, "the node that is cut off ends its own workers"
         assert not cluster.root(other, "pgrep -f hpcdl.worker.main").strip()
     assert cluster.losses(run) == cluster.losses(calm)
@@ -157,9 +157,9 @@ def test_a_run_goes_on_with_fewer_nodes(cluster: Cluster) -> None:
 
 @pytest.mark.slow
 def test_the_first_nodes_death_is_slurms_to_see(cluster: Cluster) -> None:
-    run, calm = cluster.launch(
-        *SHORT, *TWO_NODES, "-m", "trainer.keep_last=2,3", "cluster.array_parallelism=1"
-    )
+    calm = cluster.launch_one(*SHORT, *TWO_NODES)
+    cluster.wait_done([calm])
+    run = cluster.launch_one(*SHORT, *TWO_NODES, "trainer.keep_last=3")
     cluster.wait_step(run, 25)
     head, other = event(cluster, run, "started")["node_list"]
     with killed(cluster, head):
@@ -172,6 +172,6 @@ def test_the_first_nodes_death_is_slurms_to_see(cluster: Cluster) -> None:
         cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now", check=False)
         lost = event(cluster, run, "lost")
         assert lost["down"] == [head]
-        status, _ = cluster.wait_done([run, calm])
+        (status,) = cluster.wait_done([run])
     assert status["requeues"] == 1
     assert cluster.losses(run) == cluster.losses(calm)
