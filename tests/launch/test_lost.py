@@ -148,8 +148,16 @@ sbatch: error: Batch job submission failed: No error
     ("text", "code", "words"),
     [
         (NETWORK_CUT, 1, "Unable to establish control machine address sbatch: error: Batch job"),
-        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", 1, "timed out"),
-        ("sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received", 1, "Zero Bytes"),
+        (
+            "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+            1,
+            "timed out",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received",
+            1,
+            "Zero Bytes",
+        ),
         ("sbatch: error: Batch job submission failed: Resource temporarily unavailable", 1, "unavailable"),
         ("", 1, "said nothing"),
         ("", -9, "sbatch was killed"),
