@@ -15,8 +15,14 @@ Anything else that reaches the user is a bug of ours, and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+LONGEST = 2000
+"""Characters of one line of a page of faults."""
+_UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What ends a line, acts on a terminal, turns the direction of a text, or is no text in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +115,8 @@ def format_faults(faults: Sequence[Fault]) -> str:
     count = len(faults)
     lines = [f"The config has {count} fault{'s' if count != 1 else ''}; nothing was submitted.", ""]
     for number, fault in enumerate(faults, start=1):
-        given = f" = {fault.value}" if fault.value else ""
-        lines.append(f"{number}. {fault.key}{given}")
+        given = f" = {_shown(fault.value)}" if fault.value else ""
+        lines.append(f"{number}. {_shown(fault.key)}{given}")
         for label, text in (
             ("problem", fault.problem),
             ("allowed", fault.allowed),
@@ -119,8 +125,15 @@ def format_faults(faults: Sequence[Fault]) -> str:
             ("in", fault.where),
         ):
             if text:
-                lines.append(f"   {label + ':':<9}{text}")
+                lines.append(f"   {label + ':':<9}{_shown(text)}")
         lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _shown(text: str) -> str:
+    """One line that can be read: what acts on a terminal is spelled out, a long text is cut."""
     from hpcdl import secrets  # only where there is something to say
 
-    return secrets.mask("\n".join(lines).rstrip()) + "\n"
+    # Before it is cut: of a secret that was cut in two, nobody would know the half.
+    text = _UNREADABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), secrets.mask(text))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} characters)"

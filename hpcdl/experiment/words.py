@@ -29,6 +29,7 @@ PROBLEMS = {
     "bool_parsing": "is neither true nor false",
     "string_type": "is not text",
     "string_unicode": "is not readable text",
+    "json_invalid": "is not readable text",
     "greater_than": "is too small",
     "greater_than_equal": "is too small",
     "less_than": "is too large",

@@ -109,9 +109,13 @@ class Composer:
         """The overrides in Hydra's terms, and the faults of those that are none."""
         overrides, faults = [], []
         for text in texts:
+            beyond = hydra_faults.beyond_reading(text)
+            if beyond is not None:
+                faults.append(beyond)
+                continue
             try:
                 overrides += self.parser.parse_overrides([text])
-            except HydraException as error:
+            except (HydraException, ValueError) as error:
                 faults.append(hydra_faults.unreadable(text, error))
         return overrides, faults
 

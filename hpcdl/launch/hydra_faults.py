@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from hpcdl.errors import Fault, nearest_name
 from hpcdl.experiment import sections, words
 
 QUOTE = Quote.double
+DEEPEST = 50
+"""Brackets within each other: no key of the spec takes more than two."""
 
 
 def no_config_dir(given: str, folder: Path) -> Fault:
@@ -83,6 +86,27 @@ def unreadable(text: str, error: Exception) -> Fault:
     )
 
 
+def beyond_reading(text: str) -> Fault | None:
+    """An override that Hydra's grammar may have, and neither it nor OmegaConf gets through."""
+    deep = max(itertools.accumulate(_turns(text)), default=0) > DEEPEST
+    if not deep and not re.search("[\ud800-\udfff]", text):
+        return None
+    key, _, value = text.partition("=")
+    return Fault(
+        key=key,
+        value=words.typed(value),
+        problem="its brackets are nested too deep" if deep else "is not readable text: not in UTF-8",
+        allowed=f"at most {DEEPEST} brackets in each other" if deep else "text in UTF-8",
+        fix=f"{words.typed(key)}=VALUE",
+    )
+
+
+def _turns(text: str) -> list[int]:
+    """1 for each bracket that opens outside of quotes, -1 for each that closes."""
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+    return [1 if letter in "[{(" else -1 for letter in bare if letter in "[]{}()"]
+
+
 def _in_quotes(value: str) -> str:
     """The value as text in quotes; of a plain list, each item, so that it stays a list."""
     items = re.fullmatch(r"\[([^\[\]{}]*)\]", value.strip())
@@ -96,6 +120,8 @@ def _told(text: str) -> str:
     lines = [
         line for line in text.splitlines() if not line.startswith(("Error parsing override", "See http"))
     ]
+    if "integer string conversion" in text:
+        return "a number has too many digits"
     told = " ".join(lines).split(" expecting ")[0].strip()
     if not told or told.startswith("LexerNoViableAlt"):
         return "it is not in the form of an override"
@@ -303,7 +329,11 @@ def unfit(override: Override, config: DictConfig, error: Exception) -> Fault:
         told = in_one_line(str(error))
         problem = "can't be taken away: it is not there" if "does not exist" in told else told
         return Fault(
-            key=f"~{key}", value=value, problem=problem, nearest=near, fix=f"~{near}" if near else ""
+            key=f"~{key}",
+            value=value,
+            problem=problem,
+            nearest=near,
+            fix=f"~{near}" if near else f"leave ~{key} out",
         )
     if override.is_add() and "already at" in str(error):
         problem = "can't be added: the config has it already"

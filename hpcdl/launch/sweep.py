@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -17,6 +18,9 @@ from hpcdl.experiment import sections, words
 from hpcdl.launch import after
 from hpcdl.launch.compose import Composer
 from hpcdl.spec import ExperimentSpec, LaunchOptions
+
+MOST = 100_000
+"""Points of one sweep: more are a slip of the pen, and would fill the memory of the login node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,8 @@ def read(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Asked:
     overrides, faults = composer.parse([after.spelled(text) for text in texts])
     if multirun:
         overrides = _from_files(composer, overrides) + overrides
+    if multirun and (count := _count(overrides)) > MOST:
+        raise ConfigError([*faults, _too_many(overrides, count)])
     expanded = expand(overrides) if multirun else [tuple(overrides)]
     faults += [fault for override in overrides if (fault := _not_a_sweep(override, multirun))]
     if any(override.is_sweep_override() for point in expanded for override in point):
@@ -116,6 +122,38 @@ def _sorted_out(labels: Sequence[str], checked: Sequence[experiment.Checked]) ->
     options = checked[0].options
     assert options is not None
     return Asked(points=tuple(made), refused=tuple(refused), options=options)
+
+
+def _count(overrides: Sequence[Override]) -> float:
+    """How many points `expand` would make, without making one."""
+    axes = {override.get_key_element(): _length(override) for override in overrides}
+    return math.prod(axes.values())
+
+
+def _length(override: Override) -> float:
+    """How many values an override gives: of a range they are counted, for they may be more than memory holds."""
+    span = override._value
+    if not isinstance(span, RangeSweep):
+        return len(_elements(override)) if override.is_discrete_sweep() else 1
+    if span.start is None or span.stop is None:
+        return 0
+    way = (float(span.stop) - float(span.start)) * (-1 if span.step < 0 else 1)
+    if way <= 0:
+        return 0
+    return math.inf if math.isnan(way) or not span.step else way / abs(span.step)
+
+
+def _too_many(overrides: Sequence[Override], count: float) -> Fault:
+    swept = [override for override in overrides if override.is_discrete_sweep()]
+    widest = max(swept, key=_length)
+    many = "without end" if math.isinf(count) else f"of {count:.3g} points"
+    return Fault(
+        key=widest.get_key_element(),
+        value=widest.get_value_string(),
+        problem=f"makes a sweep {many}, each of which is a run with a directory of its own",
+        allowed=f"at most {MOST} points in one sweep",
+        fix=f"{widest.get_key_element()}=a,b with fewer values, or several sweeps",
+    )
 
 
 def expand(overrides: Sequence[Override]) -> list[tuple[Override, ...]]:
@@ -179,7 +217,7 @@ def _not_a_sweep(override: Override, multirun: bool) -> Fault | None:
         return Fault(
             key=key, value=value, problem="Hydra's own settings can't be swept", fix=f"leave {key} out"
         )
-    if not _elements(override):
+    if not _length(override):
         return Fault(
             key=key, value=value, problem="matches nothing: the sweep has no points", fix=f"{key}=a,b"
         )

@@ -125,6 +125,16 @@ BROKEN: list[tuple[list[str], list[str]]] = [
     (["model=3"], ["model = 3"]),
     (["model=null"], ["model"]),
     (["cluster.extra=['--array=1-3']"], ["array_parallelism"]),
+    (["seed=" + "9" * 5000], ["too many digits"]),
+    (["name=" + "[" * 2000 + "]" * 2000], ["nested too deep", "at most 50"]),
+    (["name='\udcff'"], ["not in UTF-8"]),
+    (["a\nb=\x1b[31m"], ["a\\nb = \\x1b[31m", "no key that Hydra can read"]),
+    (["~nope.x=1\t2"], ["~nope.x = 1\\t2", "leave ~nope.x out"]),
+    (["name='" + "x" * 9000 + "'y"], ["… ("]),
+    (["-m", "seed=range(1,1000000000)"], ["sweep of 1e+09 points", "at most 100000"]),
+    (["-m", "seed=range(1000)", "optim.lr=range(1000)"], ["sweep of 1e+06 points"]),
+    (["-m", "seed=range(1.0,2.0,0)"], ["without end"]),
+    (["-m", "seed=range(nan,1)"], ["without end"]),
     (["cluster.setup=['a\\nb']", "cluster.env={1:[]}"], ["cluster.env.1"]),
 ]  # fmt: skip
 
