@@ -59,12 +59,16 @@ test-fast: $(READY) ## logic only: seconds, no torch processes, no cluster
 test-slurm: $(READY) ## only the tests on the cluster in Docker
 	@$(BIN)/python -m pytest tests/slurm
 
-test-all: test ## test, then the slow tests, and tests/slurm on each Slurm that Debian has (22.05 was run by test)
+test-all: test ## test, then the slow tests, and tests/slurm and tests/chaos on each Slurm that Debian has (22.05: by test)
 	@HPCDL_SLOW=1 $(BIN)/python -m pytest -m slow
 	@for release in trixie sid; do \
-	    echo "== tests/slurm on Debian $$release"; \
-	    COMPOSE_PROJECT_NAME=hpcdl-$$release DEBIAN_RELEASE=$$release HPCDL_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest tests/slurm; \
-	    COMPOSE_PROJECT_NAME=hpcdl-$$release DEBIAN_RELEASE=$$release docker/cluster down; \
+	    echo "== tests/slurm and tests/chaos on Debian $$release"; \
+	    export COMPOSE_PROJECT_NAME=hpcdl-$$release DEBIAN_RELEASE=$$release HPCDL_REQUIRE_CLUSTER=1; \
+	    trap 'docker/cluster down' EXIT; \
+	    docker/cluster up; \
+	    $(BIN)/python -m pytest tests/slurm; \
+	    HPCDL_SLOW=1 $(BIN)/python -m pytest tests/chaos; \
+	    docker/cluster down; \
 	done
 
 bench: $(READY) ## paired timings against torchx, submitit, hydra-submitit-launcher, nemo-run (benchmarks/README.md)

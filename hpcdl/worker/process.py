@@ -8,7 +8,7 @@ import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec
@@ -157,10 +157,29 @@ def join(who: Process, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, device_id=device_id)
+        store = own_store(who)
+        dist.init_process_group(
+            backend, store=store, rank=who.rank, world_size=who.world_size, device_id=device_id
+        )
         return
     alone = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=device_id)
+
+
+def own_store(who: Process) -> Any:
+    """Torchrun's store; on one node under names of this restart's own.
+
+    torchrun (torch 2.13) keeps one store for all its restarts in place and gives its workers no names of their own. A
+    rank that looks before another has written finds that one's address in the restart before, where nobody listens any
+    more: gloo then fails («Connection refused»), or waits for half an hour. With several nodes each agent counts only
+    its own restarts, so the count names nothing there.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://"))
+    one_node = who.world_size == who.local_world_size
+    return dist.PrefixStore(f"restart-{who.restart}", store) if one_node else store
 
 
 def leave() -> None:

@@ -49,8 +49,8 @@ class Fault:
 
     name: str
     harm: Harm
-    event: str | None = None
-    """What the run's events must have one more of before the harm is undone; None: that it trains on will do."""
+    event: tuple[str, ...] | None = None
+    """One of these must be new among the run's events before the harm is undone; None: that it trains on will do."""
     many_nodes: bool = False
     """It needs a run on several nodes."""
     checkpoints: int = 0
@@ -121,20 +121,21 @@ def _preempt(victim: Victim) -> None:
     victim.cluster.shell(f"sbatch --parsable {words} --wrap 'sleep 3'")
 
 
-WORKER = Fault("worker killed", _once(lambda v: kill_worker(v.cluster, v.run, v.node)), "restarting")
-NODE = Fault("node stopped", lambda v: killed(v.cluster, v.node), many_nodes=True)
-TORN = Fault("newest checkpoint cut short", _once(_tear_newest), "restarting", checkpoints=2)
+AGAIN = ("restarting", "requeued", "lost")
+WORKER = Fault("worker killed", _once(lambda v: kill_worker(v.cluster, v.run, v.node)), AGAIN)
+NODE = Fault("node stopped", lambda v: killed(v.cluster, v.node), AGAIN, many_nodes=True)
+TORN = Fault("newest checkpoint cut short", _once(_tear_newest), AGAIN, checkpoints=2)
 FAULTS = (
     WORKER,
-    Fault("agent killed", _once(lambda v: kill_agent(v.cluster, v.run, v.nodes[0])), "restarting"),
+    Fault("agent killed", _once(lambda v: kill_agent(v.cluster, v.run, v.nodes[0])), AGAIN),
     Fault("slurmd killed", _slurmd_killed),
     NODE,
-    Fault("network cut", lambda v: cut_off(v.cluster, v.node), many_nodes=True),
+    Fault("network cut", lambda v: cut_off(v.cluster, v.node), AGAIN, many_nodes=True),
     Fault("slurmctld stopped", _stopped("slurmctld")),
     Fault("slurmdbd stopped", _stopped("slurmdbd")),
-    Fault("disk full", _disk("full", FULL_S), "checkpoint_failed"),
+    Fault("disk full", _disk("full", FULL_S), ("checkpoint_failed",)),
     TORN,
-    Fault("preempted", _once(_preempt), "requeued"),
-    Fault("out of time", _once(lambda v: come_near_the_limit(v.cluster, v.job_id)), "requeued"),
+    Fault("preempted", _once(_preempt), AGAIN),
+    Fault("out of time", _once(lambda v: come_near_the_limit(v.cluster, v.job_id)), AGAIN),
     Fault("shared volume hangs", _disk("hung", HANGS_S)),
 )

@@ -35,8 +35,8 @@ class Trainee:
     words: tuple[str, ...]
     calm: str
     """Name of the undisturbed run, in `CALM`."""
-    processes: int
-    """World size that it begins with. Where a try had another, the losses are equal within rounding only."""
+    nodes: int
+    """That it begins with. Where a try had fewer, the losses are equal within rounding only."""
 
 
 CALM = {
@@ -44,7 +44,7 @@ CALM = {
     "fsdp": ("parallel=fsdp", "cluster.nodes=1", "cluster.processes_per_node=2"),
 }
 TRAINEES = (
-    Trainee("ddp, 1 node × 2", CALM["ddp"], "ddp", 2),
+    Trainee("ddp, 1 node × 2", CALM["ddp"], "ddp", 1),
     Trainee("ddp, 2 nodes × 1", ("parallel=ddp", "cluster.nodes=2"), "ddp", 2),
     Trainee("fsdp, 1 to 2 nodes", ("parallel=fsdp", "cluster.nodes=2", "cluster.min_nodes=1"), "fsdp", 2),
 )
@@ -116,21 +116,18 @@ class Story:
         self._wait_checkpoints(run, fault.checkpoints)
         nodes = self._started(run)["node_list"]
         victim = Victim(self.cluster, run, nodes, nodes[chapter.node % len(nodes)])
-        before, seen = [self._step(each) for each in self.runs], [self._events(each) for each in self.runs]
+        seen = [self._events(each) for each in self.runs]
         begun = time.monotonic()
         with fault.harm(victim):
+            reached = [self._step(each) for each in self.runs]
             if fault.event is not None:
-                self._wait_event(run, fault.event, seen[chapter.trainee])
-            for each, step in zip(self.runs, before, strict=True):
+                told = self._wait_event(run, fault.event, seen[chapter.trainee])
+                reached[chapter.trainee] = max(reached[chapter.trainee], told.get("step", 0))
+            for each, step in zip(self.runs, reached, strict=True):
                 self._wait_beyond(each, step)
             took = time.monotonic() - begun
         new = [self._events(each)[len(old) :] for each, old in zip(self.runs, seen, strict=True)]
-        lost = sum(
-            max(0, step - event["step"])
-            for events, step in zip(new, before, strict=True)
-            for event in events
-            if event["event"] == "resumed"
-        )
+        lost = sum(_done_twice(events) for events in new)
         what = [_in_words(event) for events in new for event in events if event["event"] in TOLD]
         self.told.append(Told(fault.name, TRAINEES[chapter.trainee].name, took, lost, what))
         print(row(len(self.told), self.told[-1]), flush=True)
@@ -150,7 +147,7 @@ class Story:
         for trainee, run in zip(TRAINEES, self.runs, strict=True):
             losses = self.cluster.losses(run)
             assert list(losses) == list(range(1, self.max_steps + 1)), "each step once, none left out"
-            same = all(self._ranks(event) == trainee.processes for event in self._all(run, "started"))
+            same = all(len(event["node_list"]) == trainee.nodes for event in self._all(run, "started"))
             wanted = expected[trainee.calm]
             if same:
                 assert losses == wanted, f"{trainee.name}: not bit for bit\n{self.cluster.story(run.run_id)}"
@@ -172,10 +169,6 @@ class Story:
     def _started(self, run: Launched) -> dict[str, Any]:
         return self._all(run, "started")[-1]
 
-    @staticmethod
-    def _ranks(started: dict[str, Any]) -> int:
-        return int(started["world_size"])
-
     def _state(self, run: Launched) -> str:
         status = self.cluster.status(run.run_id)  # which also asks Slurm to start a requeued job now
         assert status["state"] in ALIVE, self.cluster.story(run.run_id)
@@ -192,13 +185,15 @@ class Story:
             reached, f"{run.run_id} beyond step {step}", RECOVERS_S, lambda: self.cluster.story(run.run_id)
         )
 
-    def _wait_event(self, run: Launched, kind: str, seen: Sequence[dict[str, Any]]) -> None:
-        def there() -> bool | None:
+    def _wait_event(
+        self, run: Launched, kinds: Sequence[str], seen: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        def there() -> dict[str, Any] | None:
             self._state(run)
-            return True if any(e["event"] == kind for e in self._events(run)[len(seen) :]) else None
+            return next((e for e in self._events(run)[len(seen) :] if e["event"] in kinds), None)
 
-        self.cluster.until(
-            there, f"another {kind} of {run.run_id}", RECOVERS_S, lambda: self.cluster.story(run.run_id)
+        return self.cluster.until(
+            there, f"another {kinds} of {run.run_id}", RECOVERS_S, lambda: self.cluster.story(run.run_id)
         )
 
     def _wait_checkpoints(self, run: Launched, number: int) -> None:
@@ -208,7 +203,19 @@ class Story:
         )
 
 
+ENDED = ("restarting", "requeued", "lost", "stopping")
 TOLD = ("restarting", "requeued", "lost", "checkpoint_failed", "warning", "hang")
+
+
+def _done_twice(events: Sequence[dict[str, Any]]) -> int:
+    """Steps between where a try ended and where the next one went on."""
+    twice, ended = 0, 0
+    for event in events:
+        if event["event"] in ENDED:
+            ended = event.get("step", 0)
+        if event["event"] == "resumed":
+            twice += max(0, ended - event["step"])
+    return twice
 
 
 def _in_words(event: dict[str, Any]) -> str:

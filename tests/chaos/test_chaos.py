@@ -17,7 +17,7 @@ from tests.slurm.cluster import Cluster
 SEED = int(os.environ.get("HPCDL_CHAOS_SEED", "5"))
 LENGTH = int(os.environ.get("HPCDL_CHAOS_FAULTS", str(len(FAULTS))))
 SHORT = (Chapter(WORKER, 0, 0), Chapter(NODE, 1, 1), Chapter(TORN, 2, 1))
-STEPS_A_FAULT = 150
+STEPS_A_FAULT = 80
 """So many steps, slowed down, last longer than a fault and what follows."""
 
 
