@@ -174,12 +174,12 @@ def own_store(who: Process) -> Any:
     more: gloo then fails («Connection refused»), or waits for half an hour. With several nodes each agent counts only
     its own restarts, so the count names nothing there.
     """
-    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://"))
     one_node = who.world_size == who.local_world_size
-    return dist.PrefixStore(f"restart-{who.restart}", store) if one_node else store
+    return PrefixStore(f"restart-{who.restart}", store) if one_node else store
 
 
 def leave() -> None:
