@@ -167,7 +167,7 @@ def _numbers(kind: type, bounds: Sequence[Any]) -> st.SearchStrategy[str]:
     return st.floats(low, high, allow_nan=False).map(lambda number: f"{number:.4g}")
 
 
-def _valid() -> st.SearchStrategy[str]:
+def _valid(below: str = "") -> st.SearchStrategy[str]:
     """A key of the spec with a value that its type takes, or that a file of conf/ has for it."""
 
     def of(key: str) -> st.SearchStrategy[str]:
@@ -177,7 +177,9 @@ def _valid() -> st.SearchStrategy[str]:
             lambda value: f"{key}={value}"
         )
 
-    plain = [key for key, hint in keys().items() if not dataclasses.is_dataclass(hint)]
+    plain = [
+        key for key, hint in keys().items() if key.startswith(below) and not dataclasses.is_dataclass(hint)
+    ]
     return st.sampled_from(plain).flatmap(of)
 
 
@@ -254,13 +256,14 @@ def _sweep() -> st.SearchStrategy[str]:
 CLUSTERS = ["cluster=slurm", "cluster=local"]
 
 
-def command_lines(*, wild: bool) -> st.SearchStrategy[list[str]]:
+def command_lines(*, wild: bool, below: str = "") -> st.SearchStrategy[list[str]]:
     """Overrides of one launch.
 
     Args:
         wild: anything; else only keys, options and values that are right by themselves.
+        below: of those, only keys that start so.
     """
-    one = st.one_of(_valid(), _valid(), _choice())
+    one = _valid(below) if below else st.one_of(_valid(), _valid(), _choice())
     if wild:
         one = st.one_of(_wild(), _wild(), _wild(), _misspelt(), _unknown(), _syntax(), _valid(), _sweep())
     lead = st.sampled_from([[], [], ["-m"]]) if wild else st.just([])
