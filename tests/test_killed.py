@@ -56,12 +56,12 @@ def processes(runs: Path, role: str) -> list[psutil.Process]:
 
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A tiny run that would go on for hours."""
+    """A tiny run that would go on for hours, and isn't started anew."""
     command = [
         sys.executable, "-m", "hpcdl.launch", "+experiment=pretrain_tiny", "trainer.max_steps=1000000",
         "trainer.micro_batch_size=8",
         "trainer.checkpoint_every=0", "trainer.eval_samples=4", "cluster.processes_per_node=2",
-        f"runs_dir={tmp_path}/runs",
+        "cluster.max_restarts=0", f"runs_dir={tmp_path}/runs",
     ]  # fmt: skip
     with (tmp_path / "launcher.log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=tmp_path)

@@ -45,13 +45,14 @@ def test_restart_and_root_cause(real: Agents) -> None:
     run = real.make("twice")
     assert real.end(real.start(), limit_s=120)[0] == 1
     state = run.read_state()
-    assert state.reason.startswith("ValueError: restart 1 (rank 1")
+    assert state.reason.startswith("ConnectionError: restart 1 (rank 1")
     assert state.restarts == 1
 
 
 def test_a_killed_worker_is_named(real: Agents) -> None:
+    real.cluster = {"max_restarts": 0}
     run = real.make("die")
-    assert real.end(real.start(), limit_s=120)[0] == 1
+    assert real.end(real.start(), limit_s=120)[0] == 128 + signal.SIGKILL
     assert run.read_state().reason.startswith(
         "SIGKILL: killed; by the kernel if memory ran out (rank 1, node "
     )
