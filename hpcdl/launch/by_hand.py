@@ -101,7 +101,9 @@ def _first_start(overrides: Sequence[str], environment: Mapping[str, str], token
         state = planned.view.state
         raise UsageError(f"{planned.run.path} is {state.state} already, as job {state.job_id or '-'}")
     planned = dataclasses.replace(planned, spec=_with_cpus(planned.spec, flags.overrides, environment))
-    request = dataclasses.replace(points.request([planned], planned.spec.cluster, options, ()), token=token, code=None)
+    request = dataclasses.replace(
+        points.request([planned], planned.spec.cluster, options, ()), token=token, code=None
+    )
     with private.made_for(options.readable_by, planned.run.runs_dir, planned.run.path.parent):
         return submit.adopt(points.Batch(request=request, runs=(planned,)), _job_id(environment))
 

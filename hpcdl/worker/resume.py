@@ -106,7 +106,9 @@ def _is_own(run: RunDir, found: Found) -> bool:
 
 def _tell_what_is_gone(run: RunDir) -> None:
     """The last one that was saved is always kept: where its folder isn't there, somebody has taken it away."""
-    saved = [event["step"] for event in run.events() if event.get("event") == "checkpoint" and "step" in event]
+    saved = [
+        event["step"] for event in run.events() if event.get("event") == "checkpoint" and "step" in event
+    ]
     if saved and not (run.checkpoints / name_of(saved[-1])).exists():
         name = name_of(saved[-1])
         message = f"checkpoint {name} was saved, and is not there any more: passed over"

@@ -49,7 +49,9 @@ class FakeSlurm:
     def jobs(self) -> list[str]:
         """The ids of all jobs that were ever taken and not refused, less those that were cancelled."""
         tasks = {path.stem: json.loads(path.read_text()) for path in (self.folder / "tasks").glob("*.json")}
-        return sorted({task.split("_")[0] for task, record in tasks.items() if record["state"] != "CANCELLED"})
+        return sorted(
+            {task.split("_")[0] for task, record in tasks.items() if record["state"] != "CANCELLED"}
+        )
 
     def change(self, job_id: str, **record: Any) -> None:
         """Changes the record of one array task (`1_0`)."""

@@ -141,7 +141,9 @@ def test_submit_sends_the_very_text_once(slurm: FakeSlurm, tmp_path: Path) -> No
     assert names == [".job.lock", "asked", "submission.json"], "submitit's copies are gone"
 
 
-def test_a_submission_has_one_job(slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_submission_has_one_job(
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = request(2, runs_dir=tmp_path / "runs")
     assert [BACKEND.submit(job, BACKEND.render(job)) for _ in range(2)] == ["1", "1"]
     assert [slurm.task(task)["state"] for task in ("1_0", "1_1", "2_0", "2_1")] == ["PENDING"] * 2 + [

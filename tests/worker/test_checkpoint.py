@@ -499,7 +499,9 @@ def test_a_failure_in_the_background_is_told_and_got_over(alone: Callable[..., A
     (event,) = one.run.events()
     assert re.match(r"the checkpoint of step 1 can't be written to .*: .*Not a directory", event["message"])
     assert event["message"].endswith("there is no other one yet") and event["kept"] is None
-    with pytest.raises(UnsavedError, match=r"the checkpoint of step 2 .* launched again, the run begins anew"):
+    with pytest.raises(
+        UnsavedError, match=r"the checkpoint of step 2 .* launched again, the run begins anew"
+    ):
         one.saver.save(Totals(step=2))
     one.run.checkpoints.unlink()
     one.saver.save(Totals(step=3))
