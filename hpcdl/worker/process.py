@@ -171,8 +171,8 @@ def own_store(who: Process) -> Any:
 
     torchrun (torch 2.13) keeps one store for all its restarts in place and gives its workers no names of their own. A
     rank that looks before another has written finds that one's address in the restart before, where nobody listens any
-    more: gloo then fails («Connection refused»), or waits for half an hour. With several nodes each agent counts only
-    its own restarts, so the count names nothing there.
+    more: gloo then fails («Connection refused»), or waits for half an hour. With several nodes, where each agent counts
+    only its own restarts, the launcher has torchrun make a new store for each (hpcdl.launch.torchrun.environment).
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
