@@ -354,6 +354,17 @@ def test_another_users_file_in_a_run_is_refused(tmp_path: Path, monkeypatch: pyt
         private.require_mine(run)
 
 
+def test_a_file_that_goes_while_a_run_is_looked_at_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the files do that other nodes' agents try the disk with."""
+    (tmp_path / ".probe-c2-320").touch()
+    entries = list(os.scandir(tmp_path))
+    (tmp_path / ".probe-c2-320").unlink()
+    monkeypatch.setattr(private.os, "scandir", lambda _: entries)
+    private.require_mine(tmp_path)
+
+
 def test_another_users_run_is_not_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "runs", state="RUNNING", kind="slurm", job_id="7_0")
     give_away(run.path, monkeypatch)

@@ -146,7 +146,10 @@ def require_mine(folder: Path) -> None:
         raise UsageError(
             f"{folder}: everybody may write in it, and it says what is executed\nfix: chmod o-w {folder}"
         )
-    owners = {entry.stat(follow_symlinks=False).st_uid: entry.path for entry in os.scandir(folder)}
+    owners: dict[int, str] = {}
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # other nodes' agents put files there and take them away
+            owners[entry.stat(follow_symlinks=False).st_uid] = entry.path
     foreign = [path for number, path in owners.items() if number not in (os.geteuid(), 0)]
     for path in foreign:
         if not is_mine(Path(path)):
