@@ -98,6 +98,10 @@ class UnsavedError(HpcdlError):
     exit_code = 1
 
 
+class LostPeerError(HpcdlError):
+    """Another rank of the run doesn't answer: it may be slow, stopped, gone, or cut off."""
+
+
 class SchedulerError(HpcdlError):
     """The scheduler could not be reached, or refused the job; the message holds its own words."""
 

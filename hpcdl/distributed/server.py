@@ -35,7 +35,7 @@ from hpcdl.distributed.engine import (
 from hpcdl.distributed.local import root_mean_square
 from hpcdl.distributed.mesh import Grid
 from hpcdl.distributed.parallelize import Job
-from hpcdl.errors import HpcdlError
+from hpcdl.errors import LostPeerError
 
 STALENESS = "own.param_server.staleness"
 """Name in a checkpoint of the pushes' count, and the sum and maximum of their staleness."""
@@ -244,7 +244,7 @@ class ServerEngine(Engine):
             timeout_s: longest wait for an answer.
 
         Raises:
-            HpcdlError: the ranks can't reach one another over RPC.
+            LostPeerError: the ranks can't reach one another over RPC.
         """
         super().__init__([stage], grid, job.make_optimizer, autocast=job.autocast)
         self.lag = max_staleness if asynchronous else 0
@@ -303,15 +303,15 @@ class ServerEngine(Engine):
         except RuntimeError as error:
             raise self._in_words(error) from error
 
-    def _in_words(self, error: RuntimeError) -> HpcdlError:
+    def _in_words(self, error: RuntimeError) -> LostPeerError:
         text = str(error).strip().splitlines()[0]
         missing = self._server.missing() if self._server is not None else []
         if "timeout" in text and missing:
             ranks = ", ".join(map(str, missing))
-            return HpcdlError(
+            return LostPeerError(
                 f"no gradients from rank {ranks} for {self._timeout_s:g} s (parallel.rpc_timeout_s)"
             )
-        return HpcdlError(f"rank {self._rank} got no answer from the parameter server on rank 0: {text}")
+        return LostPeerError(f"rank {self._rank} got no answer from the parameter server on rank 0: {text}")
 
     def _take(self, weights: Weights) -> None:
         self._version = weights.version
@@ -375,7 +375,7 @@ def _join(rank: int, world_size: int, timeout_s: float) -> None:
     """Joins all ranks for RPC; they meet where the process group did.
 
     Raises:
-        HpcdlError: they don't.
+        LostPeerError: they don't.
     """
     # Gloo's interface is right for RPC too: the launcher sets it where a machine's own name is of no use.
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
@@ -389,6 +389,6 @@ def _join(rank: int, world_size: int, timeout_s: float) -> None:
         try:
             rpc.init_rpc(_name(rank), rank=rank, world_size=world_size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise HpcdlError(
+            raise LostPeerError(
                 f"rank {rank} can't join the others for RPC: {str(error).strip().splitlines()[0]}"
             ) from error

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Literal
 
-from hpcdl.errors import HpcdlError, NotFitError, UnsavedError
+from hpcdl.errors import HpcdlError, LostPeerError, NotFitError, UnsavedError
 from hpcdl.runs.failure import is_out_of_memory
 
 NEVER_RESTART = 78
@@ -143,6 +143,8 @@ def kind_of(
     if code == NEVER_RESTART:
         return "fault"
     names = (type_name, *bases)
+    if "LostPeerError" in names:
+        return "network"
     if "HpcdlError" in names:
         return "fault"
     if number in _DISK:
@@ -173,6 +175,8 @@ def of_exception(error: BaseException) -> Kind:
         return "disk" if error.shared else "node"
     if isinstance(error, UnsavedError):
         return "disk"
+    if isinstance(error, LostPeerError):
+        return "network"
     if isinstance(error, HpcdlError):
         return "fault" if error.__cause__ is None else of_words(str(error)) or of_exception(error.__cause__)
     return kind_of(

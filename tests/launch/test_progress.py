@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpcdl.errors import HpcdlError
+from hpcdl.errors import HpcdlError, LostPeerError
 from hpcdl.launch import progress
 from hpcdl.launch.causes import Cause
 from hpcdl.launch.progress import Failure, Limits, verdict
@@ -206,6 +206,7 @@ def test_a_new_launch_begins_anew() -> None:
         ("ModuleNotFoundError", "No module named 'x'", {}, "fault"),
         ("SyntaxError", "invalid syntax", {}, "fault"),
         ("HpcdlError", "the loss is nan at step 3: lower optim.lr", {}, "fault"),
+        ("LostPeerError", "rank 1 got no answer", {"bases": ("HpcdlError", "Exception")}, "network"),
         ("UsageError", "usage: Connection closed by peer", {"bases": ("HpcdlError", "Exception")}, "fault"),
         ("FileNotFoundError", "[Errno 2] No such file or directory: 'x.jsonl'", {"number": 2}, "fault"),
         ("RuntimeError", "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", {}, "fault"),
@@ -257,6 +258,10 @@ def test_kinds(type_name: str, message: str, more: dict[str, Any], kind: Kind) -
         ),
         (raised_from(HpcdlError("model.path: no such file"), FileNotFoundError(2, "x")), "fault"),
         (HpcdlError("lower optim.lr: No space left on device"), "fault"),
+        (
+            raised_from(LostPeerError("rank 1 got no answer"), RuntimeError("RPC ran for more than 2 s")),
+            "network",
+        ),
         (ImportError("x"), "fault"),
         (OSError(116, "Stale file handle"), "disk"),
         (BrokenPipeError(32, "Broken pipe"), "network"),
