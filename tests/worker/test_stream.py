@@ -14,6 +14,7 @@ import torch
 from hpcdl.compress import offload
 from hpcdl.distributed import losses, shelf, update
 from hpcdl.errors import HpcdlError
+from hpcdl.runs.kinds import NEVER_RESTART
 from hpcdl.spec import streaming
 from tests.factory import tiny_spec
 from tests.worker.conftest import Finished, Workers, until
@@ -178,7 +179,7 @@ def test_from_a_folder(workers: Workers, plain: Finished, tmp_path: Path) -> Non
     file = sorted(folder.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-100])
     broken = workers.go(workers.make(**given, **STREAM), ok=False)
-    assert broken.codes == [1]
+    assert broken.codes == [NEVER_RESTART]
     assert f"error: {file} is cut short: model." in broken.log
     assert "Traceback" not in broken.log
 

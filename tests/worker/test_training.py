@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hpcdl.runs.kinds import NEVER_RESTART
 from tests.worker.conftest import Finished, Workers, until
 
 pytestmark = pytest.mark.torch
@@ -152,7 +153,7 @@ def test_changed_data_is_not_resumed(workers: Workers, tmp_path: Path) -> None:
     workers.go(run)
     text.write_text(text.read_text().replace("nothing", "something"))
     failed = workers.go(run, ok=False)
-    assert failed.codes == [1]
+    assert failed.codes == [NEVER_RESTART]
     assert "the data has changed since step-00000006 was saved" in failed.log
 
 
@@ -164,7 +165,7 @@ def test_failing_rank_says_why(workers: Workers, tmp_path: Path) -> None:
     failed = workers.go(
         run, 2, ok=False, env={"HPCDL_TRY": "2.1"}, rank_env={"1": {"HPCDL_CACHE": str(blocked)}}
     )
-    assert failed.codes[1] == 1
+    assert failed.codes[1] == NEVER_RESTART
     record = json.loads((run.errors / "try2.1-restart0-rank1.json").read_text())
     assert record["type"] in ("NotADirectoryError", "FileExistsError")
     assert (record["rank"], record["step"]) == (1, 0)
