@@ -76,7 +76,7 @@ def under(strategy: Strategy) -> dict[str, Any]:
     return {f"parallel__{key}": value for key, value in strategy[1].items()}
 
 
-QUICK = {"pp2-fsdp3-tp2-ddp1", "tp2-pp2-cp2-fsdp3-lora"}
+QUICK = {"tp2-pp2-cp2-fsdp3-lora"}
 
 
 @pytest.mark.parametrize(
