@@ -93,7 +93,7 @@ class _Heard:
     beat: Beat
     silent_s: float = 0.0
     took: deque[float] = field(default_factory=lambda: deque(maxlen=101))
-    """Seconds a step, a sample a look."""
+    """Seconds a step, by looks; one that saw many steps is enough for a median."""
 
 
 class Watch:
@@ -146,7 +146,7 @@ class Watch:
                 continue
             steps = beat.step - heard.beat.step
             if steps > 0 and heard.beat.phase == beat.phase == "step":
-                heard.took.append(heard.silent_s / steps)
+                heard.took.extend([heard.silent_s / steps] * min(steps, _ENOUGH))
             heard.beat, heard.silent_s = beat, 0.0
         for heard in self._heard.values():
             limit, median = self._limit(heard)
