@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from hpcdl import compress, parallel, tasks
-from hpcdl.compress import offload, prune, quant
+from hpcdl.runs.spec import spec_of
 from hpcdl.spec import ExperimentSpec
-from hpcdl.spec.plain import from_plain
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -56,16 +54,4 @@ def tiny_plain(**dotted: Any) -> dict[str, Any]:
 
 def tiny_spec(**dotted: Any) -> ExperimentSpec:
     """The tiny experiment as the compute nodes see it."""
-    plain = tiny_plain(**dotted)
-    return from_plain(
-        ExperimentSpec,
-        plain,
-        {
-            "parallel": parallel.get(plain["parallel"]["name"]).Config,
-            "peft": compress.get(plain["peft"]["name"]).Config,
-            "quant": quant.get(plain["quant"]["scheme"]).Config,
-            "prune": prune.get(plain["prune"]["name"]).Config,
-            "offload": offload.get(plain["offload"]["name"]).Config,
-            "task": tasks.get(plain["task"]["name"]).Config,
-        },
-    )
+    return spec_of(tiny_plain(**dotted))

@@ -9,23 +9,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import get_args
 
 from hpcdl.runs.hosts import expand_hosts, task_indices
+from hpcdl.runs.state import ACTIVE, State
 
-ENDED: frozenset[str] = frozenset(
-    {
-        "COMPLETED",
-        "FAILED",
-        "CANCELLED",
-        "PREEMPTED",
-        "TIMEOUT",
-        "OUT_OF_MEMORY",
-        "NODE_FAIL",
-        "BOOT_FAIL",
-        "DEADLINE",
-        "REVOKED",
-    }
-)
+ENDED = (frozenset(get_args(State)) - ACTIVE) | {"BOOT_FAIL", "DEADLINE", "REVOKED"}
 """Slurm's words for a job that is over."""
 WAITING: frozenset[str] = frozenset(
     {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}

@@ -26,6 +26,16 @@ def agents_of(supervisor: subprocess.Popen[str]) -> tuple[int, list[int]]:
     return srun, children(srun)
 
 
+def begun(agents: Agents, mode: str, of_nodes: int = 1, **spec: Any) -> subprocess.Popen[str]:
+    """A job whose first agent and whose workers have begun; `agents.run` is its run."""
+    agents.cluster = {"kind": "slurm", **spec}
+    run = agents.make(mode)
+    job = agents.job(of_nodes)
+    agents.pids()
+    until(lambda: run.read_state().state == "RUNNING", "the first agent has begun")
+    return job
+
+
 def test_srun_that_ends_well_is_all(agents: Agents, cluster: FakeSlurm) -> None:
     agents.cluster = {"kind": "slurm"}
     agents.make("finish")
@@ -37,15 +47,12 @@ def test_srun_that_ends_well_is_all(agents: Agents, cluster: FakeSlurm) -> None:
 def test_a_killed_agent_is_followed_by_another_try_in_the_same_job(
     agents: Agents, cluster: FakeSlurm
 ) -> None:
-    agents.cluster = {"kind": "slurm", "max_restarts": 1}
-    run = agents.make("again")
-    job = agents.job(1)
+    job = begun(agents, "again", max_restarts=1)
     pids = agents.pids()
-    until(lambda: run.read_state().state == "RUNNING", "the agent has begun")
     os.kill(agents_of(job)[1][0], signal.SIGKILL)
     code, said = agents.end(job)
     assert code == 0, said
-    state = run.read_state()
+    state = agents.run.read_state()
     assert (state.state, state.restarts, state.requeues) == ("COMPLETED", 1, 0)
     assert not any(alive(pid) for pid in pids)
     assert [e["try"] for e in events(agents, "started")] == ["0.0", "0.0.1"]
@@ -58,14 +65,10 @@ def test_a_killed_agent_is_followed_by_another_try_in_the_same_job(
 
 
 def test_without_restarts_a_killed_agents_job_is_requeued(agents: Agents, cluster: FakeSlurm) -> None:
-    agents.cluster = {"kind": "slurm", "requeue": "requeue"}
-    run = agents.make("hang")
-    job = agents.job(1)
-    agents.pids()
-    until(lambda: run.read_state().state == "RUNNING", "the agent has begun")
+    job = begun(agents, "hang", requeue="requeue")
     os.kill(agents_of(job)[1][0], signal.SIGKILL)
     agents.end(job)
-    state = run.read_state()
+    state = agents.run.read_state()
     assert (state.state, state.requeues) == ("PENDING", 1)
     assert cluster.task("12_0")["restarts"] == 1
     (event,) = events(agents, "requeued")
@@ -73,24 +76,16 @@ def test_without_restarts_a_killed_agents_job_is_requeued(agents: Agents, cluste
 
 
 def test_srun_killed_with_the_agent(agents: Agents, cluster: FakeSlurm) -> None:
-    agents.cluster = {"kind": "slurm", "max_restarts": 1}
-    run = agents.make("again")
-    job = agents.job(1)
-    agents.pids()
-    until(lambda: run.read_state().state == "RUNNING", "the agent has begun")
+    job = begun(agents, "again", max_restarts=1)
     srun, (agent,) = agents_of(job)
     os.kill(srun, signal.SIGKILL)
     os.kill(agent, signal.SIGKILL)
     assert agents.end(job)[0] == 0
-    assert run.read_state().restarts == 1
+    assert agents.run.read_state().restarts == 1
 
 
 def test_an_srun_that_waits_for_a_dead_node_is_not_waited_for(agents: Agents, cluster: FakeSlurm) -> None:
-    agents.cluster = {"kind": "slurm", "max_restarts": 1}
-    run = agents.make("again")
-    job = agents.job(1)
-    agents.pids()
-    until(lambda: run.read_state().state == "RUNNING", "the agent has begun")
+    job = begun(agents, "again", max_restarts=1)
     srun, (agent,) = agents_of(job)
     os.kill(srun, signal.SIGSTOP)  # it takes no notice of the agent's end
     began = time.monotonic()
@@ -101,16 +96,18 @@ def test_an_srun_that_waits_for_a_dead_node_is_not_waited_for(agents: Agents, cl
     assert "the first node's agent is gone: srun is killed" in said
 
 
+def both_hear(agents: Agents, mode: str, **spec: Any) -> subprocess.Popen[str]:
+    """A job on two nodes whose agents know of each other."""
+    agents.meet_on_loopback = True
+    job = begun(agents, mode, 2, nodes=2, processes_per_node=1, **spec)
+    log = agents.run.logs / "n1-try0.0.log"
+    until(lambda: "hears node n2" in log.read_text(), "the agents hear of each other")
+    return job
+
+
 def lose_a_node(agents: Agents, cluster: FakeSlurm, mode: str, **spec: Any) -> tuple[int, str]:
     """Two nodes; the second one's agent is killed, and the node doesn't answer any more."""
-    agents.cluster = {"kind": "slurm", "nodes": 2, "processes_per_node": 1, "requeue": "requeue", **spec}
-    agents.meet_on_loopback = True
-    run = agents.make(mode)
-    job = agents.job(2)
-    agents.pids()
-    until(lambda: run.read_state().state == "RUNNING", "the first agent has begun")
-    log = run.logs / "n1-try0.0.log"
-    until(lambda: "hears node n2" in log.read_text(), "the agents hear of each other")
+    job = both_hear(agents, mode, requeue="requeue", **spec)
     addresses = {"n1": ANSWERS, "n2": SILENT, "n3": ANSWERS}
     cluster.set(addresses=addresses)
     os.kill(agents_of(job)[1][1], signal.SIGKILL)
@@ -149,13 +146,7 @@ def test_the_run_goes_on_with_fewer_nodes(agents: Agents, cluster: FakeSlurm) ->
 
 def test_torchrun_killed_on_another_node(agents: Agents, cluster: FakeSlurm) -> None:
     """The first node's workers notice nothing of it: they hang. Its agent is told by the other one's."""
-    agents.cluster = {"kind": "slurm", "nodes": 2, "processes_per_node": 1, "max_restarts": 1}
-    agents.meet_on_loopback = True
-    run = agents.make("again")
-    job = agents.job(2)
-    agents.pids()
-    until(lambda: run.read_state().state == "RUNNING", "the first agent has begun")
-    until(lambda: "hears node n2" in (run.logs / "n1-try0.0.log").read_text(), "they hear of each other")
+    job = both_hear(agents, "again", max_restarts=1)
     second = agents_of(job)[1][1]
     (torchrun,) = Path(f"/proc/{second}/task/{second}/children").read_text().split()
     os.kill(int(torchrun), signal.SIGKILL)
@@ -177,29 +168,21 @@ def test_a_node_on_which_srun_can_start_nothing(agents: Agents, cluster: FakeSlu
 
 
 def test_a_step_that_slurm_refuses(agents: Agents, cluster: FakeSlurm) -> None:
-    agents.cluster = {"kind": "slurm", "max_restarts": 1, "requeue": "requeue"}
-    run = agents.make("again")
-    job = agents.job(1)
-    agents.pids()
-    until(lambda: run.read_state().state == "RUNNING", "the agent has begun")
+    job = begun(agents, "again", max_restarts=1, requeue="requeue")
     cluster.set(srun_exit=1)
     os.kill(agents_of(job)[1][0], signal.SIGKILL)
     agents.end(job)
-    assert run.read_state().state == "PENDING"
+    assert agents.run.read_state().state == "PENDING"
     (event,) = events(agents, "requeued")
     assert event["reason"] == "ExitCode: srun could not start the next try (exit code 1) (node n1)"
 
 
 def test_a_job_that_slurm_ends_is_left_alone(agents: Agents, cluster: FakeSlurm) -> None:
-    agents.cluster = {"kind": "slurm", "max_restarts": 3}
-    run = agents.make("hang")
-    job = agents.job(1)
-    agents.pids()
-    until(lambda: run.read_state().state == "RUNNING", "the agent has begun")
+    job = begun(agents, "hang", max_restarts=3)
     cluster.set(job_show=job_show(JobState="COMPLETING"))
     os.kill(agents_of(job)[1][0], signal.SIGKILL)
     agents.end(job)
-    assert run.read_state().state == "CANCELLED"
+    assert agents.run.read_state().state == "CANCELLED"
     assert len(cluster.calls("srun")) == 1
 
 

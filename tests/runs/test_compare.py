@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from hpcdl import cli
+from hpcdl.verbs import compare as compare_verb
 from hpcdl.errors import UsageError
 from hpcdl.runs import compare, compare_plot, compare_view
 from hpcdl.runs.compare import Comparison, collect, speed
@@ -275,7 +276,7 @@ def test_the_quickest_comes_first_and_what_has_no_value_last(runs_dir: Path) -> 
 
 
 def test_every_sort_works_and_the_command_knows_it(runs_dir: Path) -> None:
-    assert tuple(compare.SORTS) == cli.SORTS
+    assert tuple(compare.SORTS) == compare_verb.SORTS
     for number in (1, 2):
         point(runs_dir, number, seed=number, steps=4 * (number - 1))
     for sort in compare.SORTS:

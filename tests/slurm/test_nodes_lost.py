@@ -49,6 +49,16 @@ def tries(cluster: Cluster, run: Launched) -> list[str]:
     return [each["try"] for each in cluster.events(run, "started")]
 
 
+def on_two_nodes(cluster: Cluster) -> tuple[Launched, Launched, str, str]:
+    """An undisturbed run that is over, the same one under way, and its nodes, the first one first."""
+    calm = cluster.launch_one(*SHORT, *TWO_NODES)
+    cluster.wait_done([calm])
+    run = cluster.launch_one(*SHORT, *TWO_NODES, "trainer.keep_last=3")
+    cluster.wait_step(run, 25)
+    head, other = event(cluster, run, "started")["node_list"]
+    return calm, run, head, other
+
+
 def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Cluster) -> None:
     doomed = cluster.launch_one(*SHORT, *TWO_NODES)
     calm = cluster.launch_one(*SHORT, *ONE_NODE, 'cluster.extra=["--nodelist=c3"]')
@@ -82,11 +92,7 @@ def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Clus
 
 @pytest.mark.slow
 def test_a_cut_off_node_is_found_by_its_silence(cluster: Cluster) -> None:
-    calm = cluster.launch_one(*SHORT, *TWO_NODES)
-    cluster.wait_done([calm])
-    run = cluster.launch_one(*SHORT, *TWO_NODES, "trainer.keep_last=3")
-    cluster.wait_step(run, 25)
-    head, other = event(cluster, run, "started")["node_list"]
+    calm, run, head, other = on_two_nodes(cluster)
     with cut_off(cluster, other):
         requeued = event(cluster, run, "requeued")
         assert (requeued["node"], requeued["exclude"]) == (other, [other])
@@ -157,11 +163,7 @@ def test_a_run_goes_on_with_fewer_nodes(cluster: Cluster) -> None:
 
 @pytest.mark.slow
 def test_the_first_nodes_death_is_slurms_to_see(cluster: Cluster) -> None:
-    calm = cluster.launch_one(*SHORT, *TWO_NODES)
-    cluster.wait_done([calm])
-    run = cluster.launch_one(*SHORT, *TWO_NODES, "trainer.keep_last=3")
-    cluster.wait_step(run, 25)
-    head, other = event(cluster, run, "started")["node_list"]
+    calm, run, head, other = on_two_nodes(cluster)
     with killed(cluster, head):
         log = f"{run.run_dir}/logs/{other}-try0.0.log"
         cluster.until(

@@ -1,0 +1,1 @@
+"""`hpcdl report`: a run or a sweep as one page."""

@@ -1,0 +1,1 @@
+"""`hpcdl top`: a live view of runs, in a terminal."""
