@@ -2,18 +2,31 @@
 
 The agent of each node writes them, whoever looks reads them: `hpcdl top`, `hpcdl report`, the leak detector, trackers.
 A key that could not be measured is null, which is not 0. A reader takes lines of other versions: keys that it doesn't
-know are passed over, keys that are missing have their default.
+know are passed over, keys that are missing, or hold what they can't, have their default.
+
+A line is one JSON object. Processes and GPUs stand in it as tables, `{"pid": [11, 12], "rss_bytes": [5, 6]}`, which is
+a third of the bytes of a list of objects: a column without values is left out, nulls at its end are, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-from hpcdl.runs.files import read_lines
+from hpcdl.runs.files import last_line
+from hpcdl.runs.private import open_to_read
 from hpcdl.runs.store import RunDir
+
+_WINDOW = 1 << 18
+"""Bytes at a file's end in which its last line is looked for; one has MOST_LISTED processes at most."""
+MOST_LISTED = 1000
+"""Processes in a line; of a run that has more on a node, loaders and others are counted in the sums only."""
 
 ROLES = ("rank", "loader", "agent", "torchrun", "other")
 """What a process is: a worker, a DataLoader's worker (or another child of a rank), the node's agent, torchrun, and
@@ -37,6 +50,9 @@ class ProcessSample:
     """Resident memory; shared pages count in each process."""
     pss_bytes: int | None = None
     """Resident memory, shared pages shared out; null in samples in which it is not looked at."""
+    file_bytes: int | None = None
+    """Of rss_bytes, pages of mapped files (RssFile in /proc/PID/status): the kernel takes them back when it needs them,
+    so that they are no leak."""
     cpu_percent: float | None = None
     """Of one core, since the sample before."""
     threads: int | None = None
@@ -55,6 +71,9 @@ class GpuSample:
     """One GPU of the node."""
 
     index: int
+    """As the driver counts."""
+    mig: int | None = None
+    """Number of the MIG device on it; null: the whole GPU."""
     name: str = ""
     memory_used_bytes: int | None = None
     memory_total_bytes: int | None = None
@@ -76,6 +95,8 @@ class NodeSample:
 
     time: str
     """UTC, ISO 8601."""
+    next_s: float | None = None
+    """Seconds until the next sample, at the most: a node that is silent for much longer is cut off, or its run over."""
     node: str = ""
     attempt: str = ""
     """The try, as in the names of logs: `0.0`."""
@@ -91,8 +112,14 @@ class NodeSample:
     memory_limit_bytes: int | None = None
     """What the node has, or the job's control group if that is less."""
     net_sent_bytes: int | None = None
-    """Over all the node's network interfaces but loopback, since the agent began."""
+    """Over the node's network interfaces, since the agent began: those with hardware, else all but loopback."""
     net_received_bytes: int | None = None
+    rdma_sent_bytes: int | None = None
+    """Over the node's InfiniBand and RoCE ports, since the agent began; what NCCL sends doesn't pass through the
+    interfaces above."""
+    rdma_received_bytes: int | None = None
+    unlisted: int | None = None
+    """Processes of the run that are counted in the sums only."""
     processes: tuple[ProcessSample, ...] = ()
     gpus: tuple[GpuSample, ...] = ()
 
@@ -105,7 +132,14 @@ class NodeSample:
 
 def as_line(sample: NodeSample) -> dict[str, Any]:
     """A sample as it is written; what is null or empty is left out."""
-    line: dict[str, Any] = _less_nothing(dataclasses.asdict(sample))
+    line = {
+        name: value
+        for name in _FIELDS[NodeSample]
+        if name not in _TABLES and (value := getattr(sample, name)) not in (None, "")
+    }
+    for name in _TABLES:
+        if table := _columns(getattr(sample, name)):
+            line[name] = table
     return line
 
 
@@ -116,17 +150,17 @@ def of_line(line: Mapping[str, Any], node: str = "") -> NodeSample:
         line: of `system-<node>.jsonl`.
         node: the node in the file's name, for lines that don't name theirs.
     """
-    processes, gpus = line.get("processes"), line.get("gpus")
-    known: dict[str, Any] = {"time": "", "node": node, **_known(NodeSample, line)}
-    known["processes"] = tuple(
-        ProcessSample(**_known(ProcessSample, each)) for each in _objects(processes) if "pid" in each
-    )
-    known["gpus"] = tuple(
-        GpuSample(**{**_known(GpuSample, each), "throttled": tuple(each.get("throttled") or ())})
-        for each in _objects(gpus)
-        if "index" in each
-    )
-    return NodeSample(**known)
+    known = {"time": "", "node": node, **_known(NodeSample, line)}
+    processes = [ProcessSample(**row) for row in _rows(ProcessSample, line.get("processes")) if "pid" in row]
+    gpus = [
+        GpuSample(**row) for row in _rows(GpuSample, line.get("gpus") or _gpus_of_old(line)) if "index" in row
+    ]
+    return NodeSample(**known, processes=tuple(processes), gpus=tuple(gpus))
+
+
+def file_of(run: RunDir, node: str) -> Path:
+    """Where a node's samples are."""
+    return run.path / f"system-{node}.jsonl"
 
 
 def nodes(run: RunDir) -> list[str]:
@@ -136,22 +170,91 @@ def nodes(run: RunDir) -> list[str]:
     )
 
 
-def read(run: RunDir, node: str) -> Iterator[NodeSample]:
-    """A node's samples, the oldest first; half a line at the end is left out."""
-    for line in read_lines(run.path / f"system-{node}.jsonl"):
-        yield of_line(line, node)
+def read(run: RunDir, node: str, at_most: int | None = None) -> Iterator[NodeSample]:
+    """A node's samples, the oldest first; half a line at the end is left out.
+
+    Args:
+        run: the run.
+        node: of `nodes(run)`.
+        at_most: no more than so many, evenly spaced, the last one among them: for a picture of a long run.
+    """
+    try:
+        file = open_to_read(file_of(run, node))
+    except FileNotFoundError:
+        return
+    with file:
+        every, left = 1, 0
+        if at_most:
+            count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+            every = max(1, math.ceil(count / at_most))
+            left = (count - 1) % every
+            file.seek(0)
+        for number, raw in enumerate(file):
+            if number % every != left % every:
+                continue
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                yield of_line(line, node)
 
 
-def _known(kind: type[Any], line: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {key: value for key, value in line.items() if key in names}
+def last(run: RunDir, node: str) -> NodeSample | None:
+    """A node's last sample, reading only the file's end; None before the first."""
+    line = last_line(file_of(run, node), window=_WINDOW)
+    return None if line is None else of_line(line, node)
 
 
-def _objects(value: object) -> list[Mapping[str, Any]]:
-    return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
+_TABLES = ("processes", "gpus")
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+_FIELDS = {
+    kind: {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    for kind in (NodeSample, ProcessSample, GpuSample)
+}
 
 
-def _less_nothing(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _less_nothing(each) for key, each in value.items() if each not in (None, (), [])}
-    return [_less_nothing(each) for each in value] if isinstance(value, list | tuple) else value
+def _columns(items: Sequence[Any]) -> dict[str, list[Any]]:
+    table: dict[str, list[Any]] = {}
+    for name in _FIELDS[type(items[0])] if items else ():
+        column = [None if value in ("", ()) else value for value in (getattr(item, name) for item in items)]
+        while column and column[-1] is None:
+            column.pop()
+        if column:
+            table[name] = column
+    return table
+
+
+def _rows(kind: type[Any], table: object) -> list[dict[str, Any]]:
+    """The rows of a table, each without what is null or doesn't fit."""
+    if not isinstance(table, Mapping):
+        return []
+    names = [name for name in _FIELDS[kind] if isinstance(table.get(name), list)]
+    cells = zip_longest(*(table[name] for name in names))
+    return [_known(kind, dict(zip(names, row, strict=True))) for row in cells]
+
+
+def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a record what it may hold: somebody else may have written the file."""
+    known = {}
+    for name, annotation in _FIELDS[kind].items():
+        value = values.get(name)
+        if value is None or name in _TABLES:
+            continue
+        if annotation.startswith("tuple"):
+            known[name] = tuple(str(each) for each in value) if isinstance(value, list) else ()
+        elif type(value) in _KINDS[annotation.partition(" ")[0]] and not _is_no_number(value):
+            known[name] = value
+    return known
+
+
+def _gpus_of_old(line: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The GPUs of a line as it was before there was a table of them: `gpu_memory_bytes` and `gpu_percent`."""
+    memory, percent = (line.get(name) for name in ("gpu_memory_bytes", "gpu_percent"))
+    if not isinstance(memory, list):
+        return {}
+    return {"index": list(range(len(memory))), "memory_used_bytes": memory, "percent": percent or []}
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
