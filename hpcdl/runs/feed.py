@@ -31,6 +31,21 @@ class Progress:
     step_times: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     """Seconds of the last steps."""
 
+    def take(self, record: dict[str, Any]) -> bool:
+        """A line of metrics.jsonl; whether it is a step's."""
+        step = record.get("step")
+        if not isinstance(step, int) or "loss" not in record:
+            return False
+        self.step = step
+        self.loss = _float(record.get("loss"))
+        self.tokens_per_s = _float(record.get("tokens_per_s"))
+        peak = _float(record.get("peak_memory_bytes"))
+        self.memory_bytes = int(peak) if peak else self.memory_bytes
+        seconds = _float(record.get("step_s"))
+        if seconds is not None:
+            self.step_times.append(seconds)
+        return True
+
     def left_s(self, max_steps: int) -> float | None:
         """Seconds that the remaining steps will take, by the median of the last ones."""
         if not self.step_times:
@@ -100,21 +115,15 @@ class Feed:
             told = (step, float(perplexity)) in self._told
             self._told.add((step, float(perplexity)))
             return [] if told else [f"held-out perplexity {perplexity:.3f} at step {step}"]
-        if "loss" in record:
-            self.stepped = True
-            progress.step = step
-            progress.loss = _float(record.get("loss"))
-            progress.tokens_per_s = _float(record.get("tokens_per_s"))
-            peak = _float(record.get("peak_memory_bytes"))
-            progress.memory_bytes = int(peak) if peak else progress.memory_bytes
-            seconds = _float(record.get("step_s"))
-            if seconds is not None:
-                progress.step_times.append(seconds)
+        self.stepped = progress.take(record) or self.stepped
         return []
 
 
 def _float(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:  # somebody else may have written it
+        return None
 
 
 def _event_line(event: dict[str, Any]) -> str:
