@@ -21,9 +21,11 @@ PACE_S = 0.3
 EVERY = 20
 """Steps between checkpoints."""
 RECOVERS_S = 600.0
-COMMON = (
-    *TINY, f"trainer.checkpoint_every={EVERY}", "optim.warmup_steps=0", "cluster.requeue=auto",
-)  # fmt: skip
+STEADY = ("optim=sgd", "optim.lr=1e-3", "optim.warmup_steps=0")
+"""Rounding isn't amplified: over 1,040 steps one process and two (fsdp) stay within 6e-8. AdamW at 3e-3: 1 %."""
+TOLERANCE = 1e-5
+"""Of a loss, relative, where a try had another shape; tests/worker/test_tolerance.py: a lost update makes 5e-4."""
+COMMON = (*TINY, *STEADY, f"trainer.checkpoint_every={EVERY}", "cluster.requeue=auto")
 ALIVE = ("PENDING", "RUNNING", "COMPLETED", "UNKNOWN")
 
 
@@ -152,8 +154,10 @@ class Story:
             if same:
                 assert losses == wanted, f"{trainee.name}: not bit for bit\n{self.cluster.story(run.run_id)}"
             else:
-                assert losses == pytest.approx(wanted, rel=1e-5), self.cluster.story(run.run_id)
-            print(f"{trainee.name}: {len(losses)} losses equal {'bit for bit' if same else 'within 1e-5'}")
+                assert losses == pytest.approx(wanted, rel=TOLERANCE), self.cluster.story(run.run_id)
+            print(
+                f"{trainee.name}: {len(losses)} losses equal {'bit for bit' if same else f'within {TOLERANCE:.0e}'}"
+            )
 
     def _step(self, run: Launched) -> int:
         path = shlex.quote(f"{run.run_dir}/metrics.jsonl")
