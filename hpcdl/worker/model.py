@@ -53,6 +53,16 @@ def tokenizer_for(spec: ModelSpec, place: str | None) -> Tokenizer:
     return HfTokenizer(place, spec.revision)
 
 
+def import_library() -> None:
+    """Imports what every load of a model needs, so that seconds taken after it are the load's own.
+
+    transformers imports lazily: torch's compiler, sympy, scipy and each quantization package come with the first
+    model, 3 to 7 s in which nothing is read.
+    """
+    import transformers.modeling_utils
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+
 def dtype_for(spec: ExperimentSpec) -> torch.dtype:
     """What weights are held in: fp32, but bf16 for a frozen base under `precision=bf16`.
 

@@ -31,6 +31,7 @@ from hpcdl.worker import (
     streamed,
     tasks,
     trackers,
+    waiting,
 )
 from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.data.loader import Loader, Reading
@@ -93,13 +94,16 @@ def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.devic
     place = model.weights_place(spec.model)
     tokenizer = model.tokenizer_for(spec.model, place)
     data = open_dataset(spec, tokenizer)
+    begun = time.perf_counter()
+    model.import_library()
     started = time.perf_counter()
     if offload.streams(spec):
         net: network.Network = streamed.prepare(spec, place, run.path, device)
     else:
         net = network.prepare(spec, model.load(spec, place), device, data.train)
     if who.is_first:
-        run.event("loaded", seconds=round(time.perf_counter() - started, 3))
+        imports_s = round(started - begun, 3)
+        run.event("loaded", seconds=round(time.perf_counter() - started, 3), imports_s=imports_s)
     size = network.size_of(net.model)
     weights = control.fingerprint(net.trainable() if who.world_size > 1 else ())
     keeper = Keeper(run, who, spec.trainer)
@@ -157,17 +161,21 @@ def drive(
     workers, prefetch = spec.data.workers, spec.data.prefetch
     loader = Loader(ready.data.train, reading, ready.net.device, workers=workers, prefetch=prefetch)
     meter = None if spec.monitor.name == "none" else Meter(spec, run, who, ready.engine)
+    lookout = waiting.Lookout(
+        run, who, ready.engine.device, spec.monitor, work=ready.engine.work, lag=ready.engine.lag
+    )
     taking_out = pruning.gradual(spec, run if who.is_first else None, ready.net, ready.data.train)
     reason = loop.run(
         loop.Parts(
             spec=spec, run=run, who=who, engine=ready.engine, data=ready.data, loader=loader,
             data_rank=data_rank, data_ranks=data_ranks, checkpointer=ready.saver, first_step=ready.first_step,
             metrics=lines, stop=stop, progress=progress, lesson=ready.lesson, meter=meter,
-            pruning=taking_out,
+            pruning=taking_out, lookout=lookout,
             mfu_of=mfu_of,
         ),
         ready.totals,
     )  # fmt: skip
+    lookout.close()
     loader.close()
     ready.engine.close()
     return reason

@@ -33,6 +33,7 @@ def run(request: Request) -> dict[str, Any]:
     tokenizer = model.tokenizer_for(spec.model, place)
     needs_text = spec.prune.name != "none" or bool(getattr(spec.quant, "calibration_samples", None))
     text = open_dataset(spec, tokenizer).train if needs_text else None
+    model.import_library()
     started = time.perf_counter()
     net = load(request, place, device, text)
     load_s = time.perf_counter() - started
