@@ -127,7 +127,7 @@ def print_detail(console: Console, view: View) -> None:
     events = view.run.events()
     if events:
         _heading(console, "events")
-        for line in _event_lines(events[-EVENTS_SHOWN:]):
+        for line in event_lines(events[-EVENTS_SHOWN:]):
             console.print(Text(line), no_wrap=True, overflow="ellipsis")
     traceback = traceback_of(view.run, state)
     if traceback:
@@ -218,7 +218,8 @@ def _tries(state: RunState) -> str:
     return f"launch {state.attempt + 1}, {state.restarts} restarts in place, {state.requeues} requeues"
 
 
-def _event_lines(events: Sequence[dict[str, Any]]) -> list[str]:
+def event_lines(events: Sequence[dict[str, Any]]) -> list[str]:
+    """Each event on a line: when, what, and its details."""
     lines = []
     for event in events:
         hidden = ("time", "event", "traceback", "found_by")
