@@ -19,7 +19,7 @@ from tests.slurm.harm import come_near_the_limit, cut_off, daemon, kill_agent, k
 
 HANGS_S = 10.0
 """How long the shared volume answers nothing: less than any limit of hpcdl's."""
-FULL_S = 15.0
+FULL_S = 20.0
 """How long the disk is full: a checkpoint is due in it. Only then the workers can write that they couldn't."""
 
 
@@ -55,6 +55,8 @@ class Fault:
     """It needs a run on several nodes."""
     checkpoints: int = 0
     """The run must have saved so many, and have them still."""
+    at_checkpoint: bool = False
+    """It must last over a checkpoint: it begins when one is due soon."""
 
 
 def _once(act: Callable[[Victim], object]) -> Harm:
@@ -133,7 +135,7 @@ FAULTS = (
     Fault("network cut", lambda v: cut_off(v.cluster, v.node), AGAIN, many_nodes=True),
     Fault("slurmctld stopped", _stopped("slurmctld")),
     Fault("slurmdbd stopped", _stopped("slurmdbd")),
-    Fault("disk full", _disk("full", FULL_S), ("checkpoint_failed",)),
+    Fault("disk full", _disk("full", FULL_S), ("checkpoint_failed",), at_checkpoint=True),
     TORN,
     Fault("preempted", _once(_preempt), AGAIN),
     Fault("out of time", _once(lambda v: come_near_the_limit(v.cluster, v.job_id)), AGAIN),

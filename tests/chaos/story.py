@@ -13,16 +13,16 @@ import pytest
 
 from tests.chaos.faults import FAULTS, Fault, Victim
 from tests.slurm.cluster import ROOT, Cluster, Launched
-from tests.slurm.test_runs import TINY
+from tests.slurm.test_runs import STEADY, TINY
 
 HOOK = "/hpcdl/" + str((ROOT / "tests" / "chaos" / "hook").relative_to(ROOT))
-PACE_S = 0.3
-"""Each step takes so much longer while there are faults to come: the two cores have time for what recovers."""
+PACE_S, AHEAD_S = 0.3, 2.0
+"""Each step takes so much longer while there are faults to come: the two cores have time for what recovers. A run that
+has done its steps for the faults so far, while another one waits for Slurm, goes on slowly."""
+STEPS_A_FAULT = 40
 EVERY = 20
 """Steps between checkpoints."""
 RECOVERS_S = 600.0
-STEADY = ("optim=sgd", "optim.lr=1e-3", "optim.warmup_steps=0")
-"""Rounding isn't amplified: over 1,040 steps one process and two (fsdp) stay within 6e-8. AdamW at 3e-3: 1 %."""
 TOLERANCE = 1e-5
 """Of a loss, relative, where a try had another shape; tests/worker/test_tolerance.py: a lost update makes 5e-4."""
 COMMON = (*TINY, *STEADY, f"trainer.checkpoint_every={EVERY}", "cluster.requeue=auto")
@@ -93,13 +93,20 @@ class Story:
     """Three runs on a cluster."""
 
     cluster: Cluster
-    max_steps: int
+    faults: int
+    """How many are to come."""
     runs: list[Launched] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
 
+    @property
+    def max_steps(self) -> int:
+        """Enough that all three still train at the last fault."""
+        return STEPS_A_FAULT * (self.faults + 1)
+
     def begin(self) -> None:
         """Starts all three, slowed down, and waits until each has trained."""
-        self.cluster.shell(f"mkdir -p disk; echo {PACE_S} >disk/pace")
+        self.cluster.shell("mkdir -p disk")
+        self._pace()
         hook = (f"cluster.env.PYTHONPATH={HOOK}", f"cluster.env.CHAOS_DISK={self.cluster.home}/disk")
         for trainee in TRAINEES:
             words = (*COMMON, *trainee.words, *hook, "trainer.keep_last=3", "cluster.partition=low")
@@ -107,15 +114,24 @@ class Story:
         for run in self.runs:
             self.cluster.wait_step(run, EVERY + 2)
 
+    def _pace(self) -> None:
+        self._set_pace(f"{PACE_S} {AHEAD_S} {STEPS_A_FAULT * (len(self.told) + 1)}")
+
+    def _set_pace(self, words: str) -> None:
+        self.cluster.shell(f"echo {words} >disk/pace.new; mv disk/pace.new disk/pace")
+
     def tell(self, chapter: Chapter) -> None:
         """Does one fault, and waits until all train again; what it did is undone whatever happens."""
         fault, run = chapter.fault, self.runs[chapter.trainee]
+        self._pace()
         if self._over(run):
             self.told.append(
                 Told(fault.name, TRAINEES[chapter.trainee].name, 0.0, 0, ["not tried: it was over"])
             )
             return
         self._wait_checkpoints(run, fault.checkpoints)
+        if fault.at_checkpoint:
+            self._wait_near_checkpoint(run)
         nodes = self._started(run)["node_list"]
         victim = Victim(self.cluster, run, nodes, nodes[chapter.node % len(nodes)])
         seen = [self._events(each) for each in self.runs]
@@ -136,7 +152,7 @@ class Story:
 
     def end(self) -> None:
         """All three run to their end at full speed, then the undisturbed ones; the losses must be equal."""
-        self.cluster.shell("rm disk/pace")
+        self._set_pace("0 0 0")
         self.cluster.wait_done(self.runs, limit_s=900)
         calm = {
             name: self.cluster.launch_one(
@@ -206,7 +222,14 @@ class Story:
             lambda: True if int(self.cluster.shell(count)) >= number else None, f"{number} checkpoints"
         )
 
+    def _wait_near_checkpoint(self, run: Launched) -> None:
+        self.cluster.until(
+            lambda: True if self._step(run) % EVERY in NEAR else None, "a checkpoint is due soon"
+        )
 
+
+NEAR = range(EVERY - 6, EVERY - 1)
+"""Steps after the last checkpoint: the next one comes while the disk is full, at either pace, and not before."""
 ENDED = ("restarting", "requeued", "lost", "stopping")
 TOLD = ("restarting", "requeued", "lost", "checkpoint_failed", "warning", "hang")
 

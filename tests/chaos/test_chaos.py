@@ -17,13 +17,11 @@ from tests.slurm.cluster import Cluster
 SEED = int(os.environ.get("HPCDL_CHAOS_SEED", "5"))
 LENGTH = int(os.environ.get("HPCDL_CHAOS_FAULTS", str(len(FAULTS))))
 SHORT = (Chapter(WORKER, 0, 0), Chapter(NODE, 1, 1), Chapter(TORN, 2, 1))
-STEPS_A_FAULT = 80
-"""So many steps, slowed down, last longer than a fault and what follows."""
 
 
 def tell(cluster: Cluster, chapters: Sequence[Chapter], title: str) -> None:
     """The whole story; the table is printed also where it ends badly."""
-    story = Story(cluster, max_steps=STEPS_A_FAULT * (len(chapters) + 1))
+    story = Story(cluster, len(chapters))
     version = cluster.shell("scontrol --version").strip()
     try:
         story.begin()

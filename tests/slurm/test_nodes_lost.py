@@ -13,7 +13,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, Launched
 from tests.slurm.harm import cut_off, kill_agent, kill_worker, killed
-from tests.slurm.test_runs import TINY
+from tests.slurm.test_runs import STEADY, TINY
 
 SHORT = (*TINY, "trainer.checkpoint_every=20", "trainer.max_steps=400", "optim.warmup_steps=0")
 TWO_NODES = ("cluster.nodes=2", "cluster.processes_per_node=1")
@@ -139,12 +139,8 @@ def test_a_cut_off_first_node_writes_nothing_beside_the_new_try(cluster: Cluster
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_nodes(cluster: Cluster) -> None:
     words = (
-        *SHORT,
-        "cluster.processes_per_node=1",
-        "trainer.global_batch_size=12",
-        "optim.lr=1e-4",
-        "trainer.micro_batch_size=1",
-    )
+        *SHORT, *STEADY, "cluster.processes_per_node=1", "trainer.global_batch_size=12", "trainer.micro_batch_size=1",
+    )  # fmt: skip
     run = cluster.launch_one(*words, "cluster.nodes=3", "cluster.min_nodes=1")
     calm = cluster.launch_one(*words, "cluster.nodes=1")
     cluster.wait_step(run, 25)
@@ -155,10 +151,8 @@ def test_a_run_goes_on_with_fewer_nodes(cluster: Cluster) -> None:
         status, _ = cluster.wait_done([run, calm])
     assert (status["nodes"], status["world_size"], status["restarts"], status["requeues"]) == (2, 2, 1, 0)
     (resumed,) = cluster.events(run, "resumed")
-    # On three ranks, then on two; much later the rounding of one step has grown.
-    expected, found = cluster.losses(calm), cluster.losses(run)
-    for step in range(1, resumed["step"] + 11):
-        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+    assert resumed["step"] > 0, "from a checkpoint"
+    assert cluster.losses(run) == pytest.approx(cluster.losses(calm), rel=1e-5), "on three ranks, then on two"
 
 
 @pytest.mark.slow
