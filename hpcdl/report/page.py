@@ -1,0 +1,147 @@
+"""The report as text: HTML and Markdown from templates, JSON as it is."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from hpcdl.report import figures, scale, strip, sweep_figures
+from hpcdl.runs import words
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+FORMATS = ("html", "md", "json")
+_BARS = "▁▂▃▄▅▆▇█"
+_MEANT = re.compile(r"([\\`*_{}\[\]<>|#~])")
+"""What Markdown would take for its own."""
+
+
+def render(report: Mapping[str, Any], form: str) -> str:
+    """The report in one of FORMATS.
+
+    Args:
+        report: as hpcdl.report.run or hpcdl.report.sweep has it.
+        form: of FORMATS.
+    """
+    if form == "json":
+        return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    kind = str(report["report"])
+    if form == "md":
+        return _environment(html=False).get_template(f"{kind}.md.j2").render(r=report)
+    script, style = _source("page.js"), _source("page.css")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment(html=True)
+        .get_template(f"{kind}.html.j2")
+        .render(r=report, script=script, style=style, script_hash=digest, **_drawings(report))
+    )
+
+
+def _drawings(report: Mapping[str, Any]) -> dict[str, Any]:
+    if report["report"] == "sweep":
+        return {"scaling": sweep_figures.scaling(report), "by_key": sweep_figures.by_key(report),
+                "curves": sweep_figures.curves(report)}  # fmt: skip
+    return {
+        "training": figures.training(report),
+        "system": figures.system(report),
+        "strip": strip.of_tries(report["tries"]),
+    }
+
+
+@cache
+def _environment(*, html: bool) -> Environment:
+    import jinja2
+
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("hpcdl.report", "templates"),
+        autoescape=html,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters.update(
+        bytes=lambda value: _or_dash(value, scale.BYTES),
+        seconds=lambda value: _or_dash(value, scale.SECONDS),
+        count=_or_dash,
+        percent=lambda value: "-" if value is None else f"{100 * value:.1f} %",
+        hours=hours,
+        digits=lambda value, count=4: words.number(value, count),
+        clock=words.local,
+        duration=words.duration,
+        between=words.between,
+        value=value_text,
+        ranks=rank_ranges,
+        size_of=lambda value, most: 0 if not value or not most else round(100 * value / most, 1),
+    )
+    if not html:
+        made.filters.update(md=markdown, spark=sparkline, fence=fence)
+    return made
+
+
+def _source(name: str) -> str:
+    return resources.files("hpcdl.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _or_dash(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else scale.written(value, unit)
+
+
+def hours(value: float | None) -> str:
+    """Hours of something: `0.0012`, `3.25`, `1,250`."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 1 else f"{value:.2g}" if value else "0"
+
+
+def value_text(value: Any) -> str:
+    """A config's value as YAML has it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def rank_ranges(ranks: list[int]) -> str:
+    """`0-3, 8`."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and parts[-1][1] == rank - 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in parts)
+
+
+def markdown(value: object) -> str:
+    """A text in a line of Markdown, as it is: nothing in it is taken for markup."""
+    return _MEANT.sub(r"\\\1", str(value)).replace("\r", " ").replace("\n", " ")
+
+
+def fence(text: str) -> str:
+    """A fence for a block of code that the text can't end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(3, longest + 1)
+
+
+def sparkline(points: list[tuple[float, float]], width: int = 40) -> str:
+    """A curve in a line of text."""
+    if not points:
+        return ""
+    count = min(width, len(points))
+    parts = [points[i * len(points) // count : (i + 1) * len(points) // count] for i in range(count)]
+    means = [sum(y for _, y in part) / len(part) for part in parts]
+    low, high = min(means), max(means)
+    if high <= low:
+        return _BARS[0] * count
+    return "".join(_BARS[round((mean - low) / (high - low) * (len(_BARS) - 1))] for mean in means)

@@ -1,0 +1,118 @@
+"""Curves: read from a run's files, thinned out to what a plot can show."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcdl.runs.private import open_to_read
+
+Point = tuple[float, float]
+
+POINTS = 500
+"""Points that a curve of a page has at most: about one a pixel."""
+WHOLE_BYTES = 1 << 16
+"""Up to this size a file is read whole where a sample of its lines would do."""
+_WINDOW = 4096
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None  # type: ignore[return-value]
+
+
+def curve(lines: Iterable[Mapping[str, Any]], key: str, by: str = "step") -> list[Point]:
+    """The points of one key; lines that lack it, or hold no finite number, are left out."""
+    pairs = ((number(line.get(by)), number(line.get(key))) for line in lines)
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+
+def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
+    """At most so many of the points, in their order: of each stretch the lowest and the highest.
+
+    What stands out stays: a spike of one step is seen among a million. The first and the last are kept.
+    """
+    if len(points) <= most:
+        return list(points)
+    inner = points[1:-1]
+    stretches = max(1, (most - 2) // 2)
+    kept: list[Point] = [points[0]]
+    for number in range(stretches):
+        part = range(number * len(inner) // stretches, (number + 1) * len(inner) // stretches)
+        low = min(part, key=lambda place: inner[place][1])
+        high = max(part, key=lambda place: inner[place][1])
+        kept += [inner[place] for place in sorted({low, high})]
+    return [*kept, points[-1]]
+
+
+def sampled(path: Path, count: int) -> list[dict[str, Any]]:
+    """Some lines of a JSON-lines file, spread over it evenly; all of a small one.
+
+    A sweep's page shows a thousand curves: of each it reads `count` places and no more.
+    """
+    try:
+        with open_to_read(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= WHOLE_BYTES:
+                return list(_records(file.read()))
+            found = []
+            for place in range(count):
+                file.seek(max(0, min(place * size // (count - 1), size) - (_WINDOW if place == count - 1 else 0)))
+                window = file.read(_WINDOW)
+                whole = window if place == 0 else window.partition(b"\n")[2]
+                records = list(_records(whole[: whole.rfind(b"\n") + 1], None if place == count - 1 else 1))
+                found += records[-1:]
+    except OSError:
+        return []
+    return [line for number, line in enumerate(found) if number == 0 or line != found[number - 1]]
+
+
+def _records(data: bytes, most: int | None = None) -> Iterator[dict[str, Any]]:
+    for line in data.split(b"\n")[:most]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def quantiles(curves: Sequence[Sequence[Point]], shares: Sequence[float], most: int = 100) -> list[list[Point]]:
+    """Of many curves, one a share: 0.5 is the median of what the curves say near each x.
+
+    Args:
+        curves: each in rising x.
+        shares: from 0 to 1.
+        most: places along x.
+    """
+    xs = [x for points in curves for x, _ in points]
+    if not xs:
+        return [[] for _ in shares]
+    low, high = min(xs), max(xs)
+    width = (high - low) / most or 1.0
+    places: dict[int, list[list[float]]] = {}
+    for points in curves:
+        own: dict[int, list[float]] = {}
+        for x, y in points:
+            own.setdefault(min(most - 1, int((x - low) / width)), []).append(y)
+        for place, values in own.items():
+            places.setdefault(place, []).append(values)
+    lines: list[list[Point]] = [[] for _ in shares]
+    for place in sorted(places):
+        # A curve counts once at a place, however many points it has there.
+        values = sorted(sum(each) / len(each) for each in places[place])
+        for line, share in zip(lines, shares, strict=True):
+            line.append((low + (place + 0.5) * width, _at(values, share)))
+    return lines
+
+
+def _at(values: Sequence[float], share: float) -> float:
+    place = share * (len(values) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (place - below) * (values[above] - values[below])
