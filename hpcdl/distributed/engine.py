@@ -36,6 +36,10 @@ class Engine:
     period = 1
     """Steps from one synchronisation of the ranks to the next: what they send is measured over as many."""
 
+    work = 1.0
+    """This rank's share of a step's computing by construction, in any unit: ranks are told apart by it, and slow
+    ones from those that have more to do."""
+
     staged = True
     """Whether a checkpoint is copied in memory before it is written: else training waits for the writing."""
 

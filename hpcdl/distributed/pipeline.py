@@ -67,6 +67,13 @@ def split(config: Any, model: Any, grid: Grid, job: Job) -> list[Stage]:
     return stages
 
 
+def _work(stage: Any, seq_len: int) -> float:
+    """Floating-point operations of a stage's forward pass, a token."""
+    shape = inner(stage.model).config
+    head = layout.head_cost(shape) if stage.is_last else 0.0
+    return len(trunk(stage.model).layers) * layout.block_cost(shape, seq_len) + head
+
+
 def _name_of_tied(model: Any) -> str | None:
     """The embedding's name in the whole model, where it is the head too and trained."""
     weight = inner(model).get_input_embeddings().weight
@@ -109,6 +116,7 @@ class PipelineEngine(Engine):
                 if isinstance(stage, FSDPModule):
                     stage.set_reshard_after_forward(False)
         self._has_last = self._count - 1 in self._places
+        self.work = sum(_work(stage, job.seq_len) for stage in stages)
         self.reports = self.reports and self._has_last
         if job.autocast:  # around the forward pass alone: schedules run backward passes in between
             for stage in stages:

@@ -176,9 +176,9 @@ def read(profile: Any, step_s: float, *, gpu: bool) -> Cost:
         elif name.startswith("aten::"):
             computing.append(span)
     if gpu:
-        kernels = list(_kernels(results.events()))
-        under_way += [span for name, span in kernels if name.startswith("nccl")]
-        computing = [span for name, span in kernels if not name.startswith("nccl")]
+        seen = list(kernels(results.events()))
+        under_way += [span for name, span in seen if name.startswith("nccl")]
+        computing = [span for name, span in seen if not name.startswith("nccl")]
     busy = union(under_way)
     cost.seconds = length(busy) / 1e9
     cost.exposed_s = (length(busy) - overlap(busy, union(computing))) / 1e9
@@ -213,7 +213,7 @@ def _size(argument: Any) -> int:
     return math.prod(map(int, argument.sizes)) * int(argument.dtype.itemsize)
 
 
-def _kernels(events: Iterable[Any]) -> Iterator[tuple[str, Span]]:
+def kernels(events: Iterable[Any]) -> Iterator[tuple[str, Span]]:
     """What ran on the GPU; annotations, which only frame kernels, are left out."""
     for event in events:
         on_gpu = str(event.device_type()) == "DeviceType.CUDA"

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from hpcdl.errors import HpcdlError
+
+WAITS = "hpcdl.wait"
+"""What a profiler sees while a rank waits for others' numbers, which may be of a step that it began before."""
 
 
 class Gathering:
@@ -27,7 +31,8 @@ class Gathering:
         Gathered rather than reduced: sums over the rows come out bit for bit the same on every rank.
         """
         if self._work is not None:
-            self._work.wait()
+            with record_function(WAITS):
+                self._work.wait()
         return torch.stack(self._everyone).cpu()
 
 

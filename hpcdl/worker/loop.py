@@ -27,6 +27,7 @@ from hpcdl.worker.optim import learning_rate
 from hpcdl.worker.process import Process
 from hpcdl.worker.pruning import Gradual
 from hpcdl.worker.signals import Stop
+from hpcdl.worker.waiting import Lookout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,8 @@ class Parts:
     metrics: Metrics
     stop: Stop
     progress: Progress
+    lookout: Lookout
+    """Looks at some steps, for whom the others wait."""
     pruning: Gradual | None
     """What takes weights out while training goes on."""
     lesson: tasks.Lesson | None
@@ -156,6 +159,7 @@ def run(parts: Parts, totals: Totals) -> str | None:
     first = totals.step + 1
     profile = communication.chosen_steps(first, trainer.max_steps, parts.spec.monitor, parts.engine.period)
     weighed = step_to_measure(first, trainer.max_steps, profile) if parts.meter else None
+    parts.lookout.start(max(first, weighed or 0, *profile, 0) + 1)
     parts.engine.stages.train()
     while True:
         if _evaluation_due(parts, totals.step):
@@ -169,6 +173,7 @@ def run(parts: Parts, totals: Totals) -> str | None:
             profiled = communication.Measurement(parts.engine.device, warm=warm)
         meter = parts.meter if step == weighed else None
         with profiled or (meter.during() if meter else nullcontext()):
+            parts.lookout.begin(step)
             watch.start()
             under.append(train_step(parts, step))
             totals.step = step
@@ -179,6 +184,7 @@ def run(parts: Parts, totals: Totals) -> str | None:
             # Where ranks meet every few steps, the measured steps are no others' like: they count too.
             apart = (profiled is not None or meter is not None) and parts.engine.period == 1
             took = watch.stop(tokens, profiled=apart)
+            parts.lookout.end(step)
         totals.add_time(took, tokens, profiled=apart)
         if meter is not None:
             meter.report(step)
@@ -192,6 +198,7 @@ def run(parts: Parts, totals: Totals) -> str | None:
             totals.peak_memory_bytes = max(totals.peak_memory_bytes, outcome.peak_memory_bytes)
             if outcome.step % trainer.log_every == 0 or (last and outcome.step == totals.step):
                 _log(parts, totals, outcome, watch)
+            parts.lookout.reached(outcome.step)
             if outcome.step in costs:
                 parts.metrics.write(communication.line(outcome.step, costs.pop(outcome.step).wait()))
         if stopping and parts.who.is_first:
@@ -227,7 +234,9 @@ def train_step(parts: Parts, step: int) -> Under:
     spec, engine = parts.spec, parts.engine
     targets, tokens = parts.loader.counts(step)
     lr = learning_rate(spec.optim, step, spec.trainer.max_steps)
-    total = engine.accumulate(parts.loader.micro_batches(step), targets)
+    with parts.lookout.loading():
+        batches = parts.loader.micro_batches(step)
+    total = engine.accumulate(batches, targets)
     parts.checkpointer.settle()  # what is being saved must be copied before it changes
     norm = engine.step(lr, spec.trainer.max_grad_norm)
     if parts.pruning is not None:
