@@ -5,7 +5,7 @@ garbage) rises in many small steps, never gives back much, and is as fast lately
 none fails at least one of these:
 
     warm-up                         is left out: the first tenth; or, where that was not all of it, the first half
-    evaluations, checkpoints        not in the floor: samples of other phases are left out, low quantiles of blocks taken
+    evaluations, checkpoints        not in the floor: samples of other phases are left out, blocks' low quantiles taken
     saw-tooth of an allocator       falls again by more than a third of what it has grown
     caches that fill, fragmentation flatten: the last third is slower than the middle one
     buffers that double, stages     a few large jumps make all of the growth
@@ -23,6 +23,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hpcdl.monitor.trend import Point, Trend, blocks, theil_sen
 
@@ -170,7 +171,7 @@ def _jumps(levels: Sequence[float]) -> float:
     stays = list(levels)
     for index in range(len(stays) - 2, -1, -1):
         stays[index] = min(stays[index], stays[index + 1])
-    jumps = [after - before for before, after in zip(stays, stays[1:], strict=False)]
+    jumps = [after - before for before, after in pairwise(stays)]
     squares = sum(jump * jump for jump in jumps)
     return sum(jumps) ** 2 / squares if squares else 0.0
 

@@ -14,6 +14,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Point = tuple[float, float]
 """Where and how much: a step and bytes."""
@@ -83,4 +84,4 @@ def blocks(points: Sequence[Point], most: int) -> list[Sequence[Point]]:
     """Neighbours together, in at most so many groups of like size; none is empty."""
     count = min(most, len(points))
     edges = [round(index * len(points) / count) for index in range(count + 1)] if count else []
-    return [points[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [points[start:end] for start, end in pairwise(edges)]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpcdl.runs import beats
+from hpcdl.worker import growth
 from hpcdl.worker.process import Process
 
 
@@ -18,10 +19,12 @@ class Progress:
 
     Args:
         heart: where signs of life go; by default nobody listens.
+        watched: who looks at this process's memory when the agent asks; by default nobody.
     """
 
-    def __init__(self, heart: beats.Heart | None = None) -> None:
+    def __init__(self, heart: beats.Heart | None = None, watched: growth.Watched | None = None) -> None:
         self._heart = heart or beats.Heart(None, 0, 0)
+        self._watched = watched or growth.Watched()
 
     @property
     def step(self) -> int:
@@ -35,6 +38,7 @@ class Progress:
     def reach(self, step: int) -> None:
         """A step is done, and it was one like the others."""
         self._heart.say("step", step)
+        self._watched.at(step)
 
     def end(self) -> None:
         """The last step is done."""
@@ -63,7 +67,7 @@ def start(who: Process) -> Progress:
         stacks = beats.stacks_file(folder, who.rank).open("a")  # open as long as the process lives
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         _OPEN.append(stacks)
-        return Progress(beats.Heart(folder, who.rank, who.restart))
+        return Progress(beats.Heart(folder, who.rank, who.restart), growth.Watched(folder))
     except OSError as error:  # the node's own disk: training can do without
         print(
             f"{who.node}: rank {who.rank}: no signs of life, so a hang will not be seen: {error}", flush=True

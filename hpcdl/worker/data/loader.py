@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpcdl.distributed.engine import Batch
 from hpcdl.errors import HpcdlError
+from hpcdl.worker import growth
 from hpcdl.worker.data.batches import Order, batch, share
 from hpcdl.worker.data.prepare import Rows
 from hpcdl.worker.process import kill_with_parent
@@ -159,6 +160,7 @@ class _MicroBatches(Dataset[Batch]):
         self._part = part
 
     def __getitem__(self, rows: NDArray[np.int64]) -> Batch:
+        growth.built()
         return batch(self._part, rows, torch.device("cpu"))
 
 
@@ -180,3 +182,4 @@ def _begin(number: int) -> None:
     for asked in NOT_MINE:
         signal.signal(asked, signal.SIG_IGN)
     kill_with_parent()
+    growth.begin_loader()

@@ -1,0 +1,345 @@
+"""The agent's side of the search for leaks: it takes each sample, asks a process that grows to look, and tells.
+
+What grows without an end looks like a cache that is not yet full, so an agent takes its time where time costs nothing:
+it tells of a leak once the growth has gone on for a fifth longer than it took to see it, and
+
+    half of the run's steps are done (a cache that fills in one of several epochs is full by then), or
+    a quarter of the way to full memory is done and the run would come to its end, or
+    it has gone on for `_SURE` samples.
+
+Meanwhile the process that grows looks which of its lines and tensors do (hpcdl.worker.growth), and whether what grows
+is in use at all: memory that its allocator holds free is no leak. Nothing here ends a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from hpcdl.errors import HpcdlError
+from hpcdl.monitor import leaks, looking
+from hpcdl.monitor.leaks import MIB, Growth, Rules
+from hpcdl.monitor.looking import Answer, Growing
+from hpcdl.monitor.records import NodeSample
+from hpcdl.monitor.series import Gathered, Series, Who
+from hpcdl.runs.store import RunDir
+from hpcdl.secrets import hide
+
+_SURE = 240
+"""Samples of growth that are told of whatever is left: 20 minutes at the usual 5 s."""
+_LONGER = 1.2
+"""How much longer than it took to be seen a growth has to go on."""
+_WAY = 0.25
+"""Share of the way to full memory after which one doesn't wait for half of the run."""
+_LOOKS = 3
+"""Times that a process is asked; each costs it some steps of tracing."""
+_LOOK_BYTES = 2 * MIB
+_LOOK_STEPS = (16, 400)
+"""A look goes on until this much has grown, within these bounds."""
+_PATIENCE = 60
+"""Samples that an answer may take."""
+_HELD, _IN_USE = 0.6, 0.25
+"""Free memory grows by this share of the growth, memory in use by less than that: it is the allocator's."""
+_WORSE = 2.0
+"""Times as fast as was told: told again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What of a spec the search needs."""
+
+    rules: Rules = leaks.USUAL
+    look: bool = True
+    """Whether processes may be asked."""
+    last_step: int | None = None
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> Settings | None:
+        """From spec.yaml as plain data, of any version; None: nobody looks for leaks."""
+        monitor, trainer = spec.get("monitor", {}), spec.get("trainer", {})
+        if monitor.get("name", "none") == "none" or not monitor.get("leaks", True):
+            return None
+        least = int(float(monitor.get("leak_min_mib", 1.0)) * MIB)
+        return cls(
+            rules=replace(leaks.USUAL, least_bytes=least),
+            look=bool(monitor.get("leak_look", True)),
+            last_step=trainer.get("max_steps"),
+        )
+
+
+@dataclass(slots=True)
+class _Case:
+    """What is known of one process's growth."""
+
+    judged: int = 0
+    """Samples when it was judged last."""
+    since: int | None = None
+    """Samples when its growth was first seen; None: it doesn't grow."""
+    growth: Growth | None = None
+    looks: int = 0
+    asked: int | None = None
+    """Samples when it was asked; None: no answer is awaited."""
+    asked_pid: int = 0
+    answer: Answer | None = None
+    quiet: int = 0
+    """Not told of before so many samples: its allocator's."""
+    told: float = 0.0
+    """Bytes a step that were told."""
+
+
+class Watcher:
+    """Looks for leaks on one node in one try.
+
+    Args:
+        settings: what is taken for one; None: nobody looks.
+        run: where it is told.
+        node: this node's name.
+        attempt: the try.
+        folder: the agent's, for questions.
+        say: writes into the node's log.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None,
+        run: RunDir,
+        node: str,
+        attempt: str,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._settings, self._run, self._node, self._attempt = settings, run, node, attempt
+        self._folder, self._say = folder, say
+        self._gathered = Gathered(forget=True)
+        self._cases: dict[Who, _Case] = {}
+
+    def take(self, sample: NodeSample) -> None:
+        """One more sample; tells what it proves."""
+        if self._settings is None:
+            return
+        self._gathered.take(sample)
+        for who, series in list(self._gathered.judged()):
+            case = self._cases.setdefault(who, _Case())
+            if case.asked is not None:
+                self._hear(who, series, case)
+            if series.seen < max(self._settings.rules.samples, case.judged * 1.04):
+                continue
+            case.judged = series.seen
+            growth = leaks.judge(series.points, self._settings.rules)
+            if not growth.leak:
+                case.since = None
+                continue
+            case.growth, case.since = growth, case.since or series.seen
+            self._suspect(self._settings, who, series, case, sample)
+        gone = [who for who in self._cases if who not in self._gathered.series]
+        for who in gone:
+            del self._cases[who]
+
+    def _suspect(self, settings: Settings, who: Who, series: Series, case: _Case, sample: NodeSample) -> None:
+        assert case.growth is not None
+        again = case.growth.interval[0] > _WORSE * case.told
+        if not again or series.seen < case.quiet:
+            return
+        left = self._until_full(who, case.growth, sample)
+        if self._may_ask(settings, series, case):
+            self._ask(who, series, case)
+        pressing = left is not None and left < _WAY * (case.growth.last_step - case.growth.first_step)
+        if pressing or (case.asked is None and self._is_ripe(settings, series, case, left)):
+            self._tell(who, series, case, left)
+
+    def _is_ripe(self, settings: Settings, series: Series, case: _Case, left: float | None) -> bool:
+        assert case.growth is not None and case.since is not None
+        if series.seen < _LONGER * case.since:
+            return False
+        last, done = settings.last_step, series.last_step
+        if last is None or done >= last / 2 or series.seen >= _SURE:
+            return True
+        seen = case.growth.last_step - case.growth.first_step
+        return left is not None and left <= last - done and seen >= _WAY * (left + seen)
+
+    def _may_ask(self, settings: Settings, series: Series, case: _Case) -> bool:
+        if not settings.look or case.asked is not None or case.looks >= _LOOKS:
+            return False
+        # Once on suspicion; once more when what was found explains little, twice as late.
+        return case.answer is None or (not case.answer.growing and series.seen >= 2 * (case.since or 0))
+
+    def _ask(self, who: Who, series: Series, case: _Case) -> None:
+        """The process itself; of a loader's workers the one that grows most."""
+        assert case.growth is not None
+        pid = who.pid
+        if who.role == "loader" and pid is None:
+            slopes = {
+                one.pid: leaks.judge(its.points).bytes_per_step
+                for one, its in self._gathered.of_loaders(who.rank).items()
+            }
+            pid = max(slopes, key=lambda each: slopes[each]) if slopes else None
+        fewest, most = _LOOK_STEPS
+        steps = int(min(most, max(fewest, _LOOK_BYTES / max(case.growth.bytes_per_step, 1.0))))
+        case.looks += 1
+        if pid is not None and looking.ask(self._folder, pid, steps):
+            case.asked, case.asked_pid = series.seen, pid
+
+    def _hear(self, who: Who, series: Series, case: _Case) -> None:
+        """Takes an answer that has come, or gives up on it."""
+        assert case.asked is not None and case.growth is not None
+        answer = looking.read(self._folder, case.asked_pid)
+        if answer is None:
+            if series.seen >= case.asked + _PATIENCE:
+                case.asked = None
+            return
+        case.asked, case.answer = None, answer
+        if held := held_free(who, case.growth, answer):
+            case.quiet, case.since, case.answer = int(1.5 * series.seen), None, None
+            self._say(f"{who.words} grows by {size(case.growth.bytes_per_step)} a step, but {held}: no leak")
+
+    def _until_full(self, who: Who, growth: Growth, sample: NodeSample) -> float | None:
+        """Steps, if all that leaks on this node goes on as it does."""
+        together = sum(
+            case.growth.bytes_per_step
+            for other, case in self._cases.items()
+            if case.growth and case.since and other.memory == who.memory == "host"
+        )
+        return steps_until_full(who, max(growth.bytes_per_step, together), sample)
+
+    def _tell(self, who: Who, series: Series, case: _Case, left: float | None) -> None:
+        assert case.growth is not None
+        case.told = case.growth.bytes_per_step
+        pid = who.pid if who.pid is not None else case.asked_pid or None
+        found = Leak(
+            node=self._node, attempt=self._attempt, who=replace(who, pid=pid), growth=case.growth,
+            steps_until_full=left, step_s=series.step_s, growing=parts(who, case.growth, case.answer),
+            look=case.answer,
+        )  # fmt: skip
+        with contextlib.suppress(OSError, HpcdlError):
+            self._run.event("leak", **found.event())
+        self._say(f"warning: {found.message}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leak:
+    """A leak that is told of."""
+
+    node: str
+    attempt: str
+    who: Who
+    growth: Growth
+    steps_until_full: float | None
+    step_s: float | None
+    growing: tuple[Growing, ...]
+    look: Answer | None
+
+    @property
+    def full_at(self) -> str | None:
+        """When memory will be full; UTC, ISO 8601, to the second."""
+        if self.steps_until_full is None or self.step_s is None:
+            return None
+        ahead = min(self.steps_until_full * self.step_s, 10 * 365 * 86400.0)
+        return (datetime.now(UTC) + timedelta(seconds=ahead)).isoformat(timespec="seconds")
+
+    @property
+    def message(self) -> str:
+        """One line."""
+        low, high = self.growth.interval
+        on = "GPU memory" if self.who.memory == "gpu" else "memory"
+        text = f"{self.who.words} on {self.node} leaks {size(self.growth.bytes_per_step)} of {on} a step"
+        text += f" ({size(low)} to {size(high)})"
+        if self.steps_until_full is not None:
+            text += f": full in {self.steps_until_full:,.0f} steps"
+            text += f", {self.full_at[:16].replace('T', ' ')} UTC" if self.full_at else ""
+        named = [f"{part.where} {part.what}".strip() for part in self.growing[:1]]
+        return f"{text}; {named[0]}" if named else text
+
+    def event(self) -> dict[str, Any]:
+        """What stands in events.jsonl."""
+        low, high = self.growth.interval
+        details: dict[str, Any] = {
+            "message": self.message,
+            "node": self.node,
+            "process": {"role": self.who.role, "rank": self.who.rank, "pid": self.who.pid},
+            "memory": self.who.memory,
+            "step": int(self.growth.last_step),
+            "bytes_per_step": round(self.growth.bytes_per_step, 1),
+            "interval": [round(low, 1), round(high, 1)],
+            "steps_until_full": None if self.steps_until_full is None else int(self.steps_until_full),
+            "full_at": self.full_at,
+            "growing": [
+                {
+                    "what": hide(part.what),
+                    "where": part.where,
+                    "bytes_per_step": round(part.bytes_per_step, 1),
+                }
+                for part in self.growing
+            ],
+            "try": self.attempt,
+        }
+        if self.look is not None:
+            steps = [self.look.first_step, self.look.last_step]
+            details["look"] = {"steps": steps, "took_s": self.look.took_s}
+        return details
+
+
+def held_free(who: Who, growth: Growth, answer: Answer) -> str:
+    """Why growth is the allocator's own: what is in use between steps doesn't grow; empty: it isn't."""
+    least = _HELD * growth.bytes_per_step
+    if who.memory == "gpu":
+        used, held = answer.cuda_allocated, answer.cuda_reserved
+        free = None if used is None or held is None else held - used
+        whose = "torch's allocator"
+    else:
+        used, free, whose = answer.malloc_used, answer.malloc_free, "malloc"
+        used = None if used is None else max(used, answer.python or 0.0)
+    if used is None or free is None or free < least or used > _IN_USE * growth.bytes_per_step:
+        return ""
+    return f"{whose} holds it free for later ({size(free)} a step; in use {size(max(0.0, used))})"
+
+
+def parts(who: Who, growth: Growth, answer: Answer | None) -> tuple[Growing, ...]:
+    """What grows, as far as the process could tell, and what is left of the growth without a name."""
+    if answer is None:
+        why = "the process could not be asked" if who.role != "loader" else "the worker has not answered"
+        return (Growing(what=f"not known: {why}", bytes_per_step=growth.bytes_per_step),)
+    named = answer.growing
+    if answer.note:
+        return (*named, Growing(what=f"not known: {answer.note}", bytes_per_step=growth.bytes_per_step))
+    rest = growth.bytes_per_step - sum(each.bytes_per_step for each in named)
+    if rest < 0.3 * growth.bytes_per_step:
+        return named
+    if who.memory == "gpu":
+        what = "GPU memory that torch's allocator doesn't know of (a library's, NCCL's)"
+        if (answer.cuda_allocated or 0.0) > 0.5 * rest:
+            what = "torch tensors that were made in C++"
+    elif (answer.malloc_used or 0.0) > 0.5 * rest:
+        what = "C or C++: in use through malloc, and neither Python's nor a tensor's"
+    else:
+        what = "C or C++: neither through malloc nor Python's nor a tensor's (mmap, another allocator)"
+    return tuple(
+        sorted((*named, Growing(what=what, bytes_per_step=rest)), key=lambda one: -one.bytes_per_step)
+    )
+
+
+def steps_until_full(who: Who, bytes_per_step: float, sample: NodeSample) -> float | None:
+    """Steps until the node, its control group or the fullest GPU has nothing left; None where that isn't known."""
+    if who.memory == "gpu":
+        left = [
+            gpu.memory_total_bytes - gpu.memory_used_bytes
+            for gpu in sample.gpus
+            if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
+            and (who.role != "gpu" or gpu.index == who.rank)
+        ]  # fmt: skip
+        room = min(left) if left else None
+    else:
+        room = sample.memory_available_bytes
+    return None if room is None or bytes_per_step <= 0 else room / bytes_per_step
+
+
+def size(count: float) -> str:
+    """`1.53 MiB`: three digits, for rates."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
