@@ -181,9 +181,20 @@ class Agent:
         self._log.say(f"try {self.attempt} on {self.place.name}, job {self.place.job_id or 'local'}")
         try:
             self._child = Torchrun(argv, environment, self._log)
-            if self.place.first:
-                self._started(cluster)  # only now: torchrun imports torch meanwhile, which takes seconds
-            code = self._child.watch(self._tick)
+            # Only now: torchrun imports torch meanwhile, which takes seconds.
+            from hpcdl.monitor import sampler
+
+            with sampler.Sampler(
+                sampler.Settings.of(torchrun.plain_spec(self.run)),
+                self.run,
+                node=self.place.name,
+                attempt=self.attempt,
+                torchrun=self._child.pid,
+                signs=Path(log_dir),
+            ):
+                if self.place.first:
+                    self._started(cluster)
+                code = self._child.watch(self._tick)
         finally:
             self._reached()
             shutil.rmtree(log_dir, ignore_errors=True)

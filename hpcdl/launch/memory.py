@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-MEMBERSHIP = Path("/proc/self/cgroup")
-CGROUPS = Path("/sys/fs/cgroup")
+from hpcdl.monitor.cgroups import CGROUPS, MEMBERSHIP, of_memory
 
 
 def kills(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> int | None:
@@ -23,21 +22,13 @@ def kills(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> int | None:
     Returns:
         The count; None where it can't be read, and nothing can be told.
     """
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:
+    groups = of_memory(membership, cgroups)
+    if groups is None:
         return None
-    groups = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-    if "memory" in groups:
-        folder, file = cgroups / "memory", "memory.oom_control"
-    elif "" in groups:
-        folder, file = cgroups, "memory.events"
-    else:
-        return None
-    path = groups.get("memory", groups.get("", "")).strip("/")
-    for place in (folder / path / file, folder / file):  # in a container the path may be the host's
+    file = "memory.oom_control" if groups.version == 1 else "memory.events"
+    for place in (groups.folders[0], groups.folders[-1]):  # in a container the path may be the host's
         try:
-            found = re.search(r"^oom_kill (\d+)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            found = re.search(r"^oom_kill (\d+)$", (place / file).read_text(encoding="utf-8"), re.MULTILINE)
         except OSError:
             continue
         return int(found.group(1)) if found else None

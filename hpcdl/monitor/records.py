@@ -104,6 +104,8 @@ class NodeSample:
     """Of one core, over the run's processes here."""
     rss_bytes: int | None = None
     """Over the run's processes here."""
+    peak_rss_bytes: int | None = None
+    """The highest of them so far, earlier tries of the run included."""
     pss_bytes: int | None = None
     node_cpu_percent: float | None = None
     """Of all the node's cores, whoever uses them."""

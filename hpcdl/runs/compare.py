@@ -20,7 +20,7 @@ import yaml
 
 from hpcdl.experiment.identity import identifying
 from hpcdl.runs import failure, query
-from hpcdl.runs.files import read_lines
+from hpcdl.runs.files import last_line, read_lines
 from hpcdl.runs.reconcile import View, read, reconcile
 from hpcdl.runs.scheduler import Slurm
 from hpcdl.runs.store import RunDir
@@ -61,6 +61,10 @@ class Row:
     processes_per_node: int
     processes: int
     """World size."""
+    cpus_per_process: int = 1
+    gpus_per_node: int = 0
+    started: str | None = None
+    ended: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     """The keys that differ between the runs, dotted, and this run's values."""
     scales_with: str = ""
@@ -236,6 +240,10 @@ def _row(view: View, spec: Mapping[str, Any], config: Mapping[str, Any]) -> Row:
         nodes=state.nodes,
         processes_per_node=int(cluster.get("processes_per_node", state.world_size // max(1, state.nodes))),
         processes=state.world_size,
+        cpus_per_process=int(cluster.get("cpus_per_process") or 1),
+        gpus_per_node=int(cluster.get("gpus_per_node") or 0),
+        started=state.started,
+        ended=state.ended,
         config=config,
         scales_with=_without_cluster(spec),
         step=int(steps[-1]["step"]) if steps else 0,
@@ -291,8 +299,15 @@ def _peak(run: RunDir, steps: Sequence[Mapping[str, Any]], result: Mapping[str, 
 
 
 def _node_peak(run: RunDir) -> int | None:
-    lines = [line for file in run.path.glob("system-*.jsonl") for line in read_lines(file)]
-    return max((int(_number(line.get("rss_bytes")) or 0) for line in lines), default=0) or None
+    """The most that the run's processes have held on any node."""
+    most = 0
+    for file in run.path.glob("system-*.jsonl"):
+        last = last_line(file, having="peak_rss_bytes", window=1 << 18)
+        # Old runs' lines don't say what the highest was.
+        lines = read_lines(file) if last is None else [last]
+        known = (_number(line.get(key)) for line in lines for key in ("peak_rss_bytes", "rss_bytes"))
+        most = max(most, *(int(value or 0) for value in known), 0)
+    return most or None
 
 
 def _measured(key: str, lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> float | None:

@@ -29,9 +29,13 @@ class MonitorSpec:
     """What each node writes to system-<node>.jsonl while the run goes on."""
 
     name: Literal["none", "default"] = "default"
-    """`default`: CPU and memory of the run's processes, and what communication costs; `none`: nothing."""
+    """`default`: every process of the run and every GPU, and what communication costs; `none`: nothing."""
     every_s: Annotated[float, Gt(0)] = 5.0
     """Seconds between samples."""
+    pss_every_s: Annotated[float, Gt(0)] = 60.0
+    """Seconds between looks at PSS, which cost the kernel about 10 ms a GiB of a process."""
+    mb_per_day: Annotated[float, Gt(0)] = 10.0
+    """MB of samples a day and node, after the first one: where they would be more, they are taken less often."""
     communication_steps: Annotated[int, Ge(0)] = 2
     """Steps of each try in which calls, bytes and seconds of collectives are measured; 0: none. They are left
     out of the average speed."""

@@ -11,7 +11,7 @@ network.py        the fine-tuning method, then the strategy      optim.py       
 data/             source → split → tokens → packed sequences → batches; tasks/ say what an example is
 loop.py           steps, evaluation, metrics, stop               evaluate.py    loss on held-out text
 checkpoint.py     atomic save, in the background (staging.py)    resume.py      which checkpoint to go on from
-metrics.py        metrics.jsonl, throughput, MFU                 monitor.py     system-<node>.jsonl
-communication.py  calls, bytes, seconds in collectives           trackers.py    wandb, tensorboard
-result.py         result.json, card, plot, adapter               check_adapter.py  the same loss in plain peft?
+metrics.py        metrics.jsonl, throughput, MFU                 trackers.py    wandb, tensorboard
+communication.py  calls, bytes, seconds in collectives           result.py      result.json, card, plot, adapter
+check_adapter.py  the same loss in plain peft?
 """

@@ -16,7 +16,7 @@ try:
     from hpcdl.compress import quant
     from hpcdl.runs.spec import read_spec
     from hpcdl.runs.store import RunDir
-    from hpcdl.worker import errors, heartbeat, monitor, process
+    from hpcdl.worker import errors, heartbeat, process
     from hpcdl.worker.heartbeat import Progress
     from hpcdl.worker.process import Process
     from hpcdl.worker.signals import Stop
@@ -31,8 +31,7 @@ def main(run: RunDir) -> None:
     progress = heartbeat.start(who)
     stop = Stop(run, watch_file=who.is_first)
     try:
-        with monitor.watch(read_spec(run.spec_file).monitor, run, who):
-            train(run, who, stop, progress)
+        train(run, who, stop, progress)
         process.leave()
     except BaseException as error:
         try:

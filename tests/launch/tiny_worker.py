@@ -83,6 +83,26 @@ def steps():
     exec(compile(waiting, "/x/site-packages/torch/distributed/distributed_c10d.py", "exec"))
 
 
+def load():
+    """Steps with their signs of life, and two processes that load data for them, until somebody has seen enough."""
+    from types import SimpleNamespace
+
+    from hpcdl.worker import heartbeat
+
+    progress = heartbeat.start(SimpleNamespace(rank=rank, restart=int(restart)))
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    loaders = [subprocess.Popen(sleep) for _ in range(2)]
+    step = 0
+    while not (run / "enough").exists():
+        time.sleep(0.05)
+        step += 1
+        progress.reach(step)
+    for loader in loaders:
+        loader.kill()
+        loader.wait()
+    outcome("finished")
+
+
 def stick():
     time.sleep(600)
 
@@ -150,6 +170,8 @@ def main():
         )
         (run / f"pid-helper-{rank}").write_text(str(helper.pid))
         outcome("finished")
+    elif mode == "load":
+        load()
     elif mode in ("stall", "same_step"):
         steps()
     elif mode == "full" and rank == 1:

@@ -193,7 +193,7 @@ def test_diverged_loss_ends_the_run(workers: Workers) -> None:
 
 def test_result_and_its_files(workers: Workers) -> None:
     run = workers.make(
-        monitor__name="default", monitor__every_s=0.1, tracker__name="tensorboard", task__sample_prompt="Ada has",
+        monitor__name="default", tracker__name="tensorboard", task__sample_prompt="Ada has",
         task__sample_tokens=8, trainer__log_every=4,
     )  # fmt: skip
     finished = workers.go(run, 2)
@@ -207,10 +207,6 @@ def test_result_and_its_files(workers: Workers) -> None:
     assert result["sample"]["before"] and result["sample"]["after"]
     assert "| perplexity |" in (run.path / "card.md").read_text()
     assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    samples = [
-        json.loads(line) for path in run.path.glob("system-*.jsonl") for line in path.read_text().splitlines()
-    ]
-    assert samples and all(s["rss_bytes"] > 50e6 and s["cpu_percent"] >= 0 for s in samples)
     assert list((run.path / "tensorboard").iterdir())
 
 

@@ -1,0 +1,265 @@
+"""The monitor of one node: a thread of the agent that looks at all of the run's processes there, and at its GPUs.
+
+The workers take no part in it: nothing of it runs in them, waits for them or holds their interpreter's lock. A thread
+is enough, since the agent itself has little to do; it is in the kernel most of its time, and so in nobody's way.
+Whatever goes wrong here is told once (an event) and ends nothing.
+
+It limits itself: by the bytes that it writes (hpcdl.monitor.allowance) and by the CPU time that it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hpcdl.errors import HpcdlError
+from hpcdl.monitor import allowance, records
+from hpcdl.monitor.gpus import OF_HARDWARE, Gpus
+from hpcdl.monitor.network import Network
+from hpcdl.monitor.node import Node
+from hpcdl.monitor.processes import Processes, pss_bytes
+from hpcdl.monitor.records import GpuSample, NodeSample, ProcessSample
+from hpcdl.runs.files import append_line, unwritten
+from hpcdl.runs.store import RunDir, now
+
+_FIRST_PAUSE_S = 0.5
+"""After a try's first sample; then twice as long each time, up to every_s: a start is over soon."""
+_LOOK_S = 1.0
+"""Between looks at the memory that is left."""
+_CPU_SHARE = 0.005
+"""Of one core that sampling may take; PSS a fifth of that more."""
+_PSS_SHARE = 0.001
+_SHORT = 0.1
+"""Share of the memory that is left, below which each change is worth a sample."""
+_MOST_WAITING = 50
+"""Lines in the agent's memory that find no room on a full disk; more are not kept."""
+_END_LIMIT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What of a spec the monitor needs."""
+
+    every_s: float
+    pss_every_s: float
+    bytes_per_day: float
+    wants_gpus: bool = False
+    """Whether it is worth a word that there are none."""
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> Settings | None:
+        """From spec.yaml as plain data, of any version; None: nothing is to be sampled."""
+        monitor, cluster = spec.get("monitor", {}), spec.get("cluster", {})
+        if monitor.get("name", "none") == "none":
+            return None
+        if not monitor.keys() >= {"every_s", "pss_every_s", "mb_per_day"}:
+            from hpcdl.spec import MonitorSpec  # not above: what an agent imports delays each run
+
+            monitor = {**dataclasses.asdict(MonitorSpec()), **monitor}
+        return cls(
+            every_s=float(monitor["every_s"]),
+            pss_every_s=float(monitor["pss_every_s"]),
+            bytes_per_day=1e6 * float(monitor["mb_per_day"]),
+            wants_gpus=bool(cluster.get("gpus_per_node")),
+        )
+
+
+class Sampler:
+    """Samples of one node, from now until the block ends (`with`).
+
+    Args:
+        settings: how often; None: never, and nothing is written.
+        run: where the file lies.
+        node: this node's name.
+        attempt: the try.
+        torchrun: its process id; what is below this process is looked at.
+        signs: the folder of the ranks' signs of life.
+    """
+
+    def __init__(
+        self, settings: Settings | None, run: RunDir, node: str, attempt: str, torchrun: int, signs: Path
+    ) -> None:
+        self._settings, self._run, self._name, self._attempt = settings, run, node, attempt
+        self._file = records.file_of(run, node)
+        self._processes = Processes(torchrun, signs)
+        self._over = threading.Event()
+        self._told: set[str] = set()
+        self._peak = 0
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Sampler:
+        if self._settings is not None:
+            work = (self._settings,)
+            thread = threading.Thread(target=self._work, args=work, name="monitor", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:  # the user may have no more threads (ulimit -u)
+                self._tell([f"no samples: {error}"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends it; a disk or a driver that hangs isn't waited for."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(_END_LIMIT_S)
+
+    def _work(self, settings: Settings) -> None:
+        try:
+            look = Look(settings, self._processes)
+            self._tell(look.problems)
+            room = allowance.for_file(self._file, settings.bytes_per_day)
+            before = records.last(self._run, self._name)
+            self._peak = (before.peak_rss_bytes if before else None) or 0
+        except Exception as error:  # nothing that is only measured may end the training
+            self._tell([f"no samples: {type(error).__name__}: {error}"])
+            return
+        pause = min(_FIRST_PAUSE_S, settings.every_s)
+        while not self._over.is_set():
+            began = time.thread_time()
+            size = self._sample(look, pause, room)
+            cost = time.thread_time() - began
+            usual = max(settings.every_s, cost / _CPU_SHARE, room.pause_s(size))
+            pause = min(2 * pause, usual) if pause < settings.every_s else usual
+            self._wait(pause, settings.every_s, look, room, size)
+        look.gpus.close()
+
+    def _sample(self, look: Look, next_s: float, room: allowance.Allowance) -> int:
+        """Takes a sample and writes it; its size in bytes."""
+        try:
+            sample = look.sample()
+            self._tell(look.problems)
+            self._peak = max(self._peak, sample.rss_bytes or 0)
+            sample = replace(
+                sample,
+                node=self._name,
+                attempt=self._attempt,
+                next_s=round(next_s, 1),
+                peak_rss_bytes=self._peak or None,
+            )
+            line = records.as_line(sample)
+            size = len(json.dumps(line, ensure_ascii=False)) + 1
+            if unwritten(self._file) < _MOST_WAITING:
+                append_line(self._file, line)
+            room.spend(size)
+            return size
+        except Exception as error:
+            self._tell([f"a sample is missing: {type(error).__name__}: {error}"])
+            return 0
+
+    def _wait(self, pause: float, every_s: float, look: Look, room: allowance.Allowance, size: int) -> None:
+        """Until the next sample; one that matters comes sooner."""
+        end = time.monotonic() + pause
+        while (left := end - time.monotonic()) > 0 and not self._over.wait(min(left, every_s, _LOOK_S)):
+            if look.is_urgent() and room.has_room_for(size):
+                return
+
+    def _tell(self, problems: list[str]) -> None:
+        for problem in problems:
+            if problem not in self._told:
+                self._told.add(problem)
+                with contextlib.suppress(OSError, HpcdlError):
+                    self._run.event("warning", message=f"monitor on node {self._name}: {problem}")
+        problems.clear()
+
+
+class Look:
+    """What one sample is put together from.
+
+    Args:
+        settings: how often PSS is looked at.
+        processes: of the run, on this node.
+        node: its cores and memory.
+        network: its counters.
+        gpus: its GPUs.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        processes: Processes,
+        node: Node | None = None,
+        network: Network | None = None,
+        gpus: Gpus | None = None,
+    ) -> None:
+        self._settings, self._processes = settings, processes
+        self._node, self._network = node or Node(), network or Network()
+        self.gpus = gpus or Gpus(os.environ)
+        self.problems: list[str] = []
+        """What has to be told; the reader takes it out."""
+        if settings.wants_gpus and self.gpus.problem:
+            self.problems.append(f"no samples of GPUs: {self.gpus.problem}")
+        self._pss_at = 0.0
+        self._share_left = 1.0
+        self._ecc: dict[tuple[int, int | None], int] = {}
+
+    def sample(self) -> NodeSample:
+        """How things are now."""
+        gpus = self.gpus.sample()
+        processes = self._look_at_processes()
+        memory, traffic = self._node.memory(), self._network.look()
+        self._share_left = memory.share_left
+        self.problems += [*self.gpus.news, *self._found_on(gpus)]
+        self.gpus.news.clear()
+        return NodeSample(
+            time=now(),
+            cpu_percent=_sum(each.cpu_percent for each in processes),
+            rss_bytes=_sum(each.rss_bytes for each in processes),
+            pss_bytes=_sum(each.pss_bytes for each in processes),
+            node_cpu_percent=self._node.cpu_percent(),
+            memory_available_bytes=memory.available_bytes,
+            memory_limit_bytes=memory.limit_bytes,
+            net_sent_bytes=traffic.sent_bytes,
+            net_received_bytes=traffic.received_bytes,
+            rdma_sent_bytes=traffic.rdma_sent_bytes,
+            rdma_received_bytes=traffic.rdma_received_bytes,
+            unlisted=max(0, len(processes) - records.MOST_LISTED) or None,
+            processes=tuple(processes[: records.MOST_LISTED]),
+            gpus=tuple(gpus),
+        )
+
+    def is_urgent(self) -> bool:
+        """Whether memory is short and gets shorter: the kernel may kill soon, and what led there is to be seen."""
+        share = self._node.memory().share_left
+        return share < _SHORT and share < self._share_left - _SHORT / 20
+
+    def _look_at_processes(self) -> list[ProcessSample]:
+        try:
+            processes = self._processes.sample(self.gpus.memory_by_process())
+        except OSError as error:
+            self.problems.append(f"/proc can't be read, so processes are not sampled: {error.strerror}")
+            return []
+        if time.monotonic() < self._pss_at:
+            return processes
+        began, cpu = time.monotonic(), time.thread_time()
+        processes = [replace(each, pss_bytes=pss_bytes(each.pid)) for each in processes]
+        cost = time.thread_time() - cpu
+        self._pss_at = began + max(self._settings.pss_every_s, cost / _PSS_SHARE)
+        return processes
+
+    def _found_on(self, gpus: list[GpuSample]) -> list[str]:
+        """What the site has to see to: memory errors that are new, and clocks that the hardware holds down."""
+        said = []
+        for gpu in gpus:
+            key, count = (gpu.index, gpu.mig), gpu.ecc_uncorrected
+            if count is not None and count > self._ecc.setdefault(key, count):
+                said.append(
+                    f"GPU {gpu.index} has had memory errors that can't be corrected: {count} since its start"
+                )
+                self._ecc[key] = count
+            said += [f"GPU {gpu.index} is slowed down: {why}" for why in gpu.throttled if why in OF_HARDWARE]
+        return said
+
+
+def _sum(values: Any) -> Any:
+    """Of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return round(sum(known), 1) if known else None
