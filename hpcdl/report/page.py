@@ -46,13 +46,36 @@ def render(report: Mapping[str, Any], form: str) -> str:
 
 def _drawings(report: Mapping[str, Any]) -> dict[str, Any]:
     if report["report"] == "sweep":
-        return {"scaling": sweep_figures.scaling(report), "by_key": sweep_figures.by_key(report),
-                "curves": sweep_figures.curves(report)}  # fmt: skip
+        return {
+            "scaling": sweep_figures.scaling(report),
+            "by_key": sweep_figures.by_key(report),
+            "curves": sweep_figures.curves(report),
+            "rows_by_id": {row["run_id"]: row for row in report["rows"]},
+            "best_of": {key: best["run_id"] for key, best in report["best"].items()},
+            "columns": columns(report),
+        }
     return {
         "training": figures.training(report),
         "system": figures.system(report),
         "strip": strip.of_tries(report["tries"]),
     }
+
+
+COLUMNS = {
+    "tokens/s": "tokens_per_s",
+    "step": "step_s",
+    "efficiency": "efficiency",
+    "memory": "peak_memory_bytes",
+    "loss": "loss",
+    "held-out loss": "eval_loss",
+}
+
+
+def columns(report: Mapping[str, Any]) -> dict[str, str]:
+    """A sweep's columns of what was measured, those that hold nothing left out: heading and key."""
+    price = "money" if report["cost"]["money"] is not None else "GPU-hours" if report["cost"]["gpu_hours"] else "CPU-hours"
+    wanted = {**COLUMNS, price: "cost"}
+    return {name: key for name, key in wanted.items() if any(row[key] is not None for row in report["rows"])}
 
 
 @cache

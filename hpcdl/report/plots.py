@@ -108,7 +108,7 @@ def draw(plot: Plot) -> dict[str, Any] | None:
         "paths": [path for line in lines for path in _paths(line, x, y)],
         "events": [{"at": _round(x.share(at) * SIDE), "text": text} for at, text in plot.events if x.low <= at <= x.high],
         "levels": [{"at": _round((1 - y.share(at)) * SIDE), "text": text} for at, text in levels],
-        "legend": [] if len(lines) == 1 and not plot.events and not levels else [_legend(line) for line in lines],
+        "legend": [_legend(line) for line in lines] if len(lines) > 1 else [],
     }
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hpcdl.runs import words
-
 BYTES = "bytes"
 BYTES_PER_S = "bytes/s"
 SECONDS = "s"
@@ -17,9 +15,9 @@ _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), 
 def written(value: float, unit: str = "") -> str:
     """A value as it stands beside an axis or in a table: `12.5k`, `1.5 GiB`, `1m 30s`, `85 %`."""
     if unit == BYTES:
-        return words.size(value) if value >= 0 else f"-{words.size(-value)}"
+        return _size(value)
     if unit == BYTES_PER_S:
-        return f"{words.size(value)}/s"
+        return f"{_size(value)}/s"
     if unit == SECONDS:
         return time(value)
     if unit == "%":
@@ -27,6 +25,14 @@ def written(value: float, unit: str = "") -> str:
     if unit == "step":
         return f"{value:,.0f}"
     return _si(value)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{_trim(count, 3 if abs(count) < 1000 else 4)} {unit}"
+        count /= 1024
+    return f"{_trim(count, 3)} TiB"
 
 
 def time(seconds: float) -> str:
@@ -54,9 +60,9 @@ def _si(value: float) -> str:
     return f"{_trim(value / factor)}{prefix}"
 
 
-def _trim(value: float) -> str:
-    """Four digits that count, without zeros that don't."""
-    return f"{float(f'{value:.4g}'):.12f}".rstrip("0").rstrip(".") or "0"
+def _trim(value: float, digits: int = 4) -> str:
+    """So many digits that count, without zeros that don't."""
+    return f"{float(f'{value:.{digits}g}'):.12f}".rstrip("0").rstrip(".") or "0"
 
 
 def _trim_to(value: float, unit: str) -> str:
@@ -131,7 +137,7 @@ def _step(least: float, unit: str) -> float:
     """The next round distance of ticks."""
     if unit in (BYTES, BYTES_PER_S):
         power = 1024.0 ** max(0, math.floor(math.log(max(least, 1.0), 1024)))
-        steps: tuple[float, ...] = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 256, 500, 512, 1024)
+        steps: tuple[float, ...] = tuple(2.0**power for power in range(11))
         return next(step * power for step in steps if step * power >= least * 0.999)
     if unit == SECONDS and least > 10:
         times = (15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
