@@ -36,22 +36,21 @@ CANCEL_POLL_S = {"local": 1.0, "slurm": ASK_EVERY_S}
 """Between two looks whether a cancelled run has ended."""
 
 HELP = (
-    ("↑ ↓  k j", "move; PgUp PgDn Home End too"),
-    ("Enter", "open a run; there: ranks, logs, events in turn"),
-    ("Esc  q", "back; on the first screen: quit (Ctrl-C quits anywhere)"),
-    ("/", "filter by name, id, state, reason, job, node or warning; Esc: all again"),
+    ("↑ ↓  k j", "move; PgUp PgDn Home End as well; ← → along long lines"),
+    ("Enter", "open a run; there: ranks, logs and events in turn"),
+    ("Esc  q", "back; on the first screen quit, as Ctrl-C does anywhere"),
+    ("/", "filter by name, id, state, reason, job, node, warning"),
     ("s  S", "sort by the next, the last column"),
-    ("c", "cancel the run: asks; saves a checkpoint where there is something to save"),
-    ("n  l  e", "a run's ranks and nodes, its logs (followed at their end), its events"),
-    ("← →", "along long lines"),
-    ("r", f"read all files now; Slurm is asked every {ASK_EVERY_S:.0f} s, never more often"),
-    ("Ctrl-Z", "leaves the terminal for a while; fg comes back"),
+    ("c", "cancel the run: asks; it saves a checkpoint and ends"),
+    ("n  l  e", "its ranks and nodes; its logs, followed at their end; events"),
+    ("r", f"read the files now; Slurm is asked every {ASK_EVERY_S:.0f} s at most"),
+    ("Ctrl-Z", "leave the terminal for a while; fg comes back"),
 )
 MARKS = (
-    ("!", "a warning: a leak, a slow rank, a hang, a checkpoint that failed"),
-    ("left", "what the remaining steps take, by the last 20; dim: what an ended run took"),
-    ("mem", "of the fullest node: what the run holds; red: over 90 % of the limit is in use"),
-    ("cpu", "of one core, over all nodes; gpu: the mean over all GPUs"),
+    ("!", "a warning: a leak, a slow rank, a hang, a failed checkpoint"),
+    ("left", "for the remaining steps; dim: what an ended run took"),
+    ("mem", "of the fullest node; red: 90 % of its limit is in use"),
+    ("cpu  gpu", "100% is one core, all nodes summed; mean over all GPUs"),
 )
 
 
@@ -82,7 +81,7 @@ class TopApp(App[None]):
     #columns { text-style: bold underline; }
     Lines { height: 1fr; scrollbar-size-vertical: 1; scrollbar-size-horizontal: 0; overflow-x: hidden; }
     #pane { border-top: solid ansi_bright_black; text-wrap: nowrap; text-overflow: ellipsis; }
-    #about { height: auto; text-wrap: nowrap; text-overflow: ellipsis; }
+    #about { height: auto; }
     #filter { display: none; height: 1; }
     ModalScreen { align: center middle; }
     .box { width: auto; max-width: 78; height: auto; max-height: 90%; border: round ansi_cyan; padding: 1 2; }
@@ -97,7 +96,7 @@ class TopApp(App[None]):
 
     def __init__(self, watch: Watch, every_s: float = REFRESH_S) -> None:
         super().__init__(ansi_color=True)  # the terminal's own colours, dark or light
-        self.theme = "textual-ansi" if "textual-ansi" in self.available_themes else self.theme
+        self.theme = "ansi-dark"
         self.animation_level = "none"  # each frame of it would go through ssh
         self.source = watch
         self.picture = Picture()

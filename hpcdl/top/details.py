@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -19,7 +20,7 @@ from hpcdl.runs.store import RunDir
 from hpcdl.runs.tail import Tail
 from hpcdl.top.reading import Node, Row
 from hpcdl.top.rows import FULL, bar, done, fit, percent, plain, size, start_words, why
-from hpcdl.top.warnings import Warning
+from hpcdl.top.warnings import Warning, of_event
 
 MOST_LINES = 5000
 """Of logs, and of events, that are kept."""
@@ -76,8 +77,7 @@ def _how(row: Row, width: int) -> Text:
         parts.append(f"{words.duration(row.left_s)} left")
     if row.last_line and state.state in ACTIVE:
         parts.append(f"logged {words.age(words.since(row.last_line))} ago")
-    text = Text(f"{bar(done(row), 10 if width < 100 else 30)} ", style="cyan", end="")
-    text.append_text(plain("  ".join(parts), "default"))
+    text = Text.assemble((f"{bar(done(row), 10 if width < 100 else 30)} ", "cyan"), "  ".join(parts))
     if reason := why(row):
         text.append_text(plain(f"  {reason}", "red" if state.state not in ACTIVE else "yellow"))
     return text
@@ -98,7 +98,8 @@ def pane(row: Row, width: int, height: int) -> list[Text]:
     shown = row.nodes if len(row.nodes) <= room else row.nodes[: max(0, room - 1)]
     lines += [node_line(node) for node in shown]
     if len(shown) < len(row.nodes) and room > 0:
-        lines.append(plain(f"… and {len(row.nodes) - len(shown)} more nodes: Enter", "dim"))
+        more = f"… and {len(row.nodes) - len(shown)} more nodes" if shown else f"{len(row.nodes)} nodes"
+        lines.append(plain(f"{more}: Enter shows them", "dim"))
     return lines + warned
 
 
@@ -114,8 +115,7 @@ def node_line(node: Node) -> Text:
     parts = [f"{percent(sample.cpu_percent) or '-'} cpu"]
     if sample.node_cpu_percent is not None:
         parts[0] += f" (node {percent(sample.node_cpu_percent)})"
-    text = plain(f"{sample.node}  ", "bold")
-    text.append("  ".join(parts))
+    text = Text.assemble(plain(sample.node, "bold"), "  ", "  ".join(parts))
     text.append("  mem ")
     text.append_text(_memory(node))
     if sample.gpus:
@@ -267,9 +267,10 @@ def log_line(line: str) -> Text:
     if found is None:
         return plain(line, "red" if _BAD.search(line) else "")
     rest = line[found.end() :]
-    text = Text(f"{words.local(found.group(1))[11:]} ", style="dim", no_wrap=True, end="")
-    text.append_text(plain(found.group(2), "cyan"))
-    return text.append_text(plain(rest, "red" if _BAD.search(rest) else "default"))
+    time = f"{words.local(found.group(1))[11:]} "
+    return Text.assemble(
+        (time, "dim"), plain(found.group(2), "cyan"), plain(rest, "red" if _BAD.search(rest) else "")
+    )
 
 
 class Details:
@@ -305,7 +306,7 @@ class Details:
         records = self._events.records()
         if self._events.replaced:
             self.events.clear()
-        self.events = [*self.events, *status.event_lines(records)][-MOST_LINES:]
+        self.events = [*self.events, *map(_told, records)][-MOST_LINES:]
         self._read_logs(view)
         self._read_times()
 
@@ -342,6 +343,13 @@ class Details:
             self.times = stragglers.of_run(self.run)
         except (TypeError, ValueError):  # not as hpcdl writes it
             self.times = []
+
+
+def _told(event: dict[str, Any]) -> str:
+    """An event as `hpcdl status` tells it; a warning in words."""
+    if event.get("event") in ("leak", "straggler"):
+        event = {"time": event.get("time"), "event": event["event"], "message": of_event(event).text}
+    return status.event_lines([event])[0]
 
 
 def event_line(line: str) -> Text:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich.text import Text
 
 from hpcdl.runs import status, words
+from hpcdl.runs.state import ACTIVE
 from hpcdl.top.rows import layout, ordered, plain
 from hpcdl.top.watch import Picture, Wanted, Watch
 
@@ -62,9 +64,7 @@ def heading(picture: Picture, wanted: Wanted, sort: str, pattern: str, shown: in
         pattern: what it is filtered by; empty: not.
         shown: rows that fit the pattern.
     """
-    text = Text.assemble(
-        ("hpcdl top", "bold"), "  ", status.summary([row.view for row in picture.rows]), end=""
-    )
+    text = Text(counts(picture), end="")
     if picture.unread:
         text.append(f"  reading {picture.unread:,} more …", style="yellow")
     if pattern:
@@ -73,10 +73,17 @@ def heading(picture: Picture, wanted: Wanted, sort: str, pattern: str, shown: in
         text.append(f"  by {sort}", style="dim")
     if picture.faults:
         text.append(f"  {len(picture.faults)} unreadable", style="red")
-    text.append("  ").append_text(slurm_words(picture))
     if picture.hidden and not wanted.everything:
         text.append(f"  {picture.hidden:,} older", style="dim")
     return text
+
+
+def counts(picture: Picture) -> str:
+    """How many runs are how: `3 running · 1 pending · 2 failed · 1 done`."""
+    words_of = {"COMPLETED": "done", **{word: word.lower() for word in (*ACTIVE, "CANCELLED")}}
+    found = Counter(words_of.get(row.state.state, "failed") for row in picture.rows)
+    order = ("running", "pending", "unknown", "failed", "cancelled", "done")
+    return " · ".join(f"{found[word]} {word}" for word in order if found[word]) or "no run"
 
 
 def slurm_words(picture: Picture) -> Text:
@@ -85,7 +92,7 @@ def slurm_words(picture: Picture) -> Text:
     if not news.needed:
         return Text("")
     if news.asked_ago_s is None:
-        return Text("Slurm is being asked", style="dim")
+        return Text("  Slurm is being asked", style="dim")
     if news.away:
-        return plain(f"Slurm does not answer; again in {words.age(news.next_in_s)}", "bold red")
-    return Text(f"Slurm asked {words.age(news.asked_ago_s)} ago", style="dim")
+        return plain(f"  Slurm does not answer; again in {words.age(news.next_in_s)}", "bold red")
+    return Text(f"  Slurm asked {words.age(news.asked_ago_s)} ago", style="dim")

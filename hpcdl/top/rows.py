@@ -32,6 +32,8 @@ class Column:
     place: int
     """Columns of a lower number come first where not all fit."""
     right: bool = False
+    soon: int = 0
+    """It grows to so many before any other grows further."""
 
 
 def plain(text: object, style: str = "") -> Text:
@@ -124,7 +126,7 @@ def _memory(row: Row, width: int) -> Text:
     used = row.peak_bytes if node is None else node.used_bytes
     share = node.share if node is not None else None
     style = "bold red" if share is not None and share >= FULL else ""
-    if width >= 10 and share is not None:
+    if width >= 9 and share is not None:
         return plain(f"{size(used)} {percent(100 * share)}", style)
     return plain(percent(100 * share) if share is not None and share >= FULL else size(used), style)
 
@@ -143,9 +145,9 @@ def _job(row: Row, _: int) -> Text:
 
 COLUMNS = (
     Column("", _mark, 1, 1, 0),
-    Column("run", _short_id, 6, 12, 2),
-    Column("name", lambda r, _: plain(r.state.name), 8, 40, 1),
-    Column("state", lambda r, _: plain(r.state.state, words.STYLES[r.state.state]), 9, 13, 0),
+    Column("run", _short_id, 6, 12, 2, soon=12),
+    Column("name", lambda r, _: plain(r.state.name), 8, 40, 1, soon=16),
+    Column("state", lambda r, _: plain(r.state.state, words.STYLES[r.state.state]), 9, 13, 0, soon=13),
     Column("progress", _progress, 10, 25, 3),
     Column("left", _left, 8, 11, 4, right=True),
     Column("loss", _loss, 6, 8, 5, right=True),
@@ -209,8 +211,12 @@ def layout(width: int) -> Layout:
         growing = [c for c in chosen if widths[c.title] < c.most]
         if not growing:
             break
+        first = [c for c in growing if widths[c.title] < c.soon]
         # The one that has had least of what it could use.
-        column = min(growing, key=lambda c: (widths[c.title] - c.least) / (c.most - c.least))
+        column = min(
+            first or growing,
+            key=lambda c: (widths[c.title] - c.least) / ((c.soon if first else c.most) - c.least),
+        )
         widths[column.title] += 1
         room -= 1
     return Layout(tuple((column, widths[column.title]) for column in COLUMNS if column in chosen))
@@ -240,9 +246,8 @@ def _instead(row: Row) -> Text | None:
     if state.state in FAILED:
         return plain(why(row), "red")
     text = "  ".join(part for part in (start_words(row), why(row)) if part)
-    if state.state == "RUNNING" and not text:
-        text = "the workers are starting …"
-    return plain(text, "yellow") if text else None
+    nothing_yet = "in the queue" if state.state == "PENDING" else "the workers are starting …"
+    return plain(text or nothing_yet, "yellow")
 
 
 def _rank(row: Row) -> int:

@@ -14,7 +14,7 @@ from textual.widgets import Input, Static
 from hpcdl.runs.store import RunDir
 from hpcdl.top import details, frame
 from hpcdl.top.reading import Row
-from hpcdl.top.rows import SORTS, layout, ordered, plain
+from hpcdl.top.rows import SORTS, fit, layout, ordered, plain
 from hpcdl.top.widgets import Lines, keys_line
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Part = Literal["ranks", "logs", "events"]
 PARTS: tuple[Part, ...] = ("ranks", "logs", "events")
-PANE_LEAST, PANE_MOST = 6, 14
+PANE_LEAST, PANE_MOST = 7, 14
 """Lines about the chosen run under the table."""
 WARNINGS_SHOWN = 3
 
@@ -112,7 +112,9 @@ class RunsScreen(_TopScreen):
         top, width = self.top, self.size.width
         self.rows = ordered(top.picture.rows, self._sort, self._pattern)
         wanted = top.source.wanted
-        self.put("head", frame.heading(top.picture, wanted, self._sort, self._pattern, len(self.rows)))
+        left = frame.heading(top.picture, wanted, self._sort, self._pattern, len(self.rows))
+        right = frame.slurm_words(top.picture)
+        self.put("head", fit(left, width - len(right)).append_text(right))
         lines = self.query_one("#runs", Lines)
         at = next((i for i, row in enumerate(self.rows) if row.view.run == self._chosen), lines.at)
         lines.fill(len(self.rows), self._line, at)
@@ -135,7 +137,9 @@ class RunsScreen(_TopScreen):
         elif self._pattern and self.top.picture.rows:
             lines = [plain(f"no run has {self._pattern!r} in it: Esc shows all")]
         else:
-            lines = [plain(frame.nothing(self.top.picture, self.top.source.wanted))] if self.top.looked else []
+            lines = (
+                [plain(frame.nothing(self.top.picture, self.top.source.wanted))] if self.top.looked else []
+            )
         lines += [plain(fault, "red") for fault in self.top.picture.faults[: height - len(lines)]]
         for line in lines:
             line.truncate(self.size.width, overflow="ellipsis")
@@ -262,6 +266,8 @@ class RunScreen(_TopScreen):
         if row is None:
             return
         lines = details.about(row, width)
+        for line in lines:  # warnings may take more than one
+            line.truncate(width, overflow="ellipsis")
         lines += [details.warning_line(each) for each in row.warnings[-WARNINGS_SHOWN:]]
         if all(each.view.run != self.run for each in self.top.picture.rows):
             lines.append(Text("its directory is gone", style="bold red"))

@@ -54,7 +54,7 @@ class Warnings:
         if kind == "straggler_over":
             self._found.pop(("straggler", ""), None)
         if kind in KINDS:
-            warning = _warning(str(kind), event)
+            warning = of_event(event)
             self._found.pop((warning.kind, warning.about), None)  # the newest stands last
             self._found[warning.kind, warning.about] = warning
 
@@ -63,7 +63,9 @@ class Warnings:
         return tuple(self._found.values())
 
 
-def _warning(kind: str, event: Mapping[str, Any]) -> Warning:
+def of_event(event: Mapping[str, Any]) -> Warning:
+    """An event of KINDS in words."""
+    kind = str(event.get("event"))
     about, text = "", str(event.get("message") or event.get("reason") or "")
     if kind == "leak":
         about, text = _leak(event)
@@ -83,12 +85,21 @@ def _leak(event: Mapping[str, Any]) -> tuple[str, str]:
     text = f"{who} on {event.get('node', '?')}: {memory or 'memory'} memory grows"
     rate = event.get("bytes_per_step")
     if isinstance(rate, int | float) and rate > 0:
-        text += f" by {words.size(rate)} a step"
+        text += f" by {_precise(rate)} a step"
     if full := _when(event.get("full_at")):
         text += f", full {full}"
     if grows := _list(event.get("growing")):
         text += f": {grows}"
     return f"{event.get('node')} {role} {pid} {memory}", text
+
+
+def _precise(count: float) -> str:
+    """Bytes with a decimal, which words.size has from GiB on only."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
 
 
 def _straggler(event: Mapping[str, Any]) -> tuple[str, str]:

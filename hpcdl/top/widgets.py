@@ -94,8 +94,9 @@ class Lines(ScrollView, can_focus=True):
         text = self._make(index, width)
         if self._aside:
             text = text[self._aside :] if self._aside < len(text) else Text("")
-        strip = Strip(fit(text, width).render(self.app.console), width)
-        return strip.apply_style(CHOSEN) if self._choose and index == self.at else strip
+        if self._choose and index == self.at:
+            text = Text(text.plain, style=CHOSEN)  # in one colour: several, reversed, are a patchwork
+        return Strip(fit(text, width).render(self.app.console), width)
 
     def _keep_in_sight(self) -> None:
         top, height = self.scroll_offset.y, self.scrollable_content_region.height
