@@ -34,7 +34,8 @@ def render(report: Mapping[str, Any], form: str) -> str:
         return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     kind = str(report["report"])
     if form == "md":
-        return _environment(html=False).get_template(f"{kind}.md.j2").render(r=report)
+        more = {"columns": columns(report)} if kind == "sweep" else {}
+        return _environment(html=False).get_template(f"{kind}.md.j2").render(r=report, **more)
     script, style = _source("page.js"), _source("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -59,6 +60,18 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, Any]:
         "system": figures.system(report),
         "strip": strip.of_tries(report["tries"]),
     }
+
+
+def metric(key: str, value: float, report: Mapping[str, Any]) -> str:
+    """A figure of a sweep's table."""
+    if key in ("loss", "eval_loss"):
+        return words.number(value)
+    if key == "efficiency":
+        return f"{100 * value:.1f} %"
+    if key == "cost":
+        return f"{value:.2f}" if report["cost"]["money"] is not None else hours(value)
+    units = {"peak_memory_bytes": scale.BYTES, "step_s": scale.SECONDS}
+    return scale.written(value, units.get(key, ""))
 
 
 COLUMNS = {
@@ -90,6 +103,7 @@ def _environment(*, html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.globals["metric"] = metric
     made.filters.update(
         bytes=lambda value: _or_dash(value, scale.BYTES),
         seconds=lambda value: _or_dash(value, scale.SECONDS),
@@ -105,7 +119,7 @@ def _environment(*, html: bool) -> Environment:
         size_of=lambda value, most: 0 if not value or not most else round(100 * value / most, 1),
     )
     if not html:
-        made.filters.update(md=markdown, spark=sparkline, fence=fence)
+        made.filters.update(md=markdown, code=code, spark=sparkline, fence=fence)
     return made
 
 
@@ -149,6 +163,13 @@ def rank_ranges(ranks: list[int]) -> str:
 def markdown(value: object) -> str:
     """A text in a line of Markdown, as it is: nothing in it is taken for markup."""
     return _MEANT.sub(r"\\\1", str(value)).replace("\r", " ").replace("\n", " ")
+
+
+def code(value: object) -> str:
+    """A text in a line of Markdown that is to be copied: as it is, in backticks."""
+    text = str(value).replace("\r", " ").replace("\n", " ").replace("|", "\\|")
+    ticks = fence(text)[2:] if "`" in text else "`"
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
 
 
 def fence(text: str) -> str:

@@ -49,6 +49,8 @@ class Axis:
     from_zero: bool = False
     words: Sequence[str] = ()
     """Values that are no numbers, at 0, 1, 2, …"""
+    few: bool = False
+    """Whether it holds some values only, each of which has its tick, and no dot lies on the frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,9 @@ def _near(levels: Sequence[tuple[float, str]], highest: float) -> list[tuple[flo
 def _scale_x(axis: Axis, values: Sequence[float]) -> Scale:
     if axis.words:
         return Scale(low=-0.5, high=len(axis.words) - 0.5, ticks=tuple(range(len(axis.words))))
+    distinct = sorted(set(values))
+    if axis.few and len(distinct) <= scale.MOST_TICKS:
+        return scale.between(distinct, log=axis.log)
     return scale.along(min(values), max(values), axis.unit, log=axis.log)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 BYTES = "bytes"
 BYTES_PER_S = "bytes/s"
 SECONDS = "s"
 """Units that are written in their own way; others stand behind the number as they are."""
+MOST_TICKS = 8
+"""On an axis that shows each of its values."""
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 
 
@@ -120,6 +123,33 @@ def along(low: float, high: float, unit: str = "", *, log: bool = False, most: i
     step = _step((high - low) / max(1, most - 1), unit)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return Scale(low=low, high=high, ticks=tuple(number * step for number in range(first, last + 1)))
+
+
+def between(values: Sequence[float], *, log: bool = False) -> Scale:
+    """The axis of a few values: a tick at each, and some room beside the outer ones.
+
+    Args:
+        values: different ones, rising.
+        log: by powers of ten; values must be above 0.
+    """
+    low, high = values[0], values[-1]
+    log = log and low > 0 and high > low
+    if log:
+        margin = (high / low) ** 0.08
+        return Scale(low=low / margin, high=high * margin, log=True, ticks=_apart(values, log=True))
+    margin = 0.08 * (high - low) or abs(low) * 0.5 or 0.5
+    return Scale(low=low - margin, high=high + margin, ticks=_apart(values, log=False))
+
+
+def _apart(values: Sequence[float], *, log: bool) -> tuple[float, ...]:
+    """Those of the values whose ticks don't stand in each other's way."""
+    places = [math.log10(value) if log else value for value in values]
+    width = (places[-1] - places[0]) / (MOST_TICKS + 1)
+    kept = [0]
+    for place in range(1, len(values)):
+        if places[place] - places[kept[-1]] >= width:
+            kept.append(place)
+    return tuple(values[place] for place in kept)
 
 
 def _log(low: float, high: float, most: int) -> Scale:

@@ -13,6 +13,8 @@ MOST_KEYS = 6
 """Keys that are drawn: those that take the most values come first."""
 MOST_WORDS = 8
 """Values of a key that are no numbers, on an axis."""
+_NOT_DRAWN = ("cluster.nodes", "cluster.processes_per_node", "seed")
+"""The first two are what the scaling plots are over; a seed has no more or less."""
 _ALL_LINES = 20
 """Up to so many runs have a line each."""
 
@@ -26,7 +28,7 @@ def scaling(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows: Rows = report["rows"]
     made: list[Plot] = []
     if len({row["processes"] for row in rows}) > 1:
-        processes = Axis(label="processes", unit="count", log=_spread(rows))
+        processes = Axis(label="processes", log=_spread(rows), few=True)
         made.append(
             Plot(
                 title="Scaling",
@@ -98,7 +100,7 @@ def by_key(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     result = next((key for key in ("eval_loss", "loss") if any(row[key] is not None for row in rows)), None)
     wanted = [(result, "held-out loss" if result == "eval_loss" else "loss")] if result else []
     wanted.append(("tokens_per_s", "tokens/s"))
-    keys = [key for key in report["differing"] if key not in ("cluster.nodes", "cluster.processes_per_node")]
+    keys = [key for key in report["differing"] if key not in _NOT_DRAWN]
     made = []
     for metric, label in wanted:
         for key in sorted(keys, key=lambda key: -_values(rows, key))[:MOST_KEYS]:
@@ -140,7 +142,7 @@ def _against(rows: Rows, key: str, metric: str, label: str) -> dict[str, Any] | 
     return plots.draw(
         Plot(
             title=key,
-            x=Axis(label=key, log=log, words=names),
+            x=Axis(label=key, log=log, words=names, few=True),
             y=Axis(label=label, from_zero=metric == "tokens_per_s"),
             lines=lines,
         )

@@ -146,7 +146,7 @@ class _Reader:
     def _on_resumed(self, event: Mapping[str, Any], time: str) -> None:
         step = _whole(event.get("step"))
         if self._now is not None:
-            if not any(mark.kind == "resumed" for mark in self._now.marks):
+            if not any(mark.kind in ("resumed", "fault") for mark in self._now.marks):
                 self._now.first_step = step
             self._mark("resumed", time, f"resumed from step {step}")
 
