@@ -93,7 +93,7 @@ class Looks:
 
 def _back(run: RunDir, place: Place, why: str) -> int:
     """Into the queue again, for Slurm to start it some minutes later."""
-    refused = control.requeue(place.job_id) if place.job_id else "no job"
+    refused = control.requeue(place.job_id, place.restarts).refused if place.job_id else "no job"
     if refused:
         why = f"{why}, and can't go back into the queue: {refused}"
         return cancel(run, place.token, why, by="dependency")

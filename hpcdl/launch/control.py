@@ -68,21 +68,41 @@ def ask(job_id: str, restarts: int) -> JobFate:
     return JobFate(fate="unknown", words=words)
 
 
-def requeue(job_id: str, waits: Patience | None = None) -> str:
-    """Puts the job back into the queue; returns Slurm's words if it refuses, else an empty string.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Back:
+    """What became of the wish to be queued again."""
+
+    refused: str = ""
+    """Slurm's words if it refuses; empty where the job is in the queue again, or will be."""
+    by_slurm: bool = False
+    """Slurm had queued the job again by itself; its next try may be running."""
+
+
+def requeue(job_id: str, restarts: int, waits: Patience | None = None) -> Back:
+    """Puts the job back into the queue, unless it is no more the job that this try belongs to.
+
+    A node that was cut off reaches Slurm again after minutes. Slurm has given it up then and started the job
+    elsewhere, or somebody has cancelled it: a requeue would end that try, or wake the job up again (seen on 22.05).
 
     Args:
         job_id: `123_4` for an array task.
+        restarts: SLURM_RESTART_COUNT of this try.
         waits: how long to go on while Slurm doesn't answer.
     """
     waits = waits or Patience(_AWAY_S, sleep=lambda delay: time.sleep(min(delay, _BETWEEN_S)))
+    waited = False
     while True:
+        fate = ask(job_id, restarts)
+        if fate.fate == "requeued":
+            return Back(by_slurm=True)
+        if waited and fate.fate == "cancelled":
+            return Back(refused=f"cancelled meanwhile: {fate.words}")
         done = run(["scontrol", "requeue", job_id])
-        words = said(done)
         if done.returncode == 0:
-            return ""
-        if not _unanswered(done) or not waits.wait(words):
-            return words
+            return Back()
+        if not _unanswered(done) or not waits.wait(said(done)):
+            return Back(refused=said(done))
+        waited = True
 
 
 def waited_for(job_id: str) -> str:

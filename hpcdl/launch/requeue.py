@@ -66,9 +66,11 @@ def again(run: RunDir, place: Place, how: How, say: Callable[[str], None]) -> Ag
                 return _handed_over(place, successor.submit(run, place, say), say)
             except (HpcdlError, OSError) as error:
                 why = " ".join(str(error).split())
-    refused = control.requeue(place.job_id)
-    if refused:
-        return Again(refused=f"{refused}; nor was there a successor: {why}" if why else refused)
+    back = control.requeue(place.job_id, place.restarts)
+    if back.by_slurm:
+        return BY_SLURM
+    if back.refused:
+        return Again(refused=f"{back.refused}; nor was there a successor: {why}" if why else back.refused)
     details: dict[str, Any] = {"way": "requeue", **({"no_successor": why} if why else {})}
     return Again(job_id=place.job_id, details=details)
 

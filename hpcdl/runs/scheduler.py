@@ -32,6 +32,9 @@ __all__ = ["Answer", "Job", "Slurm", "run_command", "with_comment"]
 
 COMMENT = "hpcdl:"
 """Each job's comment is this and its submission's token: found by it when sbatch's answer was lost."""
+QUEUED_AGAIN = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
+"""Ends after which Slurm queues a job again by itself. slurmdbd has them up to half a minute before the job is PENDING
+(seen on 22.05: a cut-off node keeps the controller from answering just then)."""
 CHUNK = 1000
 """Job ids on one command line."""
 SAID_LINES = 3
@@ -113,8 +116,15 @@ class Slurm:
             known.update(more)
         missing = [i for i in job_ids if i not in known]
         if missing:
-            # slurmdbd's «running» for a job that the controller doesn't know is a row that nobody closed.
-            known.update({i: job for i, job in self._sacct(missing).items() if job.ended})
+            # slurmdbd's «running» for a job that the controller doesn't know is a row that nobody closed. And while
+            # the controller can't be asked, NODE_FAIL is only what became of a try: the job may be queued again.
+            known.update(
+                {
+                    i: job
+                    for i, job in self._sacct(missing).items()
+                    if job.ended and not (away and job.state in QUEUED_AGAIN)
+                }
+            )
         return Answer(jobs=known, away=away)
 
     def find(self, tokens: Collection[str]) -> tuple[dict[str, tuple[str, ...]], str]:

@@ -50,24 +50,34 @@ def test_no_answer_is_not_a_fate(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setenv("PATH", "/nowhere")
     assert control.ask("7_0", 0).words == "scontrol is not on this node's PATH"
-    assert control.requeue("7_0") == "scontrol is not on this node's PATH"
+    assert control.requeue("7_0", 0).refused == "scontrol is not on this node's PATH"
 
 
 def test_a_requeue_waits_for_a_controller_that_is_away(slurm: FakeSlurm) -> None:
     slurm.set(down=True)
     waited: list[float] = []
-    refused = control.requeue(
-        "7_0", Patience(100.0, say=lambda _: None, sleep=waited.append, clock=lambda: sum(waited))
-    )
-    assert "Unable to contact slurm controller" in refused
+    patience = Patience(100.0, say=lambda _: None, sleep=waited.append, clock=lambda: sum(waited))
+    assert "Unable to contact slurm controller" in control.requeue("7_0", 0, patience).refused
     assert sum(waited) == 100.0
+    slurm.set(requeue_refused="Requested operation is presently disabled")
+    assert after_a_while(slurm, "RUNNING", 0).refused == "Requested operation is presently disabled"
+
+
+def test_a_job_that_has_a_newer_try_or_was_cancelled_meanwhile_is_not_queued_again(slurm: FakeSlurm) -> None:
+    """The node was cut off until Slurm had given it up."""
+    assert after_a_while(slurm, "RUNNING", 1) == control.Back(by_slurm=True)
+    assert after_a_while(slurm, "CANCELLED", 0).refused == "cancelled meanwhile: CANCELLED"
+    assert ["requeue", "7_0"] not in [call["argv"] for call in slurm.calls("scontrol")]
+
+
+def after_a_while(slurm: FakeSlurm, state: str, restarts: int) -> control.Back:
+    """Slurm answers the second time, and the job stands like this then."""
 
     def comes_back(delay: float) -> None:
-        slurm.set(down=False)
+        slurm.set(down=False, job_show=f"{COMMON}JobState={state} Reason=None Restarts={restarts}")
 
-    slurm.set(requeue_refused="Requested operation is presently disabled")
-    refused = control.requeue("7_0", Patience(100.0, say=lambda _: None, sleep=comes_back))
-    assert refused == "Requested operation is presently disabled"
+    slurm.set(down=True)
+    return control.requeue("7_0", 0, Patience(100.0, say=lambda _: None, sleep=comes_back))
 
 
 def test_sbatch_from_inside_a_job(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,16 @@ def test_the_accounting_answers_for_an_absent_controller(fake: FakeSlurm) -> Non
     assert answer.jobs["4_0"].state == "TIMEOUT"
 
 
+@pytest.mark.parametrize("word", ["NODE_FAIL", "PREEMPTED"])
+def test_what_slurm_may_queue_again_is_no_end_while_the_controller_is_away(fake: FakeSlurm, word: str) -> None:
+    """As it was with a node that was cut off: slurmdbd has the try's end before the job is in the queue again."""
+    fake.away, fake.accounting = True, True
+    fake.jobs["4"] = [FakeJob(word, "0", nodes="c3")]
+    assert fake.slurm().ask(["4_0"]).jobs == {}
+    fake.away, fake.jobs["4"][0].forgotten = False, True
+    assert fake.slurm().ask(["4_0"]).jobs["4_0"].state == word
+
+
 def test_a_thousand_runs_take_one_call(fake: FakeSlurm) -> None:
     fake.jobs["4"] = [FakeJob("PENDING", "0-999")]
     assert len(fake.slurm().ask([f"4_{i}" for i in range(1000)]).jobs) == 1000
