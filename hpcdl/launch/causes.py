@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
-from hpcdl.runs import kinds
+from hpcdl.runs import failure, kinds
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir, now
+
+LastLines = Mapping[int, Sequence[str]]
+"""The last lines that ranks have printed, by rank."""
 
 _REPORT = re.compile(r"^\s+(time|host|rank|exitcode)\s*: (.*)$")
 _NO_WORDS = re.compile(r"^\s*(=+|-+)?\s*$")
@@ -83,7 +87,13 @@ class Cause:
 
 
 def find(
-    run: RunDir, attempt: str, words: Iterable[str], node: str, *, killed_by_kernel: bool = False
+    run: RunDir,
+    attempt: str,
+    words: Iterable[str],
+    node: str,
+    *,
+    killed_by_kernel: bool = False,
+    last: LastLines | None = None,
 ) -> Cause:
     """The root cause: the earliest, except that a death by signal goes before what it did to the others.
 
@@ -93,23 +103,16 @@ def find(
         words: the last lines that this node's torchrun said.
         node: this node's name.
         killed_by_kernel: whether this node's kernel has killed a process of the job for want of memory.
+        last: the last lines of this node's ranks.
     """
     said = list(words)
     causes = [*_recorded(run, attempt), *_said(said)]
-    own = from_torchrun(said, node, killed_by_kernel=killed_by_kernel)
-    spoken = {cause.rank for cause in causes if not cause.by_torchrun}
-    heard = [
-        c
-        for c in (*causes, own)
-        if not c.by_torchrun or c.signal or (c.rank is not None and c.rank not in spoken)
-    ]
-    if any(c.kind == "hang" for c in heard):
-        heard = [c for c in heard if not c.by_torchrun]  # killed by their agents, because of it
-    return min(heard or [own], key=_when)
+    own = from_torchrun(said, node, killed_by_kernel=killed_by_kernel, last=last)
+    return failure.earliest([*causes, own]) or own
 
 
 def record(
-    run: RunDir, attempt: str, node: int, cause: Cause, *, restart: int | None = None, by: str = "agent"
+    run: RunDir, attempt: str, node: int, cause: Cause, *, restart: int | None = None, by: str | None = None
 ) -> None:
     """Leaves this node's cause for the first node's agent: `errors/try<…>-node<k>.json`.
 
@@ -120,7 +123,7 @@ def record(
         cause: what was seen here.
         restart: how often the workers had been restarted in place, where the agent ended them itself and they
             may start anew; null: this node's last word of the try.
-        by: what of the agent saw it: each leaves one file a restart.
+        by: what of the agent saw it: each leaves one file a restart. `FIRST`: what it takes the failure to come from.
     """
     plain = {
         "time": cause.time,
@@ -139,8 +142,14 @@ def record(
         "kind": cause.told,
     }
     run.errors.mkdir(exist_ok=True)
-    again = "" if restart is None else f"-restart{restart}-{by}"
-    write_json(run.errors / f"try{attempt}{again}-node{node}.json", plain)
+    again = "" if restart is None else f"-restart{restart}"
+    write_json(run.errors / f"try{attempt}{again}{f'-{by}' if by else ''}-node{node}.json", plain)
+
+
+def decided(run: RunDir, attempt: str, cause: Cause, restart: int | None = None) -> None:
+    """Writes down what a failure comes from, for who looks (hpcdl.runs.first); as `record`."""
+    with contextlib.suppress(OSError):  # the disk may be what is wrong
+        record(run, attempt, 0, cause, restart=restart, by=failure.FIRST)
 
 
 def of_nodes(run: RunDir, attempt: str) -> int:
@@ -148,13 +157,16 @@ def of_nodes(run: RunDir, attempt: str) -> int:
     return sum(1 for _ in run.errors.glob(f"try{attempt}-node*.json"))
 
 
-def from_torchrun(words: list[str], node: str, *, killed_by_kernel: bool = False) -> Cause:
+def from_torchrun(
+    words: list[str], node: str, *, killed_by_kernel: bool = False, last: LastLines | None = None
+) -> Cause:
     """What torchrun's last lines say: its report's root cause, else its last words.
 
     Args:
         words: those lines.
         node: this node's name.
         killed_by_kernel: whether the kernel has killed a process here; it was the rank that died by SIGKILL.
+        last: the last lines of the ranks here.
     """
     report = _root_cause(words)
     code = _number(report.get("exitcode", ""))
@@ -169,10 +181,18 @@ def from_torchrun(words: list[str], node: str, *, killed_by_kernel: bool = False
             message=said[-1].strip() if said else "ended without a word",
             node=node,
         )
-    return of_exit(code, rank, node, time, killed_by_kernel=killed_by_kernel)
+    return of_exit(code, rank, node, time, killed_by_kernel=killed_by_kernel, last=last)
 
 
-def of_exit(code: int, rank: int | None, node: str, time: str, *, killed_by_kernel: bool = False) -> Cause:
+def of_exit(
+    code: int,
+    rank: int | None,
+    node: str,
+    time: str,
+    *,
+    killed_by_kernel: bool = False,
+    last: LastLines | None = None,
+) -> Cause:
     """A worker's end as torchrun saw it.
 
     Args:
@@ -181,11 +201,16 @@ def of_exit(code: int, rank: int | None, node: str, time: str, *, killed_by_kern
         node: where it ran.
         time: when it was found; UTC, ISO 8601.
         killed_by_kernel: whether the kernel has killed a process there; it was the rank that died by SIGKILL.
+        last: the last lines of the ranks there: what C code prints before it aborts, or Python before hpcdl is there.
     """
+    said = list((last or {}).get(-1 if rank is None else rank, ()))
+    why = failure.telling(said)
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         starved = killed_by_kernel and name == "SIGKILL"
-        hint = "killed; by the kernel if memory ran out" if name == "SIGKILL" else "killed by this signal"
+        hint = why if why and name != "SIGKILL" else "killed by this signal"
+        if name == "SIGKILL":
+            hint = "killed; by the kernel if memory ran out"
         return Cause(
             time=time,
             type=name,
@@ -197,10 +222,18 @@ def of_exit(code: int, rank: int | None, node: str, time: str, *, killed_by_kern
             signal=-code,
             by_torchrun=True,
             killed_by_kernel=starved,
+            traceback="\n".join(said),
         )
-    message = f"the worker ended with code {code} and said nothing"
+    message = f"the worker ended with code {code}: {why}" if why else f"the worker ended with code {code}"
     return Cause(
-        time=time, type="ExitCode", message=message, node=node, rank=rank, by_torchrun=True, code=code
+        time=time,
+        type="ExitCode",
+        message=message if said else f"{message} and said nothing",
+        node=node,
+        rank=rank,
+        by_torchrun=True,
+        code=code,
+        traceback="\n".join(said),
     )
 
 
@@ -272,14 +305,6 @@ def _read(text: str) -> Cause | None:
 
 def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) else None
-
-
-def _when(cause: Cause) -> str:
-    """The time to sort by: torchrun finds a dead worker after the others have lost their connection to it."""
-    if not cause.by_torchrun:
-        return cause.time
-    earlier = datetime.fromisoformat(cause.time) - timedelta(seconds=1)
-    return earlier.isoformat(timespec="milliseconds")
 
 
 def _root_cause(words: list[str]) -> dict[str, str]:

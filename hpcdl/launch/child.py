@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import select
@@ -26,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hpcdl import secrets
+from hpcdl.launch.voices import Voices
 from hpcdl.runs.kinds import CAUSE
 from hpcdl.runs.private import open_to_write
 
@@ -43,6 +45,9 @@ has gone wrong with them. torchrun itself would wait 30 s."""
 _TICK_S = 0.2
 _KILL_LIMIT_S = 10.0
 _KEPT_LINES = 200
+_KEPT_OF_A_RANK = 60
+_PIPE_BYTES = 1 << 20
+"""Of lines longer than what is free in a pipe the kernel mixes those of several threads."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -141,8 +146,11 @@ class Torchrun:
             preexec_fn=prepare,
             process_group=0,  # a Ctrl-C in the agent's terminal must not reach it
         )
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError):  # more than the user may have
+            fcntl.fcntl(self._process.stdout.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._log = log
-        self._rest = b""
+        self._voices = Voices()
         self._closing: dict[int, float] = {}
         self.disturbed = False
         """Whether it has said that a worker failed or is told to end: a restart in place may follow."""
@@ -152,6 +160,8 @@ class Torchrun:
         """Global ranks that have printed something here."""
         self.words: deque[str] = deque(maxlen=_KEPT_LINES)
         """The last lines that torchrun itself said."""
+        self.last: dict[int, deque[str]] = {}
+        """The last lines of each rank."""
 
     @property
     def pid(self) -> int:
@@ -173,8 +183,7 @@ class Torchrun:
         kill_below(os.getpid())
         while self._read(descriptor, 0.0):
             pass
-        if self._rest:
-            self._take([self._rest])
+        self._take(self._voices.end())
         return self._process.returncode
 
     def signal_workers(self, number: int) -> None:
@@ -194,9 +203,7 @@ class Torchrun:
         data = os.read(descriptor, 1 << 16) if ready else b""
         if ready and not data:
             time.sleep(wait_s)  # the pipe is closed, the process not yet gone
-        if data:
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            self._take(lines)
+        self._take(self._voices.take(data) if data else self._voices.late())
         return bool(data)
 
     def _take(self, lines: Sequence[bytes]) -> None:
@@ -205,7 +212,10 @@ class Torchrun:
         self._log.write(lines)
         for line in lines:
             if spoke := _RANK_LINE.match(line):
-                self.ranks.add(int(spoke.group(1)))
+                rank = int(spoke.group(1))
+                self.ranks.add(rank)
+                text = secrets.hide(line[spoke.end() :].decode(errors="replace"))
+                self.last.setdefault(rank, deque(maxlen=_KEPT_OF_A_RANK)).append(text)
                 if line.startswith(CAUSE.encode(), spoke.end()):
                     self.words.append(line[spoke.end() :].decode(errors="replace"))
                 continue

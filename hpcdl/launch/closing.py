@@ -45,6 +45,8 @@ class Left:
     """Its exit code."""
     words: tuple[str, ...] = ()
     """The last lines that it said."""
+    last: causes.LastLines = dataclasses.field(default_factory=dict)
+    """The last lines of each rank here."""
     signals: tuple[int, ...] = ()
     """Signals that the agent got meanwhile, in their order."""
     killed: bool = False
@@ -104,7 +106,7 @@ class Closing:
 
         def root_cause() -> tuple[State, str]:
             told = left.cause or (left.judged.cause if left.judged else None)
-            cause.append(told or self.cause(left.words, killed_by_kernel=left.out_of_memory))
+            cause.append(told or self.cause(left))
             return "OUT_OF_MEMORY" if cause[0].out_of_memory else "FAILED", cause[0].reason
 
         seen = self._seen(left)
@@ -115,6 +117,7 @@ class Closing:
         if end.state in _FINAL:
             return self._finish(end, "")
         if cause:
+            causes.decided(self._run, self._attempt, cause[0])
             failure = progress.of_cause(cause[0], progress.saved(self._run), self.reached(None))
             if left.judged is not None and left.cause is None:
                 failure = left.judged.failure
@@ -139,21 +142,26 @@ class Closing:
             return 0
         if not left.told:
             own = left.cause or causes.from_torchrun(
-                list(left.words), self._place.name, killed_by_kernel=left.out_of_memory
+                list(left.words), self._place.name, killed_by_kernel=left.out_of_memory, last=left.last
             )
             causes.record(self._run, self._attempt, self._place.node, own)
         tell(True)
         self._wait_for_the_first()
         return 1
 
-    def cause(self, words: tuple[str, ...], *, killed_by_kernel: bool) -> causes.Cause:
+    def cause(self, left: Left) -> causes.Cause:
         """The root cause, once the other nodes' agents have told theirs."""
         others = len(self._place.nodes) - 1
         deadline = time.monotonic() + _PEERS_LIMIT_S
         while causes.of_nodes(self._run, self._attempt) < others and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         return causes.find(
-            self._run, self._attempt, words, self._place.name, killed_by_kernel=killed_by_kernel
+            self._run,
+            self._attempt,
+            left.words,
+            self._place.name,
+            killed_by_kernel=left.out_of_memory,
+            last=left.last,
         )
 
     def verdict(

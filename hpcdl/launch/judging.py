@@ -54,9 +54,14 @@ class Judge:
         while self._recorded < min(failures, self._max_restarts):
             one = child.failures[self._recorded]
             own = causes.of_exit(
-                one.code, one.rank, self._place.name, one.time, killed_by_kernel=killed_by_kernel
+                one.code,
+                one.rank,
+                self._place.name,
+                one.time,
+                killed_by_kernel=killed_by_kernel,
+                last=child.last,
             )
-            causes.record(self._run, self._attempt, self._place.node, own, restart=self._recorded)
+            causes.record(self._run, self._attempt, self._place.node, own, restart=self._recorded, by="agent")
             self._recorded += 1
             self._since = time.monotonic()
         if not self._place.first or self._judged == self._recorded or self._may_hear_more():
@@ -74,8 +79,14 @@ class Judge:
 
     def _judgement(self, child: Torchrun, *, killed_by_kernel: bool) -> str:
         cause = causes.find(
-            self._run, self._attempt, child.words, self._place.name, killed_by_kernel=killed_by_kernel
+            self._run,
+            self._attempt,
+            child.words,
+            self._place.name,
+            killed_by_kernel=killed_by_kernel,
+            last=child.last,
         )
+        causes.decided(self._run, self._attempt, cause, self._recorded - 1)
         failure = progress.of_cause(cause, progress.saved(self._run), self._end.reached(self._recorded - 1))
         decided = self._end.verdict(failure)
         if decided.then != "restart":

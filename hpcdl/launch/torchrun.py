@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
+from hpcdl.launch.voices import PREFIX
 from hpcdl.runs.store import RunDir
 
 MODULE = "torch.distributed.run"
@@ -22,8 +23,6 @@ WORKER: tuple[str, ...] = ("-m", "hpcdl.worker.main")
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT_S = 600
 """How long an agent waits for the others: importing torch from a slow shared disk can take minutes."""
-PREFIX = "[rank ${rank}] "
-"""torchrun's template for the begin of each worker's line; ${rank} is the global rank."""
 
 _INHERITED = ("MASTER_", "TORCHELASTIC_", "TORCH_ELASTIC_", "PET_", "GROUP_", "ROLE_")
 _INHERITED_NAMES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "HPCDL_TRY"})
@@ -170,6 +169,9 @@ def environment(cluster: Resources, attempt: str, inherited: Mapping[str, str]) 
     settings = {
         "HPCDL_TRY": attempt,
         "OMP_NUM_THREADS": str(cluster.cpus_per_process),
+        "PYTHONFAULTHANDLER": "1",  # where Python was when C code crashed
+        # torchrun's thread that passes a worker's lines on would die of a letter that the locale doesn't have.
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
         "PYTHONUNBUFFERED": "1",
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": PREFIX,
     }

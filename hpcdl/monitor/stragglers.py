@@ -209,7 +209,7 @@ def _slower(
     if len(here) > 1 and cause == "computing":
         cause, why = "its node", f"so are all its {len(here)} ranks"
     # What the others would win is no more than what they wait.
-    waits = statistics.median(usual[r].wait_s for r in others)
+    waits = statistics.fmean(look[r].wait_s for look in looks for r in others)
     return Verdict(
         rank=most,
         node=ranks.nodes[most],

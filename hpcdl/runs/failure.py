@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from hpcdl.runs.state import RunState
 from hpcdl.runs.store import SUBMISSIONS, RunDir
 
+FIRST = "first"
+"""In the name of an error file: what the first node's agent takes a failure to come from."""
 BEGINNINGS = ("started", "restarted", "resumed", "requeued")
 """Events after which what failed before is no longer the cause."""
 
@@ -48,6 +52,27 @@ class Failure:
     """Whether the node's kernel killed it for want of memory."""
     peak_memory_bytes: int | None = None
     """The most that the rank has held, where it could still say so."""
+    signal: int = 0
+    """The signal that ended the rank; 0 where it ended by itself."""
+    by_torchrun: bool = False
+    """Whether torchrun found the rank dead."""
+    told: str = ""
+    """Its kind (hpcdl.runs.kinds), where who saw it said so."""
+    attempt: str = ""
+    """The try, `<attempt>.<requeue>`."""
+    restart: int | None = None
+    """Restarts in place before it; null: the try's end."""
+    is_verdict: bool = False
+    """Whether it is what the first node's agent has decided that the failure comes from."""
+
+    @property
+    def kind(self) -> str:
+        """What it is."""
+        from hpcdl.runs.kinds import kind_of  # which reads words as this module does
+
+        return self.told or kind_of(
+            self.type, self.message, by_signal=bool(self.signal), by_kernel=self.killed_by_kernel
+        )
 
     @property
     def out_of_memory(self) -> bool:
@@ -63,21 +88,99 @@ class Failure:
         return f"{head} ({where})"
 
 
+class Seen(Protocol):
+    """What counts of something that went wrong."""
+
+    @property
+    def time(self) -> str:
+        """UTC, ISO 8601."""
+        ...
+
+    @property
+    def rank(self) -> int | None:
+        """Whose."""
+        ...
+
+    @property
+    def signal(self) -> int:
+        """What ended it, or 0."""
+        ...
+
+    @property
+    def by_torchrun(self) -> bool:
+        """Whether torchrun found it."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """One of hpcdl.runs.kinds."""
+        ...
+
+
+_Any = TypeVar("_Any", bound=Seen)
+_FOUND_LATE_S = 1.0
+"""torchrun finds a dead worker after the others have lost their connection to it, and tells whole seconds."""
+_ECHO_S = 2.0
+"""Nodes' clocks differ by less: a broken connection that one rank tells of so much earlier than another one tells what
+has really gone wrong with it is what that did to the first."""
+
+
+def earliest(found: Sequence[_Any]) -> _Any | None:
+    """What the others come from: the first thing that went wrong.
+
+    What torchrun found counts where a signal ended the rank, or the rank said nothing itself; none of it where ranks
+    hung, which their agents have then ended. A lost connection gives way to another rank's own error.
+    """
+    spoken = {one.rank for one in found if not one.by_torchrun}
+    heard = [
+        one
+        for one in found
+        if not one.by_torchrun or one.signal or (one.rank is not None and one.rank not in spoken)
+    ]
+    if any(one.kind == "hang" for one in heard):
+        heard = [one for one in heard if not one.by_torchrun]
+    first = min(heard or found, key=_when, default=None)
+    if first is None or first.kind != "network":
+        return first
+    until = later(first.time, _ECHO_S)
+    own = [one for one in heard if not one.by_torchrun and one.kind != "network" and one.time <= until]
+    return min(own, key=_when, default=first)
+
+
+def _when(one: Seen) -> str:
+    return later(one.time, -_FOUND_LATE_S) if one.by_torchrun else one.time
+
+
+def later(time: str, seconds: float) -> str:
+    """A time so many seconds later; what is no time stays as it is."""
+    try:
+        return (datetime.fromisoformat(time) + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")
+    except ValueError:
+        return time
+
+
 def root_cause(run: RunDir, since: str | None = None) -> Failure | None:
-    """The earliest error of this try: the others mostly fail because of the first.
+    """The first thing that went wrong in this try: the others mostly fail because of it.
 
     Args:
         run: the run.
         since: errors before this time are of an earlier try; by default the last event that began one.
     """
     since = last_beginning(run) if since is None else since
-    failures = [f for f in map(_read_failure, sorted(run.errors.glob("*.json"))) if f and f.time >= since]
-    return min(failures, key=lambda failure: failure.time, default=None)
+    return earliest([one for one in failures(run) if one.time >= since])
+
+
+def failures(run: RunDir) -> list[Failure]:
+    """All that ranks and agents have left, of all tries."""
+    return [one for one in map(_read_failure, sorted(run.errors.glob("*.json"))) if one]
 
 
 def last_beginning(run: RunDir) -> str:
     """When the present try began (UTC, ISO 8601); empty if none has."""
     return max((str(e.get("time", "")) for e in run.events() if e.get("event") in BEGINNINGS), default="")
+
+
+_NAME = re.compile(r"try([\d.]*\d)(?:-restart(\d+))?-")
 
 
 def _read_failure(path: Path) -> Failure | None:
@@ -87,7 +190,8 @@ def _read_failure(path: Path) -> Failure | None:
         return None
     if not isinstance(record, dict):
         return None
-    rank, peak = record.get("rank"), record.get("peak_memory_bytes")
+    rank, peak, signal = record.get("rank"), record.get("peak_memory_bytes"), record.get("signal")
+    named = _NAME.match(path.name)
     return Failure(
         type=str(record.get("type", "Error")),
         message=str(record.get("message", "")),
@@ -97,6 +201,12 @@ def _read_failure(path: Path) -> Failure | None:
         time=str(record.get("time", "")),
         killed_by_kernel=bool(record.get("out_of_memory", False)),
         peak_memory_bytes=peak if isinstance(peak, int) else None,
+        signal=signal if isinstance(signal, int) else 0,
+        by_torchrun=bool(record.get("by_torchrun", False)),
+        told=str(record.get("kind") or ""),
+        attempt=named.group(1) if named else "",
+        restart=int(named.group(2)) if named and named.group(2) else None,
+        is_verdict=f"-{FIRST}-" in path.name,
     )
 
 
@@ -136,6 +246,36 @@ def own_output(run: RunDir, state: RunState) -> Path | None:
     task = state.job_id.partition("_")[2]
     exact = [path for path in files if path.stem.endswith(f"-{state.job_id}")]
     return next(iter(exact or [path for path in files if task and path.stem.endswith(f"_{task}")]), None)
+
+
+_TELLING = (
+    r"terminate called .*",
+    r"\s*what\(\): .*",
+    r"Fatal Python error: .*",
+    r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?",
+    r".*: Assertion .* failed\.?",
+    r"(?:free|malloc|munmap_chunk|realloc|double free|corrupted)\b.*",
+    r".*(?:symbol lookup error|cannot open shared object file|error while loading shared libraries).*",
+    r".*: (?:can't open file|No module named) .*",
+)
+_TELLS = re.compile("|".join(_TELLING))
+
+
+def telling(lines: Sequence[str]) -> str:
+    """What of a dead process's last lines says why, in one line; empty where none does.
+
+    C++ says it in two (`terminate called …`, `what(): …`), Python in the line after its traceback.
+    """
+    said = [line.strip() for line in lines if _TELLS.fullmatch(line.rstrip())]
+    if not said:
+        return ""
+    last = said[-1]
+    if last.startswith("Fatal Python error: ") and len(said) > 1:
+        last = said[-2]  # faulthandler only says that there was a signal
+    if last.startswith("what():") and len(said) > 1:
+        before = [line for line in said if line.startswith("terminate called")]
+        return f"{before[-1]}: {last.removeprefix('what():').strip()}" if before else last
+    return last
 
 
 def last_words(path: Path | None, window: int = 8192) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcdl.errors import UsageError
-from hpcdl.runs import failure
+from hpcdl.runs import failure, first, words
 from hpcdl.runs.hurry import hurry
 from hpcdl.runs.judge import NO_LOG
 from hpcdl.runs.reconcile import View, look
@@ -21,6 +21,9 @@ from hpcdl.runs.tail import Tail
 
 READ_EVERY_S = 0.5
 ASK_EVERY_S = 5.0
+SETTLE_S = 1.5
+"""After a run's end: agents say their last words once it is written down, and other nodes' come late over NFS."""
+SETTLE_MOST_S = 10.0
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT[\d:.]+\S*) \[(?:rank (\d+)|\w+)\]")
 
 
@@ -71,6 +74,8 @@ def show(run: RunDir, wanted: Wanted, write: Callable[[str], None], say: Callabl
             if wanted.line(line):
                 merged = True
                 write(line)
+    if view.state.state not in (*ACTIVE, "COMPLETED", "CANCELLED") and first.of_run(run) is not None:
+        say(f"hpcdl logs {view.state.run_id} --error shows the first error")
     if not merged:
         say("the log is still empty" if wanted.rank is None else f"no line of rank {wanted.rank} (yet)")
 
@@ -84,35 +89,133 @@ def follow(
     slurm: Slurm | None = None,
     read_every_s: float = READ_EVERY_S,
     ask_every_s: float = ASK_EVERY_S,
+    settle_s: float = SETTLE_S,
 ) -> View:
     """Prints lines as they come, over requeues and new nodes, until the run is over; returns how it ended."""
     slurm = slurm or Slurm()
-    tails: dict[Path, Tail] = {}
+    stream = Stream(run, wanted, write, say)
     said = ""
     asked = float("-inf")
     while True:
         if time.monotonic() - asked >= ask_every_s or run.read_state().state not in ACTIVE:
             view, asked = hurry([look(run, slurm)], slurm)[0], time.monotonic()
-        over = view.state.state not in ACTIVE
-        for path in _files(run, wanted):
-            tails.setdefault(path, Tail(path))
-        for line in merge([tail.lines() for tail in tails.values()]):
-            if wanted.line(line):
-                write(line)
-        if over:
+        stream.read()
+        if view.state.state not in ACTIVE:
             break
         remark = f"{view.state.state}: {view.state.reason}" if view.state.reason else ""
         if remark and remark != said:
             say(remark)
         said = remark
         time.sleep(read_every_s)
-    for tail in tails.values():
-        if tail.rest() and wanted.line(tail.rest()):
-            write(tail.rest())
-    if not tails:
+    _settle(stream, view, read_every_s, settle_s)
+    stream.end()
+    if not stream.has_files:
         _show_nothing(view, wanted, write, say)
     say(f"{view.state.state}{': ' + view.state.reason if view.state.reason else ''}")
+    if view.state.state not in ("COMPLETED", "CANCELLED") and first.of_run(run) is not None:
+        say(f"hpcdl logs {view.state.run_id} --error shows the first error")
     return view
+
+
+def _settle(stream: Stream, view: View, read_every_s: float, settle_s: float) -> None:
+    """Waits until nothing more comes, where the run has only just ended."""
+    if words.since(view.state.ended) > SETTLE_MOST_S:
+        return
+    quiet_since = began = time.monotonic()
+    while time.monotonic() - quiet_since < settle_s and time.monotonic() - began < SETTLE_MOST_S:
+        time.sleep(read_every_s)
+        if stream.read():
+            quiet_since = time.monotonic()
+
+
+class Stream:
+    """A run's lines as they come, of all nodes and tries, in the order of their times.
+
+    A node's lines may come to light later than another one's: each line waits for one more look at all files. What
+    comes later than that is shown late, and never left out.
+
+    Args:
+        run: the run.
+        wanted: which lines.
+        write: takes each line.
+        say: takes a remark: where another try begins.
+    """
+
+    def __init__(
+        self, run: RunDir, wanted: Wanted, write: Callable[[str], None], say: Callable[[str], None]
+    ) -> None:
+        self._run, self._wanted = run, wanted
+        self._write, self._say = write, say
+        self._tails: dict[Path, Tail] = {}
+        self._latest: dict[Path, str] = {}
+        """The time of each file's last line."""
+        self._held: list[tuple[str, int, Path, str]] = []
+        """Lines that wait: time, number, file, text."""
+        self._count = 0
+        self._try: tuple[int, int] | None = None
+
+    @property
+    def has_files(self) -> bool:
+        """Whether there was any log."""
+        return bool(self._tails)
+
+    def read(self) -> bool:
+        """Prints what has waited, and takes in what is new; whether there was any."""
+        ripe = max((time for time, *_ in self._held), default="")
+        for path in _files(self._run, self._wanted):
+            self._tails.setdefault(path, Tail(path))
+        several = len(self._tails) > 1
+        fresh = [self._take(path, line) for path, tail in self._tails.items() for line in tail.lines()]
+        self._print(until=ripe if several else None)
+        return bool(fresh)
+
+    def end(self) -> None:
+        """Prints what is left, and lines that have no end: their writer was killed."""
+        for path, tail in self._tails.items():
+            if tail.rest():
+                self._take(path, tail.rest())
+        self._print(until=None)
+
+    def _take(self, path: Path, line: str) -> None:
+        found = _LINE.match(line)
+        latest = self._latest.get(path, "")
+        if found:  # times never fall within a file, whatever its node's clock does: its order is kept
+            latest = self._latest[path] = max(latest, found.group(1))
+        self._count += 1
+        self._held.append((latest, self._count, path, line))
+
+    def _print(self, until: str | None) -> None:
+        self._held.sort(key=lambda held: held[:2])
+        while self._held and (until is None or self._held[0][0] <= until):
+            _, _, path, line = self._held.pop(0)
+            if not self._wanted.line(line):
+                continue
+            number = failure.log_try(path)
+            if self._try is not None and number > self._try:
+                self._say(f"try {number[0]}.{number[1]}")
+            self._try = max(number, self._try or number)
+            self._write(line)
+
+
+def show_error(run: RunDir, write: Callable[[str], None], say: Callable[[str], None]) -> None:
+    """Prints what the last failure comes from: the first error of the first failing rank, and what stood around it.
+
+    Args:
+        run: the run.
+        write: takes each line.
+        say: takes a remark: that the run has gone on since, or that there is no error.
+    """
+    view = look(run)
+    found = first.of_run(run)
+    state = view.state
+    if found is None:
+        why = f"; {state.state}{': ' + state.reason if state.reason else ''}"
+        say(f"no rank or agent has left an error{why if state.state not in ACTIVE else ''}")
+        return
+    for line in first.in_words(found, state.run_id):
+        write(line)
+    if state.state in (*ACTIVE, "COMPLETED", "CANCELLED"):
+        say(f"the run has gone on since: it is {state.state}")
 
 
 def merge(sources: Sequence[Iterable[str]]) -> Iterator[str]:

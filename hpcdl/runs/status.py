@@ -264,6 +264,8 @@ def next_commands(view: View) -> list[tuple[str, str]]:
             (f"hpcdl logs {name}", "the log"),
         ]
     commands = [(f"hpcdl logs {name}", "the log of every rank")] if failure.log_files(run) else []
+    if commands and failure.root_cause(run) is not None:
+        commands.insert(0, (f"hpcdl logs {name} --error", "the first error, and what led to it"))
     output = failure.own_output(run, state)
     if not commands and output is not None:
         commands = [(f"hpcdl logs {name}", "the job's own output")]

@@ -13,6 +13,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Its words and options."""
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    parser.add_argument(
+        "--error",
+        action="store_true",
+        help="only the first error of the first failing rank, and what led to it",
+    )
     parser.add_argument("--node", metavar="NAME", help="of this node only")
     parser.add_argument("--rank", type=count, metavar="R", help="of this global rank only")
     parser.add_argument(
@@ -30,7 +35,9 @@ def run(options: argparse.Namespace) -> int:
     def write(line: str) -> None:
         print(terminal.line(line), flush=options.follow)
 
-    if options.follow:
+    if options.error:
+        logs.show_error(run, write, remark)
+    elif options.follow:
         logs.follow(run, wanted, write, remark)
     else:
         logs.show(run, wanted, write, remark)

@@ -60,8 +60,10 @@ def test_environment_of_the_workers() -> None:
         "HPCDL_RUNS": "/runs",
         "HPCDL_TRY": "0.2",
         "OMP_NUM_THREADS": "3",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
         "PYTHONUNBUFFERED": "1",
-        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "\x1e[rank ${rank}] ",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "NCCL_DEBUG": "INFO",
     }
