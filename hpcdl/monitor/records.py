@@ -259,4 +259,5 @@ def _gpus_of_old(line: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _is_no_number(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    """Neither inf nor nan, nor a whole number that no float can hold: arithmetic on it would fail."""
+    return isinstance(value, int | float) and not abs(value) < 1e300

@@ -82,4 +82,6 @@ def parse(time: str | None) -> datetime | None:
         moment = datetime.fromisoformat(time or "")
     except ValueError:
         return None
+    if not 1 < moment.year < 9999:  # another zone's year may be none
+        return None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hpcdl.monitor import stragglers
 from hpcdl.monitor.records import GpuSample, NodeSample, ProcessSample
-from hpcdl.runs import failure, logs, status, words
+from hpcdl.runs import failure, logs, status, terminal, words
 from hpcdl.runs.reconcile import View
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir
@@ -263,6 +263,7 @@ def nothing_measured(row: Row) -> str:
 
 def log_line(line: str) -> Text:
     """A line of the log: its time short and local, errors in red."""
+    line = terminal.harmless(line)  # here, and not with its time: of a progress bar its last state stays
     found = _STAMP.match(line)
     if found is None:
         return plain(line, "red" if _BAD.search(line) else "")
@@ -348,7 +349,7 @@ class Details:
 def _told(event: dict[str, Any]) -> str:
     """An event as `hpcdl status` tells it; a warning in words."""
     if event.get("event") in ("leak", "straggler"):
-        event = {"time": event.get("time"), "event": event["event"], "message": of_event(event).text}
+        return f"{words.local(str(event.get('time')))}  {event['event']:<11} {of_event(event).text}"
     return status.event_lines([event])[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -198,9 +199,9 @@ class _Files:
             view=view,
             step=progress.step,
             loss=progress.loss,
-            tokens_per_s=progress.tokens_per_s,
-            step_s=progress.step_times[-1] if progress.step_times else None,
-            left_s=progress.left_s(state.max_steps) if running else None,
+            tokens_per_s=_finite(progress.tokens_per_s),
+            step_s=_finite(progress.step_times[-1]) if progress.step_times else None,
+            left_s=_left_s(progress, state.max_steps) if running else None,
             peak_bytes=progress.memory_bytes,
             curve=self._curve.points(),
             nodes=tuple(node for node in here if _of_try(node.sample, state)),
@@ -255,6 +256,17 @@ class _Files:
             sample = _with_pss(of_line(record, node), before.sample if before else None)
             self._nodes[node] = Node(sample=sample, before=before.sample if before else None)
         return bool(lines)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _left_s(progress: Progress, max_steps: int) -> float | None:
+    try:
+        return _finite(progress.left_s(max_steps))
+    except OverflowError:
+        return None
 
 
 def _with_pss(sample: NodeSample, before: NodeSample | None) -> NodeSample:

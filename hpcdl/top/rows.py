@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,7 @@ class Column:
 
 def plain(text: object, style: str = "") -> Text:
     """What others wrote, on one line and harmless."""
-    shown = terminal.harmless(str(text).replace("\n", " ").replace("\t", " "))
-    return Text(shown, style=style, no_wrap=True, end="")
+    return Text(terminal.harmless(re.sub(r"[\r\n\t]+", " ", str(text))), style=style, no_wrap=True, end="")
 
 
 def percent(value: float | None) -> str:
@@ -91,7 +91,9 @@ def bar(done: float, width: int) -> str:
 def done(row: Row) -> float:
     """Share of the steps that are done."""
     most = row.state.max_steps
-    return min(1.0, row.step / most) if most > 0 else 0.0
+    if most <= 0:
+        return 0.0
+    return 1.0 if row.step >= most else max(0, row.step) / most
 
 
 def _progress(row: Row, width: int) -> Text:

@@ -150,7 +150,10 @@ def test_a_run_that_vanishes_is_gone(runs_dir: Path, fake: FakeSlurm, clock: Clo
 
 def test_a_run_that_vanishes_while_slurm_is_asked(runs_dir: Path, fake: FakeSlurm, clock: Clock):
     run, other = array(fake, runs_dir, 2)
-    fake.jobs["7"] = [FakeJob("TIMEOUT", tasks="0"), FakeJob("RUNNING", tasks="1", start=ago(120), nodes="n1")]
+    fake.jobs["7"] = [
+        FakeJob("TIMEOUT", tasks="0"),
+        FakeJob("RUNNING", tasks="1", start=ago(120), nodes="n1"),
+    ]
     watch = watching(runs_dir, fake, clock)
     watch.refresh()
     answer = fake.run
@@ -170,7 +173,9 @@ def test_a_run_that_vanishes_while_slurm_is_asked(runs_dir: Path, fake: FakeSlur
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"run_id": 5}', '{"state": "RUNNING"}', "\x00\x1b[2J", "[" * 100_000]
 )
-def test_a_state_that_is_none_is_a_fault_and_no_crash(runs_dir: Path, fake: FakeSlurm, clock: Clock, text: str):
+def test_a_state_that_is_none_is_a_fault_and_no_crash(
+    runs_dir: Path, fake: FakeSlurm, clock: Clock, text: str
+):
     running(runs_dir, "aaaaaaaaaaaa")
     running(runs_dir, "bbbbbbbbbbbb").state_file.write_text(text)
     picture = watching(runs_dir, fake, clock).refresh()
@@ -186,10 +191,19 @@ def test_no_runs_at_all(tmp_path: Path, fake: FakeSlurm, clock: Clock):
 def test_a_run_of_one_second_has_no_measurements(runs_dir: Path, fake: FakeSlurm, clock: Clock):
     running(runs_dir, started=ago(1))
     row = watching(runs_dir, fake, clock).refresh().rows[0]
-    assert (row.step, row.loss, row.curve, row.nodes, row.fullest, row.cpu_percent) == (0, None, (), (), None, None)
+    assert (row.step, row.loss, row.curve, row.nodes, row.fullest, row.cpu_percent) == (
+        0,
+        None,
+        (),
+        (),
+        None,
+        None,
+    )
 
 
-@pytest.mark.parametrize("line", ['{"step": 3, "loss": 2.', "\xff\xfe", '{"step": "x", "loss": []}', "[1]", "null"])
+@pytest.mark.parametrize(
+    "line", ['{"step": 3, "loss": 2.', "\xff\xfe", '{"step": "x", "loss": []}', "[1]", "null"]
+)
 def test_a_torn_line_hides_nothing_else(runs_dir: Path, fake: FakeSlurm, clock: Clock, line: str):
     run = running(runs_dir)
     train(run, range(1, 3))
@@ -277,7 +291,9 @@ def test_samples_of_an_earlier_try_are_none_of_this_one(runs_dir: Path, fake: Fa
     assert [node.sample.node for node in watch.refresh().rows[0].nodes] == ["n2", "n3"]
 
 
-def test_memory_is_the_fullest_nodes_and_pss_stays_between_its_looks(runs_dir: Path, fake: FakeSlurm, clock: Clock):
+def test_memory_is_the_fullest_nodes_and_pss_stays_between_its_looks(
+    runs_dir: Path, fake: FakeSlurm, clock: Clock
+):
     run = running(runs_dir, nodes=2)
     sample(run, "n1")
     sample(run, "n2", memory_available_bytes=2 << 30)
