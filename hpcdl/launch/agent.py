@@ -208,6 +208,7 @@ class Agent:
         return closing.Left(
             code=code,
             words=tuple(self._child.words),
+            last=self._child.last,
             signals=tuple(self._signals),
             killed=self._killed,
             out_of_memory=self._memory_ran_out(),
