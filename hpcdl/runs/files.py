@@ -26,6 +26,8 @@ from hpcdl.runs.private import open_text, open_to_read, open_to_write
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a user's quota, a limit on files (`ulimit -f`)."""
 
+FIRST_WINDOW = 2048
+"""Bytes of a file's end that are looked at first."""
 _waiting: dict[Path, list[bytes]] = {}
 """Lines that found no room, by file."""
 _appending = threading.Lock()
@@ -166,16 +168,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             text = file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
+    # Not splitlines(): a text in a record may hold what that takes for a line's end.
+    return [record for record in _parsed(text.split("\n")) if isinstance(record, dict)]
+
+
+def _parsed(lines: list[str]) -> list[Any]:
+    """The lines' JSON, all at once, which is quicker; one by one where one of them is none."""
+    lines = [line for line in lines if line.strip()]
+    with contextlib.suppress(json.JSONDecodeError):
+        records: list[Any] = json.loads(f"[{','.join(lines)}]")
+        if len(records) == len(lines):
+            return records
     records = []
-    for line in text.split(
-        "\n"
-    ):  # not splitlines(): a text in a record may hold what that takes for a line's end
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
     return records
 
 
@@ -183,15 +190,22 @@ def last_line(path: Path, *, having: str | None = None, window: int = 65536) -> 
     """The last whole JSON line (that has the key `having`), reading only the file's end."""
     try:
         with open_to_read(path) as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - window))
-            tail = file.read().decode("utf-8", errors="replace")
+            end = file.seek(0, os.SEEK_END)
+            for size in (min(FIRST_WINDOW, window), window):  # nearly always it is one of the very last
+                file.seek(max(0, end - size))
+                found = _last_of(file.read(), having)
+                if found is not None or size >= min(end, window):
+                    return found
     except FileNotFoundError:
         return None
-    for line in reversed(tail.split("\n")):
+    return None
+
+
+def _last_of(tail: bytes, having: str | None) -> dict[str, Any] | None:
+    for line in reversed(tail.decode("utf-8", errors="replace").split("\n")):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # torn; or another user's, which may hold anything
             continue
         if isinstance(record, dict) and (having is None or having in record):
             return record

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl.errors import UsageError, nearest_name
-from hpcdl.runs import chain
-from hpcdl.runs.reconcile import View, read
-from hpcdl.runs.store import RunDir, all_runs
+from hpcdl.runs import chain, many
+from hpcdl.runs.reconcile import Reading, View, read
+from hpcdl.runs.store import SUBMISSIONS, RunDir, all_runs, read_submission, runs_called, runs_of
 
 SWEEPS = ".sweeps"
 _JOB_ID = re.compile(r"(\d+)(?:_(\d+))?")
@@ -26,7 +26,7 @@ def runs_dir(option: str | None = None) -> Path:
     return Path(option or os.environ.get("HPCDL_RUNS") or "runs").absolute()
 
 
-def find(query: str, folder: Path) -> list[RunDir]:
+def find(query: str, folder: Path, seen: dict[RunDir, View] | None = None) -> list[RunDir]:
     """The runs that `query` names, oldest first.
 
     In this order: `latest`, a run's directory, a run id, a job id (an array's own id: all its tasks), an
@@ -35,10 +35,12 @@ def find(query: str, folder: Path) -> list[RunDir]:
     Args:
         query: what the user typed.
         folder: the folder of all runs.
+        seen: takes the states that had to be read for it.
 
     Raises:
         UsageError: nothing has that name, or the beginning of a run id fits several.
     """
+    seen = {} if seen is None else seen
     if query == "latest":
         return [_latest(folder)]
     at_path = _by_path(query)
@@ -49,8 +51,8 @@ def find(query: str, folder: Path) -> list[RunDir]:
         if by_id:
             return by_id
     return (
-        _by_job(query, folder)
-        or _by_name(query, folder)
+        _by_job(query, folder, seen)
+        or _by_name(query, folder, seen)
         or _by_sweep(query, folder)
         or _by_prefix(query, folder)
     )
@@ -59,6 +61,13 @@ def find(query: str, folder: Path) -> list[RunDir]:
 def find_all(queries: Sequence[str], folder: Path) -> list[RunDir]:
     """The runs that any of `queries` names, each once."""
     return list(dict.fromkeys(run for query in queries for run in find(query, folder)))
+
+
+def read_all(queries: Sequence[str], folder: Path) -> Reading:
+    """The runs that any of `queries` names, each once, and their states; no state is read twice."""
+    seen: dict[RunDir, View] = {}
+    runs = dict.fromkeys(run for query in queries for run in find(query, folder, seen))
+    return read(runs, seen)
 
 
 def find_one(query: str, folder: Path) -> RunDir:
@@ -101,31 +110,53 @@ def _by_path(query: str) -> RunDir | None:
     return None
 
 
-def _by_job(query: str, folder: Path) -> list[RunDir]:
+def _by_job(query: str, folder: Path, seen: dict[RunDir, View]) -> list[RunDir]:
     found = _JOB_ID.fullmatch(query)
     if found is None:
         return []
+    # Its submission names its runs. Not every job has one (sbatch by hand): those are found in the runs' states.
+    for runs in (_submitted_in(found.group(1), folder), all_runs(folder)):
+        if of_job := _of_job(query, folder, views := by_age(runs)):
+            seen.update((view.run, view) for view in views)
+            return of_job
+    return []
+
+
+def _submitted_in(job: str, folder: Path) -> list[RunDir]:
+    """The runs of the submissions that are this job."""
+    try:
+        tokens = [entry.name for entry in os.scandir(folder / SUBMISSIONS)]
+    except OSError:
+        return []
+    records = many.each(lambda token: (token, read_submission(folder, token)), tokens)
+    lists = [runs_of(folder, token) for token, record in records if str(record.get("job_id")) == job]
+    return list(dict.fromkeys(run for runs in lists for run in runs))
+
+
+def _of_job(query: str, folder: Path, views: Iterable[View]) -> list[RunDir]:
+    """Of these runs the job's; of an array's its tasks in order."""
     # A run may have gone on in another job since (hpcdl.runs.chain): it is still found by its earlier ones.
     earlier = cache(lambda token: tuple(chain.earlier_jobs(folder, token)))
     jobs: list[tuple[str, RunDir]] = []
-    for view in by_age(all_runs(folder)):
+    for view in views:
         own = [view.state.job_id] if view.state.job_id else []
         for job_id in (*own, *earlier(view.state.submission)):
             jobs.append((job_id, view.run))
     exact = [run for job_id, run in jobs if job_id == query]
-    if exact or found.group(2) is not None:
+    if exact or "_" in query:
         return list(dict.fromkeys(exact))
-    tasks = [(job_id, run) for job_id, run in jobs if job_id.partition("_")[0] == found.group(1)]
+    tasks = [(job_id, run) for job_id, run in jobs if job_id.partition("_")[0] == query]
     return list(
         dict.fromkeys(run for _, run in sorted(tasks, key=lambda one: int(one[0].partition("_")[2] or 0)))
     )
 
 
-def _by_name(query: str, folder: Path) -> list[RunDir]:
+def _by_name(query: str, folder: Path, seen: dict[RunDir, View]) -> list[RunDir]:
     if not _is_name(query) or not (folder / query).is_dir():
         return []
-    runs = [RunDir(path.parent) for path in (folder / query).glob("*/state.json")]
-    return [view.run for view in by_age(runs)]
+    views = by_age(runs_called(folder / query))
+    seen.update((view.run, view) for view in views)
+    return [view.run for view in views]
 
 
 def read_sweep(query: str, folder: Path) -> dict[str, Any] | None:
@@ -156,7 +187,7 @@ def _by_sweep(query: str, folder: Path) -> list[RunDir]:
 
 def _by_prefix(query: str, folder: Path) -> list[RunDir]:
     runs = list(all_runs(folder))
-    fitting = [run for run in runs if query and run.path.name.startswith(query)]
+    fitting = [run for run in runs if query and run.path.name.startswith(query) and run.state_file.exists()]
     if len(fitting) == 1:
         return fitting
     if fitting:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpcdl.errors import SchedulerError, UsageError
-from hpcdl.runs import chain, contact, failure, judge, private, processes, submissions, wish
+from hpcdl.runs import chain, contact, failure, judge, many, private, processes, submissions, wish
 from hpcdl.runs.judge import Verdict
 from hpcdl.runs.patience import Patience
 from hpcdl.runs.scheduler import Job, Slurm, with_comment
@@ -51,17 +51,34 @@ class Reading:
     faults: list[str] = field(default_factory=list)
 
 
-def read(runs: Iterable[RunDir]) -> Reading:
-    """Reads states without asking anyone whether they hold."""
+def read(runs: Iterable[RunDir], seen: Mapping[RunDir, View] | None = None) -> Reading:
+    """Reads states without asking anyone whether they hold.
+
+    A folder without a state is left out, and one that nobody lets this user look into.
+
+    Args:
+        runs: which.
+        seen: those that have just been read, which aren't read again.
+    """
     reading = Reading()
     submissions: dict[str, dict[str, Any]] = {}
-    for run in runs:
+
+    def one(run: RunDir) -> View | str | None:
+        if seen is not None and run in seen:
+            return seen[run]
         try:
-            reading.views.append(View(run=run, state=run.read_state(submissions)))
+            return View(run=run, state=run.read_state(submissions))
         except FileNotFoundError:
-            continue
+            return None
         except (UsageError, OSError) as error:
-            reading.faults.append(str(error))
+            hidden = isinstance(error.__cause__, PermissionError) and not os.access(run.path, os.X_OK)
+            return None if hidden else str(error)
+
+    for found in many.each(one, runs):
+        if isinstance(found, View):
+            reading.views.append(found)
+        elif found is not None:
+            reading.faults.append(found)
     return reading
 
 

@@ -131,7 +131,7 @@ class RunDir:
             if error.errno != errno.EINVAL:
                 raise
             raise UsageError(f"{self.state_file}: not a state file that hpcdl wrote (no file)") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{self.state_file}: not a state file that hpcdl wrote ({error})") from error
         if not isinstance(plain, dict):
             raise UsageError(f"{self.state_file}: not a state file that hpcdl wrote (no JSON object)")
@@ -231,45 +231,50 @@ def parse_state(plain: Mapping[str, Any], source: Path) -> RunState:
     Raises:
         UsageError: a key without a default is missing.
     """
-    fields = {field.name: field for field in dataclasses.fields(RunState)}
-    values = {key: value for key, value in plain.items() if key in fields}
-    lacking = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and name not in _STAND_INS
-    ]
-    if lacking:
+    values = {key: value for key, value in plain.items() if key in _FIELDS}
+    if lacking := [name for name in _NEEDED if name not in values]:
         raise UsageError(f"{source}: not a state file that hpcdl wrote (without {', '.join(lacking)})")
     values = {**_STAND_INS, **values, "node_list": tuple(values.get("node_list") or ())}
     _refuse_what_does_not_fit(values, source)
-    if values["state"] not in get_args(State):
+    if values["state"] not in _STATES:
         values["reason"] = f"state.json says {values['state']!r}, which this version of hpcdl doesn't know"
         values["state"] = "UNKNOWN"
     return RunState(**values)
 
 
+_STAND_INS: dict[str, Any] = {"kind": "local", "nodes": 1, "world_size": 1, "max_steps": 0, "created": ""}
+"""For keys that an older version may not have written."""
+_FIELDS = frozenset(field.name for field in dataclasses.fields(RunState))
+_NEEDED = tuple(
+    field.name
+    for field in dataclasses.fields(RunState)
+    if field.default is dataclasses.MISSING and field.name not in _STAND_INS
+)
+_STATES = frozenset(get_args(State))
 _PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "None": (type(None),)}
 _TYPES = {
     field.name: tuple(kind for part in str(field.type).split(" | ") for kind in _PLAIN.get(part, (str,)))
     for field in dataclasses.fields(RunState)
     if field.name != "node_list"
 }
-_NAMES = {"job_id": r"\d+(_\d+)?", "submission": r"\w[\w.-]*", "running_try": r"[\d.]*"}
+_NAMES = {
+    "job_id": re.compile(r"\d+(_\d+)?"),
+    "submission": re.compile(r"\w[\w.-]*"),
+    "running_try": re.compile(r"[\d.]*"),
+}
 """What becomes an argument of Slurm's commands, or a part of a path."""
 
 
 def _refuse_what_does_not_fit(values: Mapping[str, Any], source: Path) -> None:
     """Somebody else may have written the file: what it says is looked at before anything is done with it."""
-    for name in values.keys() & _TYPES.keys():
-        value, pattern = values[name], _NAMES.get(name)
-        if type(value) not in _TYPES[name] or (pattern and value and not re.fullmatch(pattern, value)):
-            raise UsageError(f"{source}: not a state file that hpcdl wrote ({name} is {value!r})")
+    for name, kinds in _TYPES.items():
+        if name in values and type(values[name]) not in kinds:
+            raise UsageError(f"{source}: not a state file that hpcdl wrote ({name} is {values[name]!r})")
+    for name, pattern in _NAMES.items():
+        if values.get(name) and not pattern.fullmatch(values[name]):
+            raise UsageError(f"{source}: not a state file that hpcdl wrote ({name} is {values[name]!r})")
     if not all(isinstance(node, str) for node in values["node_list"]):
         raise UsageError(f"{source}: not a state file that hpcdl wrote (node_list)")
-
-
-_STAND_INS: dict[str, Any] = {"kind": "local", "nodes": 1, "world_size": 1, "max_steps": 0, "created": ""}
-"""For keys that an older version may not have written."""
 
 
 def read_submission(runs_dir: Path, token: str, file: str = "submission.json") -> dict[str, Any]:
@@ -321,7 +326,10 @@ def _changing(runs_dir: Path, token: str) -> Iterator[dict[str, Any]]:
 
 
 def all_runs(runs_dir: Path) -> Iterator[RunDir]:
-    """Every run below `runs_dir`, in no order; none where the folder isn't there yet.
+    """Every folder below `runs_dir` that may be a run's, in no order; none where it isn't there yet.
+
+    Whether there is a state in it is told by reading it, as `hpcdl.runs.reconcile.read` does: one look at the disk a
+    run, and no second.
 
     Raises:
         UsageError: `runs_dir` itself can't be read. A folder in it that can't is left out.
@@ -335,10 +343,28 @@ def all_runs(runs_dir: Path) -> Iterator[RunDir]:
     except OSError as error:
         raise UsageError(f"{runs_dir}: can't be read ({error.strerror})") from error
     for name in names:
-        try:
-            entries = list(os.scandir(name.path))
-        except OSError:
-            continue
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False) and os.path.exists(f"{entry.path}/state.json"):  # noqa: PTH110 quick
-                yield RunDir(Path(entry.path))
+        yield from runs_called(Path(name.path))
+
+
+def runs_called(folder: Path) -> Iterator[RunDir]:
+    """Every folder of one experiment's (`<runs_dir>/<name>`) that may be a run's; none where it can't be read."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield RunDir(folder / entry.name)
+
+
+def runs_of(runs_dir: Path, token: str) -> list[RunDir]:
+    """The runs that a submission was made for, in the order of its tasks; none where nobody can say.
+
+    By their names: the folder of all runs may have been moved since.
+    """
+    try:
+        lines = read_text(runs_dir / SUBMISSIONS / token / "runs.txt").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    names = [(path.parent.name, path.name) for path in map(Path, lines)]
+    return [RunDir(runs_dir / name / run_id) for name, run_id in names if not {"", ".."} & {name, run_id}]

@@ -20,22 +20,22 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Does it; returns the exit code."""
-    from hpcdl.runs import patience, query, status
+    from hpcdl.runs import many, patience, query, status
     from hpcdl.runs.hurry import hurry
     from hpcdl.runs.reconcile import read, reconcile
     from hpcdl.runs.store import all_runs
 
     folder = query.runs_dir(options.runs_dir)
-    runs = query.find_all(options.runs, folder) if options.runs else list(all_runs(folder))
-    reading = read(runs)
-    if len(runs) == 1 and options.runs and reading.faults:
+    reading = query.read_all(options.runs, folder) if options.runs else read(all_runs(folder))
+    if options.runs and len(reading.faults) == 1 and not reading.views:
         raise UsageError(reading.faults[0])
     waits = patience.Patience(patience.of_environment(patience.LOOK_S))
     checked = hurry(reconcile(reading.views, patience=waits))
     views = sorted(checked, key=lambda view: view.state.created, reverse=True)
     single = len(options.runs) == 1 and len(views) == 1
     if options.json:
-        print_json(status.as_json(views[0]) if single else [status.as_json(view) for view in views])
+        plain = list(many.each(status.as_json, views))
+        print_json(plain[0] if single else plain)
     elif single:
         status.print_detail(console(), views[0])
     elif not views:
