@@ -7,6 +7,7 @@
     │   ├── SupersededError     a newer try has taken the run over               exit 1
     │   └── NotFitError         a node lacks what the run needs (preflight)      exit 1
     ├── UnsavedError            the disk didn't take what a run must leave       exit 1
+    ├── ServerError             a tracker's server could not be reached          exit 3
     └── SchedulerError          the scheduler could not be reached, or refused   exit 3
 
 Anything else that reaches the user is a bug of ours, and keeps its traceback.
@@ -100,6 +101,12 @@ class UnsavedError(HpcdlError):
 
 class LostPeerError(HpcdlError):
     """Another rank of the run doesn't answer: it may be slow, stopped, gone, or cut off."""
+
+
+class ServerError(HpcdlError):
+    """A tracker's server could not be reached, or doesn't take what it is sent."""
+
+    exit_code = 3
 
 
 class SchedulerError(HpcdlError):

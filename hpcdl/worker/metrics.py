@@ -16,8 +16,6 @@ from hpcdl.runs.store import RunDir, now
 if TYPE_CHECKING:
     import torch
 
-    from hpcdl.worker.trackers import Tracker
-
 PEAK_BF16_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
@@ -41,11 +39,10 @@ PEAK_BF16_FLOPS = {
 
 
 class Metrics:
-    """Writes lines to metrics.jsonl and to the tracker; does nothing on other ranks than 0."""
+    """Writes lines to metrics.jsonl; does nothing on other ranks than 0."""
 
-    def __init__(self, run: RunDir, tracker: Tracker, *, active: bool) -> None:
+    def __init__(self, run: RunDir, *, active: bool) -> None:
         self._run = run
-        self._tracker = tracker
         self._active = active
         self.evaluations: dict[int, dict[str, Any]] = {}
         """Evaluation lines by step, those of earlier tries included."""
@@ -69,7 +66,6 @@ class Metrics:
         if "eval_loss" in record:
             self.evaluations[record["step"]] = line
         append_line(self._run.metrics_file, line)
-        self._tracker.log(record)
         print(in_words(record), flush=True)  # for who reads the log
 
 

@@ -1,82 +1,60 @@
-"""Experiment trackers beside metrics.jsonl. They may fail; the training may not fail of it."""
+"""Experiment trackers beside metrics.jsonl: live, by a process of their own. They may fail; the training may not.
+
+The process (hpcdl.sync.sender) reads what the run writes anyway, so a server that hangs, or a tracker's memory, is
+nothing to the training. It ends with the rank that started it. What it could not send, `hpcdl sync` sends.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 from hpcdl import secrets
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.spec.plain import to_plain
+from hpcdl.sync import target
+from hpcdl.sync.courier import Courier
+
+FINISH_S = 60.0
+"""How long the end of a run waits for its tracker."""
+STOPPED_S = 5.0
+"""The same where the run was told to stop."""
+LIMIT_S = 90.0
+"""How long a server may take to answer."""
 
 
 class Tracker:
     """Tracks nothing; base of those that do."""
 
-    def log(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """The result, as the last act."""
+    def finish(self, limit_s: float = FINISH_S) -> None:
+        """The last act, when all lines are written; it may take so many seconds."""
 
 
-class Wandb(Tracker):
-    """Weights & Biases. One segment a try: several segments with one id don't append reliably offline.
+class Live(Tracker):
+    """Rows go to a tracker as they are written."""
 
-    Tries of a run, and runs of a sweep, are held together by the group.
-    """
-
-    def __init__(self, spec: ExperimentSpec, run: RunDir, attempt: str) -> None:
-        import wandb
-
-        tracker = spec.tracker
-        self._run = wandb.init(
-            project=tracker.project,
-            entity=tracker.entity,
-            mode=tracker.mode,
-            group=_sweep_of(run) or spec.name,
-            name=f"{spec.name}-{run.path.name}",
-            id=f"{run.path.name}-{attempt.replace('.', '-')}",
-            tags=[*tracker.tags, f"try-{attempt}"],
-            dir=str(run.path),
-            config=_without_secrets(to_plain(spec)),
-            # Neither the terminal nor signals are wandb's: the agent writes the log, workers stop together. Nor is
-            # the code: code/ has what git had, and wandb would send it away.
-            settings=wandb.Settings(
-                console="off", silent=True, x_disable_meta=False, disable_git=True, save_code=False
-            ),
+    def __init__(self, spec: ExperimentSpec, run: RunDir) -> None:
+        self._courier = Courier(target.base_url(), quiet=False)
+        self._courier.give(
+            {
+                "do": "follow",
+                "run": str(run.path),
+                "to": spec.tracker.name,
+                "folder": str(run.path / "tensorboard"),
+                "limit_s": LIMIT_S,
+            }
         )
-        self._run.define_metric("*", step_metric="step")
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Loss and the rest over `step`."""
-        self._run.log({key: value for key, value in record.items() if value is not None})
+    def finish(self, limit_s: float = FINISH_S) -> None:
+        """Lets the process send the rest.
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Puts the result into the run's summary and closes the segment."""
-        self._run.summary.update({k: v for k, v in result.items() if isinstance(v, int | float | str)})
-        self._run.finish()
-
-
-class TensorBoard(Tracker):
-    """TensorBoard event files in `<run_dir>/tensorboard`."""
-
-    def __init__(self, spec: ExperimentSpec, run: RunDir, attempt: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run.path / "tensorboard"), filename_suffix=f".try-{attempt}")
-
-    def log(self, record: dict[str, Any]) -> None:
-        """A scalar a number."""
-        for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(key, value, record["step"])
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """Closes the files."""
-        self._writer.close()
+        Raises:
+            RuntimeError: it could not, or not in time.
+        """
+        self._courier.give({"do": "end"})
+        fault = self._courier.answer(limit_s).get("fault")
+        self._courier.close()
+        if fault:
+            raise RuntimeError(str(fault))
 
 
 class Guarded(Tracker):
@@ -88,52 +66,34 @@ class Guarded(Tracker):
         self._inner: Tracker | None = None
         self._guard(lambda: setattr(self, "_inner", make()))
 
-    def log(self, record: dict[str, Any]) -> None:
+    def finish(self, limit_s: float = FINISH_S) -> None:
         """Passed on."""
-        if self._inner is not None:
-            self._guard(lambda: self._inner.log(record))  # type: ignore[union-attr]
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """Passed on."""
-        if self._inner is not None:
-            self._guard(lambda: self._inner.finish(result))  # type: ignore[union-attr]
+        if (inner := self._inner) is not None:
+            self._guard(lambda: inner.finish(limit_s))
 
     def _guard(self, act: Callable[[], None]) -> None:
         try:
             act()
         except Exception as error:
             self._inner = None
-            why = secrets.hide(f"{type(error).__name__}: {error}")
-            message = f"tracker {self._name} failed and is off from here: {why}"
+            why = secrets.hide(str(error))
+            message = f"tracker {self._name}: {why}; `hpcdl sync {self._run.path.name}` sends the run"
             self._run.event("warning", message=message)
             print(message, flush=True)
 
 
-KINDS: dict[str, Callable[[ExperimentSpec, RunDir, str], Tracker]] = {
-    "wandb": Wandb,
-    "tensorboard": TensorBoard,
-}
+def start(spec: ExperimentSpec, run: RunDir, *, active: bool) -> Tracker:
+    """The tracker that the experiment asks for; one that does nothing on other ranks than 0.
 
-
-def start(spec: ExperimentSpec, run: RunDir, attempt: str, *, active: bool) -> Tracker:
-    """The tracker that the experiment asks for; one that does nothing on other ranks than 0."""
-    kind = KINDS.get(spec.tracker.name)
-    if kind is None or not active:
+    Call it when metrics.jsonl holds no step of a lost try any more.
+    """
+    tracker = spec.tracker
+    if not active or tracker.name == "none":
         return Tracker()
-    return Guarded(lambda: kind(spec, run, attempt), spec.tracker.name, run)
-
-
-def _without_secrets(plain: Any) -> Any:
-    """A config as it may leave this machine: the launcher has refused secrets, and can have missed one."""
-    if isinstance(plain, dict):
-        return {key: _without_secrets(value) for key, value in plain.items()}
-    if isinstance(plain, list):
-        return [_without_secrets(value) for value in plain]
-    return secrets.hide(secrets.mask(plain)) if isinstance(plain, str) else plain
-
-
-def _sweep_of(run: RunDir) -> str | None:
-    try:
-        return str(json.loads((run.path / "sweep.json").read_text(encoding="utf-8"))["sweep"])
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None
+    if tracker.name == "wandb" and tracker.mode == "offline":
+        print(
+            f"tracker wandb, offline: `hpcdl sync {run.path.name}` on the login node sends this run",
+            flush=True,
+        )
+        return Tracker()
+    return Guarded(lambda: Live(spec, run), tracker.name, run)

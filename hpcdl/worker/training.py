@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -73,19 +72,21 @@ def train(
     """Trains until the last step or the order to stop; the first rank leaves the result and the outcome."""
     ready = prepare(spec, run, who, device)
     progress.begin(ready.totals.step)
-    tracker = trackers.start(spec, run, who.attempt, active=who.is_first)
-    lines = metrics.Metrics(run, tracker, active=who.is_first)
+    lines = metrics.Metrics(run, active=who.is_first)
     if who.is_first:
         announce(spec, run, who, ready)
         ready.saver.clean()
         lines.rewind(ready.totals.step)
+    tracker = trackers.start(spec, run, active=who.is_first)
     mfu_of = network.seconds_at_peak(spec, ready.size, device, who.world_size)
     reason = drive(spec, run, who, ready, lines, stop, progress, mfu_of)
     progress.end()
     if who.is_first:
-        summary = finish(spec, run, who, ready, lines, mfu_of) if reason is None else {}
-        tracker.finish(summary)
+        if reason is None:
+            finish(spec, run, who, ready, lines, mfu_of)
         write_outcome(run, who, ready.totals.step, reason)
+        # Whoever stops a job gives it seconds; what the tracker lacks then is sent by the next try.
+        tracker.finish(trackers.FINISH_S if reason is None else trackers.STOPPED_S)
 
 
 def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.device) -> Ready:
@@ -188,14 +189,14 @@ def finish(
     ready: Ready,
     lines: metrics.Metrics,
     mfu_of: float | None,
-) -> dict[str, Any]:
-    """Saves the result, and returns what stands in result.json."""
+) -> None:
+    """Saves the result."""
     net, totals = ready.net, ready.totals
     if not ready.engine.is_whole:
         path = ready.saver.path_of(totals.step)
         net = network.from_checkpoint(spec, ready.place, path, net.device, ready.data.train)
     cost = communication.summary(run.metrics(), spec.trainer.max_steps, ready.engine.period)
-    return result.save(
+    result.save(
         result.Finished(
             spec=spec, run=run, who=who, net=net, size=ready.size, tokenizer=ready.tokenizer, metrics=lines,
             totals=totals, place=ready.place, mfu_of=mfu_of, text=ready.data.train,
@@ -205,7 +206,7 @@ def finish(
 
 
 def write_outcome(run: RunDir, who: Process, step: int, reason: str | None) -> None:
-    """Tells the agent how the loop ended: rank 0's last act.
+    """Tells the agent how the loop ended: the last that rank 0 has to do.
 
     Raises:
         UnsavedError: lines of metrics or events still find no room.

@@ -287,7 +287,8 @@ def test_what_a_rank_leaves_of_an_error_has_no_secret(
 ) -> None:
     from hpcdl import secrets
     from hpcdl.runs.store import RunDir
-    from hpcdl.worker import errors, trackers
+    from hpcdl.sync.story import without_secrets
+    from hpcdl.worker import errors
     from hpcdl.worker.process import from_environment
 
     monkeypatch.setenv("WANDB_API_KEY", "sesame sesame 1")
@@ -301,5 +302,5 @@ def test_what_a_rank_leaves_of_an_error_has_no_secret(
     (file,) = run.errors.iterdir()
     assert "sesame" not in file.read_text() and "401 for [hidden]" in file.read_text()
     plain = {"a": ["sesame sesame 1", "curl --token abc"], "b": 3}
-    assert trackers._without_secrets(plain) == {"a": ["[hidden]", "curl --token [hidden]"], "b": 3}
+    assert without_secrets(plain) == {"a": ["[hidden]", "curl --token [hidden]"], "b": 3}
     secrets.of_this_process.cache_clear()

@@ -1,8 +1,7 @@
-"""Small parts, without processes: loss, optimizer, metrics, mesh, stop flags, trackers, plot, tokenizer."""
+"""Small parts, without processes: loss, optimizer, metrics, mesh, stop flags, plot, tokenizer."""
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,13 +20,12 @@ from hpcdl.errors import HpcdlError
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import OptimSpec, ParallelSpec
 from hpcdl.spec.parallel import ParallelDims
-from hpcdl.worker import metrics, model, optim, process, trackers
+from hpcdl.worker import metrics, model, optim, process
 from hpcdl.worker.convert import find_gguf, package_folder
 from hpcdl.worker.plot import smooth
 from hpcdl.worker.signals import SIGNALS, Stop
 from hpcdl.worker.tokenizer import ByteTokenizer
 from tests.factory import tiny_spec
-from tests.worker.conftest import until
 
 pytestmark = pytest.mark.torch
 
@@ -144,13 +142,13 @@ def test_flops_of_a_token() -> None:
 
 def test_rewind_takes_lost_steps_back(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    written = metrics.Metrics(run, trackers.Tracker(), active=True)
+    written = metrics.Metrics(run, active=True)
     written.write(metrics.evaluation(0, 3.0))
     for step in range(1, 6):
         written.write({"step": step, "loss": 1.0})
     written.write(metrics.evaluation(3, 2.0))
     written.write(metrics.evaluation(5, 1.0))
-    again = metrics.Metrics(run, trackers.Tracker(), active=True)
+    again = metrics.Metrics(run, active=True)
     again.rewind(3)
     assert [m["step"] for m in run.metrics()] == [0, 1, 2, 3]
     assert list(again.evaluations) == [0]
@@ -207,42 +205,6 @@ def test_stop_flags(tmp_path: Path, keep_handlers: None) -> None:
     assert other.reason(other.flags()) is None  # only rank 0 looks at the disk
     assert other.reason([1.0, 0.0, 0.0, 1.0]) == "cancel"
     assert other.reason([2.0, 0.0, 0.0, 0.0]) == "signal INT"
-
-
-# --- trackers --------------------------------------------------------------------------------------------
-
-
-class Broken(trackers.Tracker):
-    def log(self, record: dict[str, Any]) -> None:
-        raise ConnectionError("no network")
-
-
-def test_a_failing_tracker_is_turned_off(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    guarded = trackers.Guarded(Broken, "wandb", run)
-    for step in range(3):
-        guarded.log({"step": step})
-    guarded.finish({})
-    assert [e["event"] for e in run.events()] == ["warning"]
-    assert (
-        "tracker wandb failed and is off from here: ConnectionError: no network" in run.events()[0]["message"]
-    )
-
-
-def test_wandb_keeps_a_segment_a_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    for key in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(key, str(tmp_path / key))
-    run = RunDir(tmp_path / "abc123")
-    run.path.mkdir()
-    (run.path / "sweep.json").write_text(json.dumps({"sweep": "sweep-7"}))
-    tracker = trackers.start(tiny_spec(tracker__name="wandb"), run, "0.1", active=True)
-    tracker.log({"step": 1, "loss": 2.0, "mfu": None})
-    tracker.finish({"final_loss": 2.0})
-    assert run.events() == []
-    (segment,) = (run.path / "wandb").glob("offline-run-*-abc123-0-1")
-    (log,) = segment.glob("*.wandb")
-    until(lambda: b"sweep-7" in log.read_bytes(), "wandb's own process to write the group")
 
 
 # --- the rest --------------------------------------------------------------------------------------------
@@ -304,7 +266,7 @@ def test_only_a_frozen_base_is_held_in_bf16() -> None:
 
 
 def test_a_line_of_metrics_is_a_line_of_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = metrics.Metrics(RunDir(tmp_path), trackers.Tracker(), active=True)
+    lines = metrics.Metrics(RunDir(tmp_path), active=True)
     lines.write({"step": 3, "loss": 2.71, "grad_norm": 0.5, "mfu": None, "tokens_per_s": 1234.5})
     lines.write(metrics.evaluation(3, 1.0))
     assert capsys.readouterr().out.splitlines() == [

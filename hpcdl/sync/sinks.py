@@ -1,0 +1,241 @@
+"""Where rows go: a wandb server, or TensorBoard's event files. Only the sender's process imports this."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from hpcdl.spec.plain import dump_yaml
+from hpcdl.sync.story import DIGEST, Head, Row
+
+VERIFY_S = 30.0
+"""How long the server may take until it shows what it was sent."""
+
+
+class NotTakenError(Exception):
+    """The server doesn't show what it was sent."""
+
+
+class Sink(Protocol):
+    """Takes one run, and replaces what was there of it."""
+
+    url: str
+    """Where a person finds it."""
+
+    def add(self, row: Row) -> None:
+        """A row; steps rise."""
+
+    def flush(self) -> None:
+        """What was added is soon to be seen."""
+
+    def finish(self, summary: dict[str, Any], digest: str | None, *, failed: bool) -> None:
+        """The end; what was added is there when it returns.
+
+        Args:
+            summary: figures of the whole run.
+            digest: what the server must show afterwards; None: it is not asked.
+            failed: whether the run has.
+
+        Raises:
+            NotTakenError: it isn't.
+        """
+
+    def close(self) -> None:
+        """Frees what is held, whatever happened."""
+
+
+class Wandb:
+    """A run on a wandb server: id, name and place are the same at every sending, so that it replaces itself.
+
+    Args:
+        head: what the run is.
+        limit_s: how long the server may take to answer at the beginning, and at the end to take everything.
+    """
+
+    def __init__(self, head: Head, limit_s: float) -> None:
+        import wandb
+
+        self._limit_s = limit_s
+        self._head = head
+        self._folder = tempfile.TemporaryDirectory(prefix="hpcdl-sync-", ignore_cleanup_errors=True)
+        self._run = wandb.init(
+            project=head.project,
+            entity=head.entity,
+            group=head.group,
+            name=f"{head.name}-{head.run_id}",
+            id=head.run_id,
+            tags=list(head.tags),
+            config=head.config,
+            mode="online",
+            dir=self._folder.name,
+            # Not resumed: wandb overwrites a run of the same id, which is what makes a second sending harmless.
+            # The machine that sends is not the one that trained: nothing of it, of this process or of this folder's
+            # code belongs to the run.
+            settings=wandb.Settings(
+                init_timeout=limit_s,
+                finish_timeout=limit_s,
+                finish_timeout_raises=True,
+                console="off",
+                silent=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                x_save_requirements=False,
+                disable_git=True,
+                disable_job_creation=True,
+                save_code=False,
+            ),
+        )
+        self.url: str = self._run.url or ""
+
+    def add(self, row: Row) -> None:
+        """A line of the history; wandb's own step is the training's."""
+        self._run.log({"step": row.step, "_timestamp": row.time, **row.values}, step=row.step)
+
+    def flush(self) -> None:
+        """Nothing to do: wandb's own process sends all the while."""
+
+    def finish(self, summary: dict[str, Any], digest: str | None, *, failed: bool) -> None:
+        """Sends the rest and asks the server whether it has it.
+
+        `finish` of wandb 0.31 returns as if all were well where the server has refused the data, and so does
+        `wandb sync`. The digest is the last thing that is sent: who shows it has taken all that came before.
+        """
+        self._run.summary.update({**summary, DIGEST: digest} if digest else summary)
+        path = f"{self._run.entity}/{self._run.project}/{self._head.run_id}"
+        try:
+            self._run.finish(exit_code=int(failed))
+        except TimeoutError as error:
+            raise NotTakenError(
+                f"the server didn't take the run within {self._limit_s:g} s (--limit)"
+            ) from error
+        end = time.monotonic() + min(VERIFY_S, self._limit_s)
+        while digest and digest != (seen := digest_on_server(path, self._limit_s)):
+            if time.monotonic() > end:
+                raise NotTakenError(
+                    f"the server doesn't have what was sent (its digest is {seen or 'missing'}, not {digest})"
+                )
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        """Removes the folder that wandb wrote into meanwhile."""
+        self._folder.cleanup()
+
+
+def digest_on_server(path: str, limit_s: float) -> str | None:
+    """The digest that a run on the server has in its summary; None where there is no such run.
+
+    Args:
+        path: `<entity>/<project>/<run id>`; without an entity the user's own.
+        limit_s: for the server's answer.
+    """
+    import wandb
+
+    try:
+        run = wandb.Api(timeout=max(1, int(limit_s))).run(path)
+    except (wandb.errors.CommError, ValueError) as error:
+        if "Could not find" in str(error):
+            return None
+        raise
+    found = dict(run.summary).get(DIGEST)
+    return str(found) if found else None
+
+
+class Board:
+    """Event files in a folder of their own; those of an earlier sending are removed once the new one is whole.
+
+    Args:
+        head: what the run is.
+        folder: is made; other files in it are left alone.
+    """
+
+    def __init__(self, head: Head, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.url = str(folder)
+        self._old = set(folder.glob(f"*{SUFFIX}"))
+        self._head = head
+        self._writer = EventFileWriter(str(folder), filename_suffix=SUFFIX)
+        # A TensorBoard that looks on has the earlier file's points in mind: this makes it forget all of them.
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(_event(time.time(), 0, session_log=start))
+        self._writer.add_event(_event(time.time(), 0, summary=_text("config", dump_yaml(head.config))))
+
+    def add(self, row: Row) -> None:
+        """A scalar a number."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in row.values.items()]
+        self._writer.add_event(_event(row.time, row.step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        """Writes what waits, and removes earlier files."""
+        self._writer.flush()
+        for file in self._old:
+            with contextlib.suppress(FileNotFoundError):
+                file.unlink()
+        self._old = set()
+
+    def finish(self, summary: dict[str, Any], digest: str | None, *, failed: bool) -> None:
+        """The summary as a text, and the end of the file."""
+        shown = {
+            key: value
+            for key, value in summary.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        self._writer.add_event(_event(time.time(), 0, summary=_text("summary", dump_yaml(shown))))
+        self.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
+SUFFIX = ".hpcdl"
+"""How the names of our event files end."""
+
+
+def _event(wall_time: float, step: int, **what: Any) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    return Event(wall_time=wall_time, step=step, **what)
+
+
+def _text(tag: str, text: str) -> Any:
+    """A text for TensorBoard's own tab, shown as it stands."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+
+    indented = "".join(f"    {line}\n" for line in text.splitlines())
+    return Summary(
+        value=[
+            Summary.Value(
+                tag=tag,
+                metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text")),
+                tensor=TensorProto(dtype="DT_STRING", string_val=[indented.encode()]),
+            )
+        ]
+    )
+
+
+@contextlib.contextmanager
+def opened(kind: str, head: Head, *, limit_s: float, folder: Path | None) -> Iterator[Sink]:
+    """The sink of a name, closed afterwards.
+
+    Args:
+        kind: `wandb` or `tensorboard`.
+        head: what the run is.
+        limit_s: for a server's answers.
+        folder: for event files.
+    """
+    sink: Sink = Wandb(head, limit_s) if kind == "wandb" else Board(head, folder or Path())
+    try:
+        yield sink
+    finally:
+        sink.close()
