@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +16,10 @@ from hpcdl.runs.store import RunDir
 BEFORE = 12
 """Lines of the rank that are shown from before its error."""
 SHOWN_RANKS = 8
+LONGEST = 200
+"""Characters of another rank's message."""
+_VARIES = re.compile(r"\[[\d.:a-f]+\](:\d+)?|0x[0-9a-f]+|\b\d+(\.\d+)*\b")
+"""Addresses, ports and numbers, in which the same message differs from rank to rank."""
 _LATE_S = 1.0
 """A line gets its time when its agent reads it: torchrun passes it on a little later than it was printed."""
 
@@ -41,11 +46,12 @@ def of_run(run: RunDir) -> First | None:
     if found is None:
         return None
     log = run.logs / f"{found.node}-try{found.attempt}.log"
-    others: dict[str, set[int]] = {}
+    others: dict[str, tuple[str, set[int]]] = {}
     for one in said:
         if one.rank is not None and one.rank != found.rank:
-            others.setdefault(_short(one), set()).add(one.rank)
-    ordered = sorted(others.items(), key=lambda item: (-len(item[1]), min(item[1])))
+            text = _short(one)
+            others.setdefault(_VARIES.sub("#", text), (text, set()))[1].add(one.rank)
+    ordered = sorted(others.values(), key=lambda item: (-len(item[1]), min(item[1])))
     return First(
         failure=found,
         before=tuple(_before(log, found)),
@@ -73,7 +79,8 @@ def _numbers(attempt: str) -> tuple[int, ...]:
 
 def _short(one: Failure) -> str:
     lines = one.message.strip().splitlines()
-    return f"{one.type}: {lines[0]}" if lines else one.type
+    text = f"{one.type}: {lines[0]}" if lines else one.type
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _before(log: Path, found: Failure) -> Iterator[str]:
@@ -102,7 +109,8 @@ def in_words(first: First, run_id: str) -> Iterator[str]:
     who = "no rank" if found.rank is None else f"rank {found.rank}"
     again = f", restart {found.restart}" if found.restart else ""
     yield f"first error  {who} on node {found.node}, try {found.attempt}{again}, {_clock(found.time)}"
-    yield f"what it is   {WORDS.get(found.kind, found.kind)}"
+    if found.kind != "unknown":
+        yield f"what it is   {WORDS.get(found.kind, found.kind)}"
     message = found.message.strip().splitlines() or [""]
     yield f"{found.type}: {message[0]}" if message[0] else found.type
     yield from message[1:]

@@ -28,6 +28,7 @@ def main(run: RunDir) -> None:
     """Trains the run's experiment; leaves the process group only after everyone has come to the end."""
     who = process.from_environment()
     process.die_with_parent()
+    process.one_output()
     progress = heartbeat.start(who)
     stop = Stop(run, watch_file=who.is_first)
     try:

@@ -68,6 +68,17 @@ def die_with_parent() -> None:
         os._exit(1)  # torchrun died before the call above, so the kernel won't tell
 
 
+def one_output() -> None:
+    """Sends standard error where standard output goes, under torchrun: one file, in the order of what was printed.
+
+    torchrun reads the two from files of their own, ten times a second: a traceback would stand before the words that
+    led to it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        os.dup2(1, 2)
+
+
 def kill_with_parent() -> None:
     """Asks the kernel for SIGKILL when this process's parent dies (prctl(2), PR_SET_PDEATHSIG; Linux only)."""
     if sys.platform.startswith("linux"):
