@@ -183,14 +183,14 @@ class Agent:
             self._child = Torchrun(argv, environment, self._log)
             # Only now: torchrun imports torch meanwhile, which takes seconds.
             from hpcdl.monitor import sampler
+            from hpcdl.monitor.processes import Processes
 
             with sampler.Sampler(
                 sampler.Settings.of(torchrun.plain_spec(self.run)),
                 self.run,
                 node=self.place.name,
                 attempt=self.attempt,
-                torchrun=self._child.pid,
-                signs=Path(log_dir),
+                processes=Processes(self._child.pid, signs=Path(log_dir)),
             ):
                 if self.place.first:
                     self._started(cluster)

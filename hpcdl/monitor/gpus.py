@@ -8,6 +8,7 @@ Source: the NVML API reference.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,8 +78,7 @@ class Gpus:
         self._devices: list[_Device] = []
         self._events: Any = None
         try:
-            if nvml is None:
-                import pynvml as nvml
+            nvml = nvml or importlib.import_module("pynvml")
         except ImportError:
             self.problem = "nvidia-ml-py isn't installed"
             return

@@ -8,6 +8,7 @@ Source: proc(5).
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from hpcdl.runs import beats
 from hpcdl.runs.beats import Beat
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_RESIDENT, _OF_FILES = re.compile(rb"\nVmRSS:\s+(\d+) kB"), re.compile(rb"\nRssFile:\s+(\d+) kB")
 _FORGET_S = 60.0
 """How long a process that is no part of the run isn't looked at again: its number may be another's by then."""
 _SHORTEST_S = 0.05
@@ -208,13 +209,15 @@ class Processes:
     ) -> ProcessSample:
         is_rank = who.role == "rank" and beat is not None
         came, went = self._moved(each.pid)
+        resident, of_files = self._memory(each.pid)
         return ProcessSample(
             pid=each.pid,
             role=who.role,
             rank=who.rank,
             step=beat.step if is_rank and beat else None,
             phase=beat.phase if is_rank and beat else None,
-            rss_bytes=self._rss(each.pid),
+            rss_bytes=resident,
+            file_bytes=of_files,
             cpu_percent=self._cpu(each, before),
             threads=each.threads,
             open_files=self._open_files(each.pid),
@@ -232,9 +235,12 @@ class Processes:
             return None
         return round(100 * (each.ticks - ticks) / _TICKS / (now - then), 1)
 
-    def _rss(self, pid: int) -> int | None:
-        fields = read(f"{self._proc}/{pid}/statm").split()
-        return int(fields[1]) * _PAGE if len(fields) > 1 else None
+    def _memory(self, pid: int) -> tuple[int | None, int | None]:
+        """Resident bytes, and of these the pages of mapped files."""
+        text = read(f"{self._proc}/{pid}/status")
+        found = _RESIDENT.search(text)
+        files = _OF_FILES.search(text)
+        return int(found[1]) * 1024 if found else None, int(files[1]) * 1024 if files else None
 
     def _open_files(self, pid: int) -> int | None:
         folder = f"{self._proc}/{pid}/fd"

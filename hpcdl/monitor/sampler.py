@@ -4,7 +4,8 @@ The workers take no part in it: nothing of it runs in them, waits for them or ho
 is enough, since the agent itself has little to do; it is in the kernel most of its time, and so in nobody's way.
 Whatever goes wrong here is told once (an event) and ends nothing.
 
-It limits itself: by the bytes that it writes (hpcdl.monitor.allowance) and by the CPU time that it takes.
+It limits itself: by the CPU time that a sample takes, and by the bytes of those that are written down
+(hpcdl.monitor.allowance); listeners in the agent get all of them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hpcdl.errors import HpcdlError
@@ -32,13 +32,13 @@ from hpcdl.runs.store import RunDir, now
 
 _FIRST_PAUSE_S = 0.5
 """After a try's first sample; then twice as long each time, up to every_s: a start is over soon."""
-_LOOK_S = 1.0
-"""Between looks at the memory that is left."""
 _CPU_SHARE = 0.005
 """Of one core that sampling may take; PSS a fifth of that more."""
 _PSS_SHARE = 0.001
 _SHORT = 0.1
-"""Share of the memory that is left, below which each change is worth a sample."""
+"""Share of the memory that is left, below which each change is worth a line."""
+_SHORT_PAUSE_S = 1.0
+"""Between samples then, at the most."""
 _MOST_WAITING = 50
 """Lines in the agent's memory that find no room on a full disk; more are not kept."""
 _END_LIMIT_S = 2.0
@@ -80,19 +80,28 @@ class Sampler:
         run: where the file lies.
         node: this node's name.
         attempt: the try.
-        torchrun: its process id; what is below this process is looked at.
-        signs: the folder of the ranks' signs of life.
+        processes: what is looked at.
+        listeners: take each sample, also those that are not written down.
     """
 
     def __init__(
-        self, settings: Settings | None, run: RunDir, node: str, attempt: str, torchrun: int, signs: Path
+        self,
+        settings: Settings | None,
+        run: RunDir,
+        node: str,
+        attempt: str,
+        processes: Processes,
+        listeners: Sequence[Callable[[NodeSample], object]] = (),
     ) -> None:
-        self._settings, self._run, self._name, self._attempt = settings, run, node, attempt
+        self._settings, self._run, self._node, self._attempt = settings, run, node, attempt
+        self._processes, self._listeners = processes, listeners
         self._file = records.file_of(run, node)
-        self._processes = Processes(torchrun, signs)
         self._over = threading.Event()
         self._told: set[str] = set()
         self._peak = 0
+        self._size = 0
+        """Bytes of the last line."""
+        self._write_at = 0.0
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Sampler:
@@ -115,9 +124,8 @@ class Sampler:
     def _work(self, settings: Settings) -> None:
         try:
             look = Look(settings, self._processes)
-            self._tell(look.problems)
             room = allowance.for_file(self._file, settings.bytes_per_day)
-            before = records.last(self._run, self._name)
+            before = records.last(self._run, self._node)
             self._peak = (before.peak_rss_bytes if before else None) or 0
         except Exception as error:  # nothing that is only measured may end the training
             self._tell([f"no samples: {type(error).__name__}: {error}"])
@@ -125,49 +133,54 @@ class Sampler:
         pause = min(_FIRST_PAUSE_S, settings.every_s)
         while not self._over.is_set():
             began = time.thread_time()
-            size = self._sample(look, pause, room)
+            self._sample(look, pause, room)
             cost = time.thread_time() - began
-            usual = max(settings.every_s, cost / _CPU_SHARE, room.pause_s(size))
+            usual = max(settings.every_s, cost / _CPU_SHARE)
             pause = min(2 * pause, usual) if pause < settings.every_s else usual
-            self._wait(pause, settings.every_s, look, room, size)
+            if look.is_short:
+                pause = min(pause, max(_SHORT_PAUSE_S, cost / _CPU_SHARE))
+            self._over.wait(pause)
         look.gpus.close()
 
-    def _sample(self, look: Look, next_s: float, room: allowance.Allowance) -> int:
-        """Takes a sample and writes it; its size in bytes."""
+    def _sample(self, look: Look, pause: float, room: allowance.Allowance) -> None:
+        """Takes a sample, and writes it down if it is time to."""
         try:
             sample = look.sample()
             self._tell(look.problems)
             self._peak = max(self._peak, sample.rss_bytes or 0)
             sample = replace(
                 sample,
-                node=self._name,
+                node=self._node,
                 attempt=self._attempt,
-                next_s=round(next_s, 1),
+                next_s=round(pause + room.pause_s(self._size), 1),
                 peak_rss_bytes=self._peak or None,
             )
-            line = records.as_line(sample)
-            size = len(json.dumps(line, ensure_ascii=False)) + 1
-            if unwritten(self._file) < _MOST_WAITING:
-                append_line(self._file, line)
-            room.spend(size)
-            return size
+            urgent = look.is_urgent() and room.has_room_for(self._size)
+            if urgent or time.monotonic() >= self._write_at:
+                self._write(records.as_line(sample), room)
+                look.wrote()
         except Exception as error:
             self._tell([f"a sample is missing: {type(error).__name__}: {error}"])
-            return 0
+            return
+        for listener in self._listeners:
+            try:
+                listener(sample)
+            except Exception as error:
+                self._tell([f"{type(error).__name__}: {error}"])
 
-    def _wait(self, pause: float, every_s: float, look: Look, room: allowance.Allowance, size: int) -> None:
-        """Until the next sample; one that matters comes sooner."""
-        end = time.monotonic() + pause
-        while (left := end - time.monotonic()) > 0 and not self._over.wait(min(left, every_s, _LOOK_S)):
-            if look.is_urgent() and room.has_room_for(size):
-                return
+    def _write(self, line: dict[str, Any], room: allowance.Allowance) -> None:
+        self._size = len(json.dumps(line, ensure_ascii=False)) + 1
+        if unwritten(self._file) < _MOST_WAITING:
+            append_line(self._file, line)
+        room.spend(self._size)
+        self._write_at = time.monotonic() + room.pause_s(self._size)
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:
             if problem not in self._told:
                 self._told.add(problem)
                 with contextlib.suppress(OSError, HpcdlError):
-                    self._run.event("warning", message=f"monitor on node {self._name}: {problem}")
+                    self._run.event("warning", message=f"monitor on node {self._node}: {problem}")
         problems.clear()
 
 
@@ -198,7 +211,7 @@ class Look:
         if settings.wants_gpus and self.gpus.problem:
             self.problems.append(f"no samples of GPUs: {self.gpus.problem}")
         self._pss_at = 0.0
-        self._share_left = 1.0
+        self._share_left = self._written_share = 1.0
         self._ecc: dict[tuple[int, int | None], int] = {}
 
     def sample(self) -> NodeSample:
@@ -226,10 +239,18 @@ class Look:
             gpus=tuple(gpus),
         )
 
+    @property
+    def is_short(self) -> bool:
+        """Whether little memory was left at the last sample: the kernel may kill soon."""
+        return self._share_left < _SHORT
+
     def is_urgent(self) -> bool:
-        """Whether memory is short and gets shorter: the kernel may kill soon, and what led there is to be seen."""
-        share = self._node.memory().share_left
-        return share < _SHORT and share < self._share_left - _SHORT / 20
+        """Whether memory is short and gets shorter: what led to its end is to be seen."""
+        return self.is_short and self._share_left < self._written_share - _SHORT / 20
+
+    def wrote(self) -> None:
+        """The last sample was written down."""
+        self._written_share = self._share_left
 
     def _look_at_processes(self) -> list[ProcessSample]:
         try:

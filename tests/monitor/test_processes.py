@@ -91,6 +91,7 @@ def test_every_process_has_its_role_and_what_it_uses(running: Running, tmp_path:
         assert (found[rank].role, found[rank].rank, found[rank].step) == ("rank", number, None)
         assert (found[loader].role, found[loader].rank) == ("loader", number)
         assert (found[rank].rss_bytes or 0) > 30_000_000 > (found[loader].rss_bytes or 0) > 1_000_000
+        assert 1_000_000 < (found[rank].file_bytes or 0) < (found[rank].rss_bytes or 0) - 30_000_000
         assert found[rank].threads == 1 and (found[rank].open_files or 0) >= 3
         assert found[rank].read_bytes is not None and found[rank].written_bytes is not None
     idle, busy = found[running.ranks[0]].cpu_percent, found[running.loaders[0]].cpu_percent
@@ -152,7 +153,7 @@ def test_what_cannot_be_read_is_not_known_and_no_error(tmp_path: Path) -> None:
     proc = tmp_path / "proc"
     fake(proc, 1, 0)
     fake(proc, 10, 1)
-    fake(proc, 11, 10, statm="9 4 1", io="rchar: 5\nread_bytes: 6\n")
+    fake(proc, 11, 10, status="Name:\tx\nVmRSS:\t     4 kB\nRssAnon: 3 kB\n", io="rchar: 5\nread_bytes: 6\n")
     fake(proc, 12, 10, state="Z")
     (proc / "13").mkdir()  # gone between two reads
     (proc / "14").mkdir()
@@ -162,7 +163,7 @@ def test_what_cannot_be_read_is_not_known_and_no_error(tmp_path: Path) -> None:
     samples = Processes(11, tmp_path, agent=10, proc=str(proc)).sample()
     torchrun, agent = samples
     assert (torchrun.pid, torchrun.role, torchrun.threads) == (11, "torchrun", 3)
-    assert torchrun.rss_bytes == 4 * os.sysconf("SC_PAGE_SIZE")
+    assert (torchrun.rss_bytes, torchrun.file_bytes) == (4096, None)
     assert (torchrun.read_bytes, torchrun.written_bytes, torchrun.open_files) == (6, None, None)
     assert (agent.pid, agent.rss_bytes, agent.read_bytes) == (10, None, None)
 

@@ -20,7 +20,7 @@ import pytest
 from hpcdl.monitor import records, sampler
 from hpcdl.monitor.allowance import FIRST_BYTES, Allowance
 from hpcdl.monitor.gpus import Gpus
-from hpcdl.monitor.node import Node
+from hpcdl.monitor.node import Memory, Node
 from hpcdl.monitor.processes import Processes
 from hpcdl.monitor.records import NodeSample, ProcessSample
 from hpcdl.monitor.sampler import Look, Sampler, Settings
@@ -45,10 +45,10 @@ def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def sampling(run: RunDir, settings: Settings = QUICK) -> Iterator[list[NodeSample]]:
+def sampling(run: RunDir, settings: Settings = QUICK, proc: str = "/proc") -> Iterator[list[NodeSample]]:
     """Of this process, without a torchrun; what was written, once it is over."""
     found: list[NodeSample] = []
-    with Sampler(settings, run, "n1", "0.1", torchrun=-1, signs=run.path):
+    with Sampler(settings, run, "n1", "0.1", Processes(-1, run.path, proc=proc)):
         yield found
     found += records.read(run, "n1")
 
@@ -83,7 +83,7 @@ def test_the_peak_of_earlier_tries_stands(run: RunDir) -> None:
 
 
 def test_none_writes_nothing(run: RunDir) -> None:
-    with Sampler(None, run, "n1", "0.0", torchrun=-1, signs=run.path):
+    with Sampler(None, run, "n1", "0.0", Processes(-1, run.path)):
         assert "monitor" not in [thread.name for thread in threading.enumerate()]
     assert list(run.path.iterdir()) == []
 
@@ -140,11 +140,8 @@ def test_what_goes_wrong_is_told_once(run: RunDir, monkeypatch: pytest.MonkeyPat
     assert told.startswith("monitor on node n1: a sample is missing: ") and str(error) in told
 
 
-def test_without_proc_the_node_is_still_sampled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sampler, "Processes", lambda *_: Processes(-1, run.path, proc="/nowhere")
-    )  # as where it isn't mounted
-    with sampling(run) as found:
+def test_without_proc_the_node_is_still_sampled(run: RunDir) -> None:
+    with sampling(run, proc="/nowhere") as found:
         enough(run)
     assert found[-1].processes == () and found[-1].rss_bytes is None and found[-1].memory_limit_bytes
     assert warnings(run) == [
@@ -209,40 +206,58 @@ def test_gpus_that_were_asked_for_and_are_not_seen_are_told(run: RunDir) -> None
     assert look(run, gpus=Gpus({}, Driver(init=12))).problems == ["no samples of GPUs: error 12"]
 
 
-def test_memory_that_gets_short_is_worth_a_sample(run: RunDir, tmp_path: Path) -> None:
+def test_memory_that_gets_short_is_worth_a_line(run: RunDir, tmp_path: Path) -> None:
     proc = tmp_path / "proc"
     proc.mkdir()
 
     def left(percent: float) -> None:
         (proc / "meminfo").write_text(f"MemTotal: 100000 kB\nMemAvailable: {int(1000 * percent)} kB\n")
 
-    left(50)
     found = look(run, node=Node(str(proc), tmp_path / "none"))
-    found.sample()
     urgent = []
     for percent in (30, 11, 9, 9, 8.8, 8.4, 30):
         left(percent)
+        found.sample()
         urgent.append(found.is_urgent())
         if urgent[-1]:
-            found.sample()
+            found.wrote()
     assert urgent == [False, False, True, False, False, True, False]
 
 
 @pytest.mark.parametrize(
-    ("urgent", "room", "soon"), [(True, True, True), (True, False, False), (False, True, False)]
+    ("short", "room", "dense"), [(True, True, True), (True, False, False), (False, True, False)]
 )
-def test_a_moment_that_matters_ends_the_pause(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, urgent: bool, room: bool, soon: bool
+def test_memory_that_gets_short_is_written_out_of_turn(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, short: bool, room: bool, dense: bool
 ) -> None:
-    monkeypatch.setattr(sampler, "_LOOK_S", 0.01)
+    left = itertools.count(90 if short else 900, -1)
+    monkeypatch.setattr(Node, "memory", lambda _: Memory(available_bytes=next(left), limit_bytes=1000))
+    allowed = Allowance(1.0)
+    allowed.spend(FIRST_BYTES * (0.9 if room else 1.0))
     found = look(run)
-    monkeypatch.setattr(Look, "is_urgent", lambda _: urgent)
-    allowance = Allowance(1.0)
-    if not room:
-        allowance.spend(FIRST_BYTES)
-    began = time.monotonic()
-    Sampler(QUICK, run, "n1", "0.0", torchrun=-1, signs=run.path)._wait(0.3, 5.0, found, allowance, 100)
-    assert (time.monotonic() - began < 0.3) == soon
+    one = Sampler(QUICK, run, "n1", "0.0", Processes(-1, run.path))
+    for _ in range(25):
+        one._sample(found, 5.0, allowed)
+    assert found.is_short == short
+    # Each 0.5 % of the limit that is gone, besides the first.
+    assert len(list(records.read(run, "n1"))) == (5 if dense else 1)
+
+
+def test_listeners_get_every_sample_and_may_fail(run: RunDir) -> None:
+    heard: list[NodeSample] = []
+
+    def fail(_: NodeSample) -> None:
+        raise ValueError("of a listener")
+
+    settings = replace(QUICK, bytes_per_day=1.0)
+    records.file_of(run, "n1").write_text(
+        json.dumps({"time": "2026-01-01T00:00:00+00:00"}) + " " * FIRST_BYTES + "\n"
+    )
+    with Sampler(settings, run, "n1", "0.0", Processes(-1, run.path), [fail, heard.append]):
+        until(lambda: len(heard) > 5, "samples")
+    assert len(list(records.read(run, "n1"))) == 2, "few are written down"
+    assert heard[-1].processes and (heard[-1].next_s or 0) > 1e6
+    assert warnings(run) == ["monitor on node n1: ValueError: of a listener"]
 
 
 def test_pss_is_looked_at_rarely_and_the_more_rarely_the_more_it_costs(
@@ -279,31 +294,30 @@ def test_very_many_processes_are_counted_and_not_all_listed(run: RunDir) -> None
 def test_samples_begin_dense_and_then_come_as_often_as_they_may(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pauses of a thread whose samples cost 0.1 s of CPU, or nothing, at 1,000 bytes each."""
+    """The pauses of a thread whose samples cost nothing, or 0.1 s of CPU."""
     monkeypatch.setattr(sampler, "_CPU_SHARE", 0.005)
 
-    def pauses(cost: float, per_day: float, count: int) -> list[float]:
-        settings = Settings(every_s=5.0, pss_every_s=60.0, bytes_per_day=per_day)
-        one = Sampler(settings, run, "n1", "0.0", torchrun=-1, signs=run.path)
+    def pauses(cost: float, count: int) -> list[float]:
+        settings = Settings(every_s=5.0, pss_every_s=60.0, bytes_per_day=1e9)
+        one = Sampler(settings, run, "n1", "0.0", Processes(-1, run.path))
         clock, found = [0.0], []
 
-        def sample(*_: object) -> int:
+        def sample(*_: object) -> None:
             clock[0] += cost
-            return 1000
 
-        def wait(pause: float, *_: object) -> None:
+        def wait(pause: float) -> None:
             found.append(pause)
             if len(found) == count:
                 one._over.set()
 
         monkeypatch.setattr(sampler.time, "thread_time", lambda: clock[0])
         monkeypatch.setattr(one, "_sample", sample)
-        monkeypatch.setattr(one, "_wait", wait)
+        monkeypatch.setattr(one._over, "wait", wait)
         one._work(settings)
         return found
 
-    assert pauses(0.0, 1e9, 7) == [1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0]
-    assert pauses(0.1, 1e9, 7) == pytest.approx([1.0, 2.0, 4.0, 8.0, 20.0, 20.0, 20.0])
+    assert pauses(0.0, 7) == [1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0]
+    assert pauses(0.1, 7) == pytest.approx([1.0, 2.0, 4.0, 8.0, 20.0, 20.0, 20.0])
 
 
 def test_signals_of_the_agent_are_not_held_up(run: RunDir) -> None:
