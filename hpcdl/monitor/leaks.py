@@ -25,7 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from hpcdl.monitor import records
+from hpcdl.monitor.records import NodeSample
+from hpcdl.monitor.series import Gathered, Series, Who
 from hpcdl.monitor.trend import Point, Trend, blocks, theil_sen
+from hpcdl.runs.store import RunDir
 
 MIB = 1 << 20
 
@@ -80,6 +84,72 @@ class Growth:
     last_step: float = 0.0
     samples: int = 0
     """After the warm-up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What one process's memory did over a try."""
+
+    node: str
+    attempt: str
+    who: Who
+    growth: Growth
+    steps_until_full: float | None
+    """From the last sample on, were the run to go on; None where nothing grows or the room isn't known."""
+    step_s: float | None
+    """Seconds a step, lately."""
+
+
+def of_run(run: RunDir, rules: Rules = USUAL) -> list[Verdict]:
+    """The verdicts on every process that was seen long enough, leaks first, from the run's system-<node>.jsonl.
+
+    Args:
+        run: the run, over or not.
+        rules: what is taken for a leak.
+    """
+    verdicts: list[Verdict] = []
+    for node in records.nodes(run):
+        tries: dict[str, tuple[Gathered, NodeSample]] = {}
+        for sample in records.read(run, node):
+            gathered = tries[sample.attempt][0] if sample.attempt in tries else Gathered(forget=False)
+            gathered.take(sample)
+            tries[sample.attempt] = gathered, sample
+        for attempt, (gathered, last) in tries.items():
+            verdicts += [
+                _verdict(node, attempt, who, series, last, rules)
+                for who, series in gathered.judged()
+                if series.seen >= rules.samples
+            ]
+    return sorted(verdicts, key=lambda each: (not each.growth.leak, -each.growth.bytes_per_step))
+
+
+def _verdict(node: str, attempt: str, who: Who, series: Series, last: NodeSample, rules: Rules) -> Verdict:
+    growth = judge(series.points, rules)
+    left = steps_until_full(who, growth.bytes_per_step, last) if growth.leak else None
+    return Verdict(
+        node=node, attempt=attempt, who=who, growth=growth, steps_until_full=left, step_s=series.step_s
+    )
+
+
+def steps_until_full(who: Who, bytes_per_step: float, sample: NodeSample) -> float | None:
+    """Steps until the node, its control group or the fullest GPU has nothing left; None where that isn't known.
+
+    Args:
+        who: whose memory.
+        bytes_per_step: of all that grow there.
+        sample: what is left.
+    """
+    room = sample.memory_available_bytes
+    if who.memory == "gpu":
+        left = [
+            gpu.memory_total_bytes - gpu.memory_used_bytes
+            for gpu in sample.gpus
+            if gpu.memory_total_bytes is not None
+            and gpu.memory_used_bytes is not None
+            and (who.role != "gpu" or gpu.index == who.rank)
+        ]
+        room = min(left, default=None)
+    return None if room is None or bytes_per_step <= 0 else room / bytes_per_step
 
 
 def judge(points: Sequence[Point], rules: Rules = USUAL) -> Growth:
@@ -178,8 +248,8 @@ def _jumps(levels: Sequence[float]) -> float:
 
 def _error(points: Sequence[Point], slope: float) -> float:
     """Standard error of a slope, by the points' scatter about the line."""
-    steps = [step for step, _ in points]
-    return _scatter(points, slope) / (statistics.pstdev(steps) * math.sqrt(len(steps)))
+    spread = statistics.pstdev(step for step, _ in points) * math.sqrt(len(points))
+    return _scatter(points, slope) / spread if spread else 0.0
 
 
 def _scatter(points: Sequence[Point], slope: float) -> float:

@@ -128,6 +128,10 @@ class Gathered:
             for who in gone:
                 del self.series[who]
 
+    def forget(self, who: Who) -> None:
+        """Begins a process's series anew."""
+        self.series[who] = Series()
+
     def _gpus(self, sample: NodeSample, first: ProcessSample | None, when: float) -> None:
         """Where the driver doesn't say which process holds what."""
         if first is None or not first.step or first.phase not in (None, "step"):

@@ -1,14 +1,14 @@
 """The agent's side of the search for leaks: it takes each sample, asks a process that grows to look, and tells.
 
 What grows without an end looks like a cache that is not yet full, so an agent takes its time where time costs nothing:
-it tells of a leak once the growth has gone on for a fifth longer than it took to see it, and
+it tells of a leak once the growth has gone on for a tenth longer than it took to see it, and
 
     half of the run's steps are done (a cache that fills in one of several epochs is full by then), or
     a quarter of the way to full memory is done and the run would come to its end, or
     it has gone on for `_SURE` samples.
 
-Meanwhile the process that grows looks which of its lines and tensors do (hpcdl.worker.growth), and whether what grows
-is in use at all: memory that its allocator holds free is no leak. Nothing here ends a run.
+Then, before it is told, the process that grows looks which of its lines and tensors do (hpcdl.worker.growth), and
+whether what grows is in use at all: memory that its allocator holds free is no leak. Nothing here ends a run.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from hpcdl.secrets import hide
 
 _SURE = 240
 """Samples of growth that are told of whatever is left: 20 minutes at the usual 5 s."""
-_LONGER = 1.2
+_LONGER = 1.1
 """How much longer than it took to be seen a growth has to go on."""
 _WAY = 0.25
 """Share of the way to full memory after which one doesn't wait for half of the run."""
 _LOOKS = 3
 """Times that a process is asked; each costs it some steps of tracing."""
-_LOOK_BYTES = 2 * MIB
-_LOOK_STEPS = (16, 400)
+_LOOK_BYTES = MIB
+_LOOK_STEPS = (16, 200)
 """A look goes on until this much has grown, within these bounds."""
-_PATIENCE = 60
-"""Samples that an answer may take."""
+_PATIENCE = 120
+"""Samples that an answer may take; at most half of the way to full memory."""
 _HELD, _IN_USE = 0.6, 0.25
 """Free memory grows by this share of the growth, memory in use by less than that: it is the allocator's."""
 _WORSE = 2.0
@@ -80,13 +80,15 @@ class _Case:
     since: int | None = None
     """Samples when its growth was first seen; None: it doesn't grow."""
     growth: Growth | None = None
+    left: float | None = None
+    """Steps until memory is full."""
+    step_s: float | None = None
     looks: int = 0
     asked: int | None = None
     """Samples when it was asked; None: no answer is awaited."""
-    asked_pid: int = 0
+    pid: int | None = None
+    """Who was asked."""
     answer: Answer | None = None
-    quiet: int = 0
-    """Not told of before so many samples: its allocator's."""
     told: float = 0.0
     """Bytes a step that were told."""
 
@@ -124,77 +126,84 @@ class Watcher:
         self._gathered.take(sample)
         for who, series in list(self._gathered.judged()):
             case = self._cases.setdefault(who, _Case())
-            if case.asked is not None:
+            if case.asked is not None:  # what the look itself takes is no growth
                 self._hear(who, series, case)
-            if series.seen < max(self._settings.rules.samples, case.judged * 1.04):
-                continue
-            case.judged = series.seen
-            growth = leaks.judge(series.points, self._settings.rules)
-            if not growth.leak:
-                case.since = None
-                continue
-            case.growth, case.since = growth, case.since or series.seen
-            self._suspect(self._settings, who, series, case, sample)
-        gone = [who for who in self._cases if who not in self._gathered.series]
-        for who in gone:
-            del self._cases[who]
+            elif series.seen >= max(self._settings.rules.samples, case.judged * 1.04):
+                self._judge(self._settings, who, series, case, sample)
+        for who in [who for who in self._cases if who not in self._gathered.series]:
+            self._lose(who)
 
-    def _suspect(self, settings: Settings, who: Who, series: Series, case: _Case, sample: NodeSample) -> None:
-        assert case.growth is not None
-        again = case.growth.interval[0] > _WORSE * case.told
-        if not again or series.seen < case.quiet:
+    def close(self) -> None:
+        """The try is over: what was asked and not answered is told as it is known."""
+        for who in list(self._cases):
+            self._lose(who)
+
+    def _lose(self, who: Who) -> None:
+        """A process has ended, maybe while it looked."""
+        case = self._cases.pop(who)
+        if case.asked is not None:
+            self._tell(who, case)
+
+    def _judge(self, settings: Settings, who: Who, series: Series, case: _Case, sample: NodeSample) -> None:
+        case.judged = series.seen
+        growth = leaks.judge(series.points, settings.rules)
+        if not growth.leak:
+            case.since = None
             return
-        left = self._until_full(who, case.growth, sample)
-        if self._may_ask(settings, series, case):
-            self._ask(who, series, case)
-        pressing = left is not None and left < _WAY * (case.growth.last_step - case.growth.first_step)
-        if pressing or (case.asked is None and self._is_ripe(settings, series, case, left)):
-            self._tell(who, series, case, left)
+        case.growth, case.since = growth, case.since or series.seen
+        case.left, case.step_s = self._until_full(who, growth, sample), series.step_s
+        if growth.interval[0] <= _WORSE * case.told or not self._is_ripe(settings, series, case):
+            return
+        if not (settings.look and self._ask(who, series, case)):
+            self._tell(who, case)
 
-    def _is_ripe(self, settings: Settings, series: Series, case: _Case, left: float | None) -> bool:
+    def _is_ripe(self, settings: Settings, series: Series, case: _Case) -> bool:
+        """Whether there is no more to wait for."""
         assert case.growth is not None and case.since is not None
+        seen = case.growth.last_step - case.growth.first_step
+        if case.left is not None and case.left < _WAY * seen:
+            return True
         if series.seen < _LONGER * case.since:
             return False
         last, done = settings.last_step, series.last_step
         if last is None or done >= last / 2 or series.seen >= _SURE:
             return True
-        seen = case.growth.last_step - case.growth.first_step
-        return left is not None and left <= last - done and seen >= _WAY * (left + seen)
+        return case.left is not None and case.left <= last - done and seen >= _WAY * (case.left + seen)
 
-    def _may_ask(self, settings: Settings, series: Series, case: _Case) -> bool:
-        if not settings.look or case.asked is not None or case.looks >= _LOOKS:
-            return False
-        # Once on suspicion; once more when what was found explains little, twice as late.
-        return case.answer is None or (not case.answer.growing and series.seen >= 2 * (case.since or 0))
-
-    def _ask(self, who: Who, series: Series, case: _Case) -> None:
-        """The process itself; of a loader's workers the one that grows most."""
+    def _ask(self, who: Who, series: Series, case: _Case) -> bool:
+        """The process itself, or of a loader's workers the one that grows most; False: nobody to ask."""
         assert case.growth is not None
         pid = who.pid
         if who.role == "loader" and pid is None:
-            slopes = {
-                one.pid: leaks.judge(its.points).bytes_per_step
-                for one, its in self._gathered.of_loaders(who.rank).items()
-            }
-            pid = max(slopes, key=lambda each: slopes[each]) if slopes else None
+            each = self._gathered.of_loaders(who.rank).items()
+            slopes = {one.pid: leaks.judge(its.points).bytes_per_step for one, its in each}
+            pid = max(slopes, key=lambda one: slopes[one], default=None)
+        if pid is None or case.looks >= _LOOKS:
+            return False
         fewest, most = _LOOK_STEPS
         steps = int(min(most, max(fewest, _LOOK_BYTES / max(case.growth.bytes_per_step, 1.0))))
         case.looks += 1
-        if pid is not None and looking.ask(self._folder, pid, steps):
-            case.asked, case.asked_pid = series.seen, pid
+        case.pid = pid
+        if not looking.ask(self._folder, pid, steps):
+            return False
+        case.asked = series.seen
+        return True
 
     def _hear(self, who: Who, series: Series, case: _Case) -> None:
         """Takes an answer that has come, or gives up on it."""
-        assert case.asked is not None and case.growth is not None
-        answer = looking.read(self._folder, case.asked_pid)
-        if answer is None:
-            if series.seen >= case.asked + _PATIENCE:
-                case.asked = None
+        assert case.asked is not None and case.growth is not None and case.pid is not None
+        case.answer = looking.read(self._folder, case.pid)
+        late = case.left is not None and series.last_step > case.growth.last_step + case.left / 2
+        if case.answer is None and series.seen < case.asked + _PATIENCE and not late:
             return
-        case.asked, case.answer = None, answer
-        if held := held_free(who, case.growth, answer):
-            case.quiet, case.since, case.answer = int(1.5 * series.seen), None, None
+        held = held_free(who, case.growth, case.answer) if case.answer else ""
+        if held:
             self._say(f"{who.words} grows by {size(case.growth.bytes_per_step)} a step, but {held}: no leak")
+        else:
+            self._tell(who, case)
+        # The look has left its traces in the process's memory: what follows is a series of its own.
+        self._gathered.forget(who)
+        case.asked, case.since, case.judged = None, None, 0
 
     def _until_full(self, who: Who, growth: Growth, sample: NodeSample) -> float | None:
         """Steps, if all that leaks on this node goes on as it does."""
@@ -203,16 +212,15 @@ class Watcher:
             for other, case in self._cases.items()
             if case.growth and case.since and other.memory == who.memory == "host"
         )
-        return steps_until_full(who, max(growth.bytes_per_step, together), sample)
+        return leaks.steps_until_full(who, max(growth.bytes_per_step, together), sample)
 
-    def _tell(self, who: Who, series: Series, case: _Case, left: float | None) -> None:
+    def _tell(self, who: Who, case: _Case) -> None:
         assert case.growth is not None
         case.told = case.growth.bytes_per_step
-        pid = who.pid if who.pid is not None else case.asked_pid or None
         found = Leak(
-            node=self._node, attempt=self._attempt, who=replace(who, pid=pid), growth=case.growth,
-            steps_until_full=left, step_s=series.step_s, growing=parts(who, case.growth, case.answer),
-            look=case.answer,
+            node=self._node, attempt=self._attempt, who=replace(who, pid=case.pid if who.pid is None else who.pid),
+            growth=case.growth, steps_until_full=case.left, step_s=case.step_s,
+            growing=parts(who, case.growth, case.answer), look=case.answer,
         )  # fmt: skip
         with contextlib.suppress(OSError, HpcdlError):
             self._run.event("leak", **found.event())
@@ -319,21 +327,6 @@ def parts(who: Who, growth: Growth, answer: Answer | None) -> tuple[Growing, ...
     return tuple(
         sorted((*named, Growing(what=what, bytes_per_step=rest)), key=lambda one: -one.bytes_per_step)
     )
-
-
-def steps_until_full(who: Who, bytes_per_step: float, sample: NodeSample) -> float | None:
-    """Steps until the node, its control group or the fullest GPU has nothing left; None where that isn't known."""
-    if who.memory == "gpu":
-        left = [
-            gpu.memory_total_bytes - gpu.memory_used_bytes
-            for gpu in sample.gpus
-            if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
-            and (who.role != "gpu" or gpu.index == who.rank)
-        ]  # fmt: skip
-        room = min(left) if left else None
-    else:
-        room = sample.memory_available_bytes
-    return None if room is None or bytes_per_step <= 0 else room / bytes_per_step
 
 
 def size(count: float) -> str:

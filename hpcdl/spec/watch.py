@@ -36,6 +36,12 @@ class MonitorSpec:
     """Seconds between looks at PSS, which cost the kernel about 10 ms a GiB of a process."""
     mb_per_day: Annotated[float, Gt(0)] = 10.0
     """MB of samples a day and node, after the first one: where they would be more, they are taken less often."""
+    leaks: bool = True
+    """Whether memory that grows without an end is told of (an event and a line in the log; nothing ends for it)."""
+    leak_min_mib: Annotated[float, Gt(0)] = 1.0
+    """MiB that a process must have grown by."""
+    leak_look: bool = True
+    """Whether a process that leaks looks which of its lines and tensors grow: up to 200 steps of tracing."""
     communication_steps: Annotated[int, Ge(0)] = 2
     """Steps of each try in which calls, bytes and seconds of collectives are measured; 0: none. They are left
     out of the average speed."""

@@ -16,6 +16,8 @@ from typing import Any
 
 NUMBERS = ("resident", "malloc_used", "malloc_free", "cuda_allocated", "cuda_reserved")
 """What `numbers` reads, in bytes; -1: can't be read here."""
+_CALLERS = 3
+"""Frames that are told, the line itself included."""
 _PACKAGES = ("/site-packages/", "/dist-packages/", "<frozen", f"{sysconfig.get_paths()['stdlib']}/")
 _OWN = (str(Path(__file__)), str(Path(__file__).with_name("growth.py")), tracemalloc.__file__)
 
@@ -77,30 +79,33 @@ def _cuda_bytes() -> tuple[float, float]:
 
 
 def chosen(frames: Iterable[tuple[str, int]]) -> str:
-    """The line to blame, `path:line`: the innermost of one's own code, else the innermost of all.
+    """The lines to blame, `path:line` and its callers behind ` < `: the innermost of one's own code, else of all.
 
     Args:
         frames: path and line, the innermost first.
     """
     listed = list(frames)
-    own = next((each for each in listed if not any(part in each[0] for part in _PACKAGES)), None)
-    path, line = own or (listed[0] if listed else ("", 0))
-    return f"{path}:{line}" if path else ""
+    own = [each for each in listed if not any(part in each[0] for part in _PACKAGES)]
+    return " < ".join(f"{path}:{line}" for path, line in (own or listed[:1])[:_CALLERS])
 
 
 def shown(where: str) -> str:
     """A place as it is told: inside a package from the package on, below the working directory from there on."""
+    first = where.partition(" < ")[0]
     for part in _PACKAGES[:2]:
-        if part in where:
-            return where.rpartition(part)[2]
-    here = f"{Path.cwd()}/"
-    return where.removeprefix(here)
+        if part in first:
+            return first.rpartition(part)[2]
+    return first.removeprefix(f"{Path.cwd()}/")
 
 
 def text_of(where: str) -> str:
-    """The source line there; the place itself where there is no source."""
-    path, _, line = where.rpartition(":")
-    return linecache.getline(path, int(line)).strip()[:120] or where if path else "an unknown line"
+    """The source line there, and where it was called from; empty where there is no source."""
+    texts = []
+    for place in where.split(" < ") if where else ():
+        path, _, line = place.rpartition(":")
+        text = linecache.getline(path, int(line)).strip()[:100]
+        texts.append(f", from {shown(place)} {text}" if texts else text)
+    return "".join(texts)
 
 
 class Lines:
