@@ -31,11 +31,24 @@ def training(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         _by_step("Throughput", "tokens/s", curves["tokens_per_s"], faults, from_zero=True),
         _by_step("Time of a step", "seconds", curves["step_s"], faults, unit=scale.SECONDS, from_zero=True),
         _by_step(
-            "Model FLOPs utilisation", "MFU", [(x, 100 * y) for x, y in curves["mfu"]], faults, unit="%", from_zero=True
+            "Model FLOPs utilisation",
+            "MFU",
+            [(x, 100 * y) for x, y in curves["mfu"]],
+            faults,
+            unit="%",
+            from_zero=True,
         ),
-        _by_step("Gradient norm", "norm before clipping", curves["grad_norm"], faults, log=_spread(curves["grad_norm"])),
+        _by_step(
+            "Gradient norm",
+            "norm before clipping",
+            curves["grad_norm"],
+            faults,
+            log=_spread(curves["grad_norm"]),
+        ),
         _by_step("Learning rate", "learning rate", curves["lr"], faults, from_zero=True),
-        _by_step("Communication", "seconds a step", curves["comm_s"], faults, unit=scale.SECONDS, from_zero=True),
+        _by_step(
+            "Communication", "seconds a step", curves["comm_s"], faults, unit=scale.SECONDS, from_zero=True
+        ),
     ]
     return _drawn(wide)
 
@@ -76,7 +89,8 @@ def _of(curves: Sequence[Mapping[str, Any]], what: str, of_ranks: bool) -> list[
         several = len({each["node"] for each in chosen}) > len({each["rank"] for each in chosen})
         chosen = sorted(chosen, key=lambda each: each["rank"])
         return [
-            (f"rank {each['rank']}{' on ' + each['node'] if several else ''}", each["points"]) for each in chosen
+            (f"rank {each['rank']}{' on ' + each['node'] if several else ''}", each["points"])
+            for each in chosen
         ]
     return [(each["node"], each["points"]) for each in chosen]
 

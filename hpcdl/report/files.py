@@ -39,7 +39,9 @@ def wanted(formats: str | None, output: str | None) -> Wanted:
         if name not in page.FORMATS:
             nearest = nearest_name(name, page.FORMATS)
             hint = f"; nearest name: {nearest}" if nearest else ""
-            raise UsageError(f"--format {formats}: no format is called {name!r}{hint}\nformats: {', '.join(page.FORMATS)}")
+            raise UsageError(
+                f"--format {formats}: no format is called {name!r}{hint}\nformats: {', '.join(page.FORMATS)}"
+            )
     is_folder = path is not None and (path.is_dir() or str(output).endswith(os.sep))
     if not names:
         names = ["html" if path is None or is_folder else _ENDINGS.get(path.suffix.lower(), "html")]
@@ -61,7 +63,9 @@ def write(made: Made, asked: Wanted) -> list[Path]:
         try:
             write_atomic(path, page.render(made.report, form), durable=False)
         except OSError as error:
-            raise UsageError(f"{path}: can't be written ({error.strerror}); --output FILE names another place") from error
+            raise UsageError(
+                f"{path}: can't be written ({error.strerror}); --output FILE names another place"
+            ) from error
         written.append(path)
     return written
 

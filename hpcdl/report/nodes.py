@@ -152,7 +152,9 @@ def _curves(name: str, samples: Sequence[tuple[float, NodeSample]]) -> list[Curv
             for what in ("rss_bytes", "cpu_percent"):
                 if (value := getattr(process, what)) is not None:
                     ranks.setdefault((what, process.rank or 0), []).append((at, value))
-    curves += [Curve(what=what, node=name, rank=rank, points=points) for (what, rank), points in ranks.items()]
+    curves += [
+        Curve(what=what, node=name, rank=rank, points=points) for (what, rank), points in ranks.items()
+    ]
     return [curve for curve in curves if curve.points]
 
 
@@ -161,7 +163,11 @@ def _rates(samples: Sequence[tuple[float, NodeSample]]) -> list[Point]:
     totals = [
         (at, total, each.attempt)
         for at, each in samples
-        if (total := _sum(each.net_sent_bytes, each.net_received_bytes, each.rdma_sent_bytes, each.rdma_received_bytes))
+        if (
+            total := _sum(
+                each.net_sent_bytes, each.net_received_bytes, each.rdma_sent_bytes, each.rdma_received_bytes
+            )
+        )
         is not None
     ]
     return [
@@ -183,7 +189,11 @@ def _tell(nodes: dict[str, Node], events: Sequence[Mapping[str, Any]]) -> None:
             found = {id(node): node for name, node in nodes.items() if f"node {name}" in told}
         if not found and kind not in FAULTS:
             ranks = [event.get("rank"), *_list(event.get("ranks"))]
-            found = {id(of_rank[rank]): of_rank[rank] for rank in ranks if isinstance(rank, int) and rank in of_rank}
+            found = {
+                id(of_rank[rank]): of_rank[rank]
+                for rank in ranks
+                if isinstance(rank, int) and rank in of_rank
+            }
         for node in found.values():
             if kind in FAULTS:
                 node.faults.append(said(event))

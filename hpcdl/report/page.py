@@ -86,9 +86,20 @@ COLUMNS = {
 
 def columns(report: Mapping[str, Any]) -> dict[str, str]:
     """A sweep's columns of what was measured, those that hold nothing left out: heading and key."""
-    price = "money" if report["cost"]["money"] is not None else "GPU-hours" if report["cost"]["gpu_hours"] else "CPU-hours"
+    price = (
+        "money"
+        if report["cost"]["money"] is not None
+        else "GPU-hours"
+        if report["cost"]["gpu_hours"]
+        else "CPU-hours"
+    )
     wanted = {**COLUMNS, price: "cost"}
-    return {name: key for name, key in wanted.items() if any(row[key] is not None for row in report["rows"])}
+    having = {
+        name: key for name, key in wanted.items() if any(row[key] is not None for row in report["rows"])
+    }
+    if not any(row["baseline"] not in (None, row["run_id"]) for row in report["rows"]):
+        having.pop("efficiency", None)  # nothing to hold it against
+    return having
 
 
 @cache
@@ -135,7 +146,15 @@ def hours(value: float | None) -> str:
     """Hours of something: `0.0012`, `3.25`, `1,250`."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 1 else f"{value:.2g}" if value else "0"
+    return (
+        f"{value:,.0f}"
+        if value >= 1000
+        else f"{value:.2f}"
+        if value >= 1
+        else f"{value:.2g}"
+        if value
+        else "0"
+    )
 
 
 def value_text(value: Any) -> str:

@@ -35,6 +35,8 @@ class Line:
     colour: int = 1
     """From 1 to COLOURS; 0: grey."""
     dashed: bool = False
+    faint: bool = False
+    """Whether its dots let others be seen through them."""
     names: Sequence[str] = ()
     """What each dot is; the page says it under the pointer."""
 
@@ -108,7 +110,11 @@ def draw(plot: Plot) -> dict[str, Any] | None:
         "x": _axis(plot.x, x),
         "y": _axis(plot.y, y),
         "paths": [path for line in lines for path in _paths(line, x, y)],
-        "events": [{"at": _round(x.share(at) * SIDE), "text": text} for at, text in plot.events if x.low <= at <= x.high],
+        "events": [
+            {"at": _round(x.share(at) * SIDE), "text": text}
+            for at, text in plot.events
+            if x.low <= at <= x.high
+        ],
         "levels": [{"at": _round((1 - y.share(at)) * SIDE), "text": text} for at, text in levels],
         "legend": [_legend(line) for line in lines] if len(lines) > 1 else [],
     }
@@ -148,7 +154,13 @@ def _axis(axis: Axis, drawn: Scale) -> dict[str, Any]:
 
 
 def _paths(line: Line, x: Scale, y: Scale) -> Iterable[dict[str, Any]]:
-    common = {"colour": line.colour, "label": line.label, "dashed": line.dashed, "names": list(line.names)}
+    common = {
+        "colour": line.colour,
+        "label": line.label,
+        "dashed": line.dashed,
+        "faint": line.faint,
+        "names": list(line.names),
+    }
     if line.style == "band":
         upper = "".join(f"L{each}" for each in _pairs(list(reversed(line.upper)), x, y))
         yield {**common, "style": "band", "d": f"M{' '.join(_pairs(line.points, x, y))}{upper}Z"}
@@ -185,6 +197,8 @@ def _in_words(plot: Plot, lines: Sequence[Line]) -> str:
         if line.style == "dots":
             shown.append(f"{line.label}: {len(line.points)} points from {said(low)} to {said(high)}")
         else:
-            shown.append(f"{line.label}: {said(first[1])} to {said(last[1])}, lowest {said(low)}, highest {said(high)}")
+            shown.append(
+                f"{line.label}: {said(first[1])} to {said(last[1])}, lowest {said(low)}, highest {said(high)}"
+            )
     more = f"; and {len(lines) - MOST_LINES} more" if len(lines) > MOST_LINES else ""
     return f"{plot.title} ({plot.y.label} by {plot.x.label}): {'; '.join(shown)}{more}"

@@ -14,7 +14,8 @@ from hpcdl import __version__
 from hpcdl.report import clean, cost, nodes, series, timeline
 from hpcdl.report.cost import Prices
 from hpcdl.report.timeline import FAULTS, NOTES, Try
-from hpcdl.runs import compare, failure, memory
+from hpcdl.runs import failure, memory
+from hpcdl.runs.compare_row import row_of
 from hpcdl.runs.reconcile import View
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir, now
@@ -59,7 +60,7 @@ def collect(view: View, prices: Prices) -> dict[str, Any]:
             "git": _git(run),
         },
         "result": _json(run.result_file),
-        "speed": _speed(view, lines, steps),
+        "speed": _speed(view, spec, steps),
         "curves": {
             **{key: series.thin(series.curve(steps, key)) for key in CURVES},
             **{key: series.thin(series.curve(lines, key)) for key in ("eval_loss", "eval_perplexity")},
@@ -89,9 +90,9 @@ def _again(run: RunDir) -> str:
     )
 
 
-def _speed(view: View, lines: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _speed(view: View, spec: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures, as `hpcdl compare` has them."""
-    row = compare.collect([str(view.run.path)], view.run.runs_dir).rows[0]
+    row = row_of(view, spec, {})
     mfu = [value for line in steps[1:] if (value := series.number(line.get("mfu"))) is not None]
     keys = ("strategy", "degrees", "processes_per_node", "processes", "tokens_per_s", "step_s", "peak_memory_bytes",
             "node_memory_bytes", "comm_s", "comm_bytes", "comm_share", "loss", "eval_loss")  # fmt: skip

@@ -90,7 +90,9 @@ class Scale:
         return math.log10(max(value, 1e-300)) if self.log else value
 
 
-def over(low: float, high: float, unit: str = "", *, log: bool = False, from_zero: bool = False, most: int = 5) -> Scale:
+def over(
+    low: float, high: float, unit: str = "", *, log: bool = False, from_zero: bool = False, most: int = 5
+) -> Scale:
     """The axis that shows these values.
 
     Args:

@@ -15,8 +15,8 @@ Point = tuple[float, float]
 
 POINTS = 500
 """Points that a curve of a page has at most: about one a pixel."""
-WHOLE_BYTES = 1 << 16
-"""Up to this size a file is read whole where a sample of its lines would do."""
+WHOLE_BYTES = 1 << 18
+"""Up to this size a file is read whole where a sample of its lines would do: that is quicker than many seeks."""
 _WINDOW = 4096
 
 
@@ -51,7 +51,7 @@ def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
 
 
 def sampled(path: Path, count: int) -> list[dict[str, Any]]:
-    """Some lines of a JSON-lines file, spread over it evenly; all of a small one.
+    """Some lines of a JSON-lines file, spread over it evenly; the first and the last whole ones among them.
 
     A sweep's page shows a thousand curves: of each it reads `count` places and no more.
     """
@@ -59,10 +59,14 @@ def sampled(path: Path, count: int) -> list[dict[str, Any]]:
         with open_to_read(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size <= WHOLE_BYTES:
-                return list(_records(file.read()))
+                lines = file.read().rstrip(b"\n").split(b"\n")
+                chosen = {place * (len(lines) - 1) // (count - 1) for place in range(count)}
+                return [record for place in sorted(chosen) for record in _records(lines[place])]
             found = []
             for place in range(count):
-                file.seek(max(0, min(place * size // (count - 1), size) - (_WINDOW if place == count - 1 else 0)))
+                file.seek(
+                    max(0, min(place * size // (count - 1), size) - (_WINDOW if place == count - 1 else 0))
+                )
                 window = file.read(_WINDOW)
                 whole = window if place == 0 else window.partition(b"\n")[2]
                 records = list(_records(whole[: whole.rfind(b"\n") + 1], None if place == count - 1 else 1))
@@ -82,7 +86,9 @@ def _records(data: bytes, most: int | None = None) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def quantiles(curves: Sequence[Sequence[Point]], shares: Sequence[float], most: int = 100) -> list[list[Point]]:
+def quantiles(
+    curves: Sequence[Sequence[Point]], shares: Sequence[float], most: int = 100
+) -> list[list[Point]]:
     """Of many curves, one a share: 0.5 is the median of what the curves say near each x.
 
     Args:

@@ -29,7 +29,10 @@ def of_tries(tries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     return {
         "begin": begin,
-        "ticks": [{"at": round(100 * drawn.share(t), 2), "text": scale.written(t, scale.SECONDS)} for t in drawn.ticks],
+        "ticks": [
+            {"at": round(100 * drawn.share(t), 2), "text": scale.written(t, scale.SECONDS)}
+            for t in drawn.ticks
+        ],
         "rows": [_row(each, at) for each in tries[-MOST_TRIES:]],
         "left_out": max(0, len(tries) - MOST_TRIES),
     }
@@ -67,7 +70,11 @@ def _marks(marks: Sequence[Mapping[str, Any]], at: Any) -> list[dict[str, Any]]:
     last: dict[str, dict[str, Any]] = {}
     for mark in sorted(marks, key=lambda each: each["time"]):
         place, before = at(mark["time"]), last.get(mark["kind"])
-        if before is not None and place - before["at"] < _APART and mark["kind"] in ("checkpoint", "evaluation"):
+        if (
+            before is not None
+            and place - before["at"] < _APART
+            and mark["kind"] in ("checkpoint", "evaluation")
+        ):
             before["text"] = f"{before['text'].partition(' … ')[0]} … {mark['text']}"
             continue
         last[mark["kind"]] = {"kind": mark["kind"], "at": place, "text": mark["text"]}

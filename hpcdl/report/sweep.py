@@ -14,7 +14,7 @@ from hpcdl.report import clean, cost, series, timeline
 from hpcdl.report.cost import Cost, Prices
 from hpcdl.report.series import Point
 from hpcdl.runs import compare, memory, query
-from hpcdl.runs.compare import OWN_COLUMNS, Comparison, Row
+from hpcdl.runs.compare_row import Row
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir, now
 
@@ -61,7 +61,11 @@ def collect(queries: Sequence[str], folder: Path, prices: Prices) -> tuple[dict[
         "created": (record or {}).get("created"),
         "runs_dir": str(folder),
         "states": dict(Counter(row.state for row in comparison.rows).most_common()),
-        "differing": [key for key in ("parallel.name", "cluster.nodes", "cluster.processes_per_node") if _varies(key, rows)]
+        "differing": [
+            key
+            for key in ("parallel.name", "cluster.nodes", "cluster.processes_per_node")
+            if _varies(key, rows)
+        ]
         + list(comparison.differs),
         "rows": rows,
         "best": _best(rows),
@@ -69,7 +73,13 @@ def collect(queries: Sequence[str], folder: Path, prices: Prices) -> tuple[dict[
         "refused": [dataclasses.asdict(point) for point in comparison.refused],
         "left_out": list(comparison.left_out),
         "failed": [
-            {"run_id": row.run_id, "state": row.state, "reason": row.reason, "step": row.step, "max_steps": row.max_steps}
+            {
+                "run_id": row.run_id,
+                "state": row.state,
+                "reason": row.reason,
+                "step": row.step,
+                "max_steps": row.max_steps,
+            }
             for row in comparison.rows
             if row.state not in (*ACTIVE, "COMPLETED")
         ],
@@ -86,7 +96,9 @@ def collect(queries: Sequence[str], folder: Path, prices: Prices) -> tuple[dict[
 
 def _row(row: Row, spent: Cost) -> dict[str, Any]:
     plain = {
-        field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name != "scales_with"
+        field.name: getattr(row, field.name)
+        for field in dataclasses.fields(row)
+        if field.name != "scales_with"
     }
     planned, measured = _memory(Path(row.run_dir))
     own = {
@@ -152,11 +164,8 @@ def _seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Points that differ in their seed only: mean and spread of what came out."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row.config.get("seed") is None or row.state != "COMPLETED":
-            continue
-        same = {key: value for key, value in row.config.items() if key != "seed"}
-        same |= {"parallel.name": row.strategy, "nodes": row.nodes, "processes_per_node": row.processes_per_node}
-        groups.setdefault(repr((sorted(same.items(), key=str), sorted(row.degrees.items()))), []).append(row)
+        if row.seed is not None and row.state == "COMPLETED":
+            groups.setdefault(row.apart_from_seed, []).append(row)
     found = []
     for group in groups.values():
         if len(group) < 2:

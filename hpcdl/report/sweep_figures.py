@@ -15,6 +15,8 @@ MOST_WORDS = 8
 """Values of a key that are no numbers, on an axis."""
 _NOT_DRAWN = ("cluster.nodes", "cluster.processes_per_node", "seed")
 """The first two are what the scaling plots are over; a seed has no more or less."""
+_FAINT_FROM = 150
+"""So many dots lie on each other."""
 _ALL_LINES = 20
 """Up to so many runs have a line each."""
 
@@ -116,7 +118,7 @@ def _values(rows: Rows, key: str) -> int:
 def _against(rows: Rows, key: str, metric: str, label: str) -> dict[str, Any] | None:
     having = [row for row in rows if row[metric] is not None]
     given = [row["config"].get(key) for row in having]
-    values = [number(value) for value in given]
+    values = [_number(value) for value in given]
     names: list[str] = []
     if any(value is None for value in values):
         names = sorted({_word(value) for value in given})
@@ -136,6 +138,7 @@ def _against(rows: Rows, key: str, metric: str, label: str) -> dict[str, Any] | 
         label="run",
         points=[(x, row[metric]) for x, row in zip(places, having, strict=True)],
         style="dots",
+        faint=len(having) > _FAINT_FROM,
         names=[row["run_id"] for row in having],
     )
     lines = [dots, Line(label="mean", points=mean, colour=2)] if repeated and len(mean) <= 50 else [dots]
@@ -147,6 +150,16 @@ def _against(rows: Rows, key: str, metric: str, label: str) -> dict[str, Any] | 
             lines=lines,
         )
     )
+
+
+def _number(value: Any) -> float | None:
+    """A number; also one that YAML takes for a text (`1e-05`)."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return number(value)
 
 
 def _word(value: Any) -> str:
@@ -161,7 +174,13 @@ def curves(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines: list[Line] = []
     if shares:
         lines = [
-            Line(label="5 to 95 % of all runs", points=shares["0.05"], upper=shares["0.95"], style="band", colour=0),
+            Line(
+                label="5 to 95 % of all runs",
+                points=shares["0.05"],
+                upper=shares["0.95"],
+                style="band",
+                colour=0,
+            ),
             Line(label="25 to 75 %", points=shares["0.25"], upper=shares["0.75"], style="band", colour=0),
             Line(label="median", points=shares["0.5"], colour=8),
         ]
@@ -171,7 +190,9 @@ def curves(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for place, each in enumerate(marked):
         label = f"{each['run_id'][:6]} {_told(rows[each['run_id']], report['differing'])}".strip()
         colour = place % (plots.COLOURS - 1) + 1
-        lines.append(Line(label=label, points=each["points"], colour=colour, dashed=place >= plots.COLOURS - 1))
+        lines.append(
+            Line(label=label, points=each["points"], colour=colour, dashed=place >= plots.COLOURS - 1)
+        )
     note = "in colour: the runs that end lowest" if len(marked) < len(rows) else ""
     x, y = Axis(label="step", unit="step"), Axis(label="loss")
     drawn = plots.draw(Plot(title="Loss", x=x, y=y, lines=lines, note=note))

@@ -269,7 +269,9 @@ def _lose(this: Try) -> None:
     span = next((each for each in reversed(this.spans) if each.kind in ("running", "starting")), None)
     if span is None:
         return
-    saved = [mark.time for mark in this.marks if mark.kind == "checkpoint" and span.start < mark.time <= span.end]
+    saved = [
+        mark.time for mark in this.marks if mark.kind == "checkpoint" and span.start < mark.time <= span.end
+    ]
     this.spans.append(Span(kind="lost", start=max([span.start, *saved]), end=span.end))
 
 
@@ -281,7 +283,11 @@ def said(event: Mapping[str, Any]) -> str:
     name = NOTES.get(kind, kind) if kind not in ("warning", "restarting") else ""
     step = event.get("step")
     where = f"at step {step}" if kind in (*FAULTS, "stopping") and isinstance(step, int) else ""
-    return ": ".join(part for part in (" ".join(filter(None, (name, where))), "; ".join(filter(None, (text, more)))) if part)
+    return ": ".join(
+        part
+        for part in (" ".join(filter(None, (name, where))), "; ".join(filter(None, (text, more))))
+        if part
+    )
 
 
 def _whole(value: object) -> int:

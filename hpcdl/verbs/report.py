@@ -11,7 +11,9 @@ HELP = "a run or a sweep as one page: curves, memory, timeline, cost, config"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its words and options."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run; or a sweep, or several runs: side by side")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run; or a sweep, or several runs: side by side"
+    )
     parser.add_argument(
         "--format", default=None, metavar="FORMATS", help="of html, md, json, with commas (default: html)"
     )

@@ -56,7 +56,13 @@ class Browser:
     def open(self, page: Path, width: int = 1280, height: int = 900, *, dark: bool = False) -> None:
         """Shows a file in a window of this size, and waits until it has been loaded."""
         self.events.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=page.absolute().as_uri())
@@ -81,7 +87,11 @@ class Browser:
 
     def requests(self) -> list[str]:
         """The addresses that the page has asked for, its own among them."""
-        asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        asked = [
+            e["params"]["request"]["url"]
+            for e in self.events
+            if e.get("method") == "Network.requestWillBeSent"
+        ]
         return [*dict.fromkeys(asked)]
 
     def _next(self) -> dict[str, Any]:
@@ -121,7 +131,12 @@ def browser(folder: Path) -> Iterator[Browser]:
             pass_fds=(to_read, back_write),
             stdout=log,
             stderr=log,
-            env={**os.environ, "HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "XDG_CACHE_HOME": str(folder)},
+            env={
+                **os.environ,
+                "HOME": str(folder),
+                "XDG_CONFIG_HOME": str(folder),
+                "XDG_CACHE_HOME": str(folder),
+            },
         )
     os.close(to_read)
     os.close(back_write)
