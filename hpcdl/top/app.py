@@ -158,7 +158,9 @@ class TopApp(App[None]):
         if self._over.is_set():
             return
         try:
-            self.call_from_thread(do)
+            self.call_from_thread(
+                self.call_later, do
+            )  # later: what it raises is the app's, not this thread's
         except RuntimeError:  # the app has just ended
             self._over.set()
 

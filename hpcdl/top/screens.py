@@ -37,6 +37,11 @@ class _TopScreen(Screen[None]):
         """The app, as what it is."""
         return cast("TopApp", self.app)
 
+    @property
+    def ready(self) -> bool:
+        """Whether its parts are there: not yet, or no longer, where it has just come or is going."""
+        return self.is_mounted and bool(self.query(Lines))
+
     def show(self) -> None:
         """Draws what is known now."""
         raise NotImplementedError
@@ -107,7 +112,7 @@ class RunsScreen(_TopScreen):
 
     def show(self) -> None:
         """Draws what is known now."""
-        if not self.is_mounted:
+        if not self.ready:
             return
         top, width = self.top, self.size.width
         self.rows = ordered(top.picture.rows, self._sort, self._pattern)
@@ -244,6 +249,10 @@ class RunScreen(_TopScreen):
         self.part: Part = part
         self._row: Row | None = None
 
+    def on_mount(self) -> None:
+        """Logs and events begin at their end."""
+        self.action_part(self.part)
+
     def compose(self) -> ComposeResult:
         """The screen's parts, from the top."""
         yield Static(id="about")
@@ -260,10 +269,8 @@ class RunScreen(_TopScreen):
 
     def show(self) -> None:
         """Draws what is known now."""
-        if not self.is_mounted:
-            return
         row, width = self.row, self.size.width
-        if row is None:
+        if row is None or not self.ready:
             return
         lines = details.about(row, width)
         for line in lines:  # warnings may take more than one
@@ -295,14 +302,11 @@ class RunScreen(_TopScreen):
         body, news = self.query_one("#body", Lines), self.top.news
         if self.part == "logs":
             log = news.log
-            body.following = body.at_end
             body.fill(len(log), lambda index, _: details.log_line(log[index]))
         elif self.part == "events":
             events = news.events
-            body.following = body.at_end
             body.fill(len(events), lambda index, _: details.event_line(events[index]))
         else:
-            body.following = False
             ranks = details.rank_lines(row, news.times)
             lines = [*ranks, Text(""), *details.node_lines(row)] if row.nodes else []
             lines = lines or [plain(details.nothing_measured(row), "dim")]
@@ -312,8 +316,8 @@ class RunScreen(_TopScreen):
         """Another part."""
         self.part = part
         body = self.query_one("#body", Lines)
-        body.fill(0, lambda *_: Text(""))  # the new part begins at its end, or its beginning
-        body.scroll_home(animate=False, immediate=True)
+        body.fill(0, lambda *_: Text(""))
+        body.following = part != "ranks"
         self.show()
 
     def action_next(self, by: int) -> None:

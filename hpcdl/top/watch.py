@@ -56,7 +56,7 @@ class SlurmNews:
     """How asking Slurm stands."""
 
     needed: bool = False
-    """Whether any run that is shown is Slurm's."""
+    """Whether any active run that is shown is Slurm's."""
     asked_ago_s: float | None = None
     """Null: not yet."""
     next_in_s: float = 0.0
@@ -261,7 +261,7 @@ class Watch:
     def _news(self) -> SlurmNews:
         asked = None if self._asked == float("-inf") else self._clock() - self._asked
         return SlurmNews(
-            needed=any(r.state is not None and r.state.kind == "slurm" for r in self._shown.values()),
+            needed=bool(self._to_ask()),
             asked_ago_s=asked,
             next_in_s=self._next_in_s(),
             away=self._away,

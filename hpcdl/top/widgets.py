@@ -81,10 +81,15 @@ class Lines(ScrollView, can_focus=True):
         if self.virtual_size.height != count:
             self.virtual_size = Size(0, count)
         if self.following:
-            self.scroll_end(animate=False, immediate=True)
+            self.scroll_to(y=count, animate=False, force=True, immediate=True)
         elif self._choose:
             self._keep_in_sight()
         self.refresh()
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        """Whoever goes up wants to read there; whoever goes to the end wants to see what comes."""
+        super().watch_scroll_y(old_value, new_value)
+        self.following = not self._choose and self.at_end and (self.following or new_value > old_value)
 
     def render_line(self, y: int) -> Strip:
         """One line of the screen."""
@@ -101,9 +106,9 @@ class Lines(ScrollView, can_focus=True):
     def _keep_in_sight(self) -> None:
         top, height = self.scroll_offset.y, self.scrollable_content_region.height
         if self.at < top or height == 0:
-            self.scroll_to(y=self.at, animate=False, immediate=True)
+            self.scroll_to(y=self.at, animate=False, force=True, immediate=True)
         elif self.at >= top + height:
-            self.scroll_to(y=self.at - height + 1, animate=False, immediate=True)
+            self.scroll_to(y=self.at - height + 1, animate=False, force=True, immediate=True)
 
     def _go(self, index: int) -> None:
         self.at = max(0, min(index, self.count - 1))
@@ -151,7 +156,7 @@ class Lines(ScrollView, can_focus=True):
             self.post_message(self.Entered())
 
     def _scroll(self, to: float) -> None:
-        self.scroll_to(y=to, animate=False, immediate=True)
+        self.scroll_to(y=to, animate=False, force=True, immediate=True)
         self.refresh()
 
     @property
