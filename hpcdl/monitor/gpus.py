@@ -82,6 +82,9 @@ class Gpus:
         except ImportError:
             self.problem = "nvidia-ml-py isn't installed"
             return
+        except Exception as error:  # another package of that name, or a broken one
+            self.problem = f"pynvml can't be imported: {type(error).__name__}: {error}"
+            return
         self._nvml = nvml
         try:
             nvml.nvmlInit()

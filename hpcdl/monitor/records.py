@@ -134,11 +134,7 @@ class NodeSample:
 
 def as_line(sample: NodeSample) -> dict[str, Any]:
     """A sample as it is written; what is null or empty is left out."""
-    line = {
-        name: value
-        for name in _FIELDS[NodeSample]
-        if name not in _TABLES and (value := getattr(sample, name)) not in (None, "")
-    }
+    line = {name: value for name in _FIELDS[NodeSample] if (value := getattr(sample, name)) not in (None, "")}
     for name in _TABLES:
         if table := _columns(getattr(sample, name)):
             line[name] = table
@@ -210,10 +206,15 @@ def last(run: RunDir, node: str) -> NodeSample | None:
 
 _TABLES = ("processes", "gpus")
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-_FIELDS = {
-    kind: {field.name: str(field.type) for field in dataclasses.fields(kind)}
+_FIELDS: dict[type[Any], dict[str, tuple[type, ...]]] = {
+    kind: {
+        field.name: _KINDS.get(str(field.type).partition(" ")[0], ())
+        for field in dataclasses.fields(kind)
+        if field.name not in _TABLES
+    }
     for kind in (NodeSample, ProcessSample, GpuSample)
 }
+"""What a field may hold, as json gives it; nothing: a list of words."""
 
 
 def _columns(items: Sequence[Any]) -> dict[str, list[Any]]:
@@ -231,23 +232,33 @@ def _rows(kind: type[Any], table: object) -> list[dict[str, Any]]:
     """The rows of a table, each without what is null or doesn't fit."""
     if not isinstance(table, Mapping):
         return []
-    names = [name for name in _FIELDS[kind] if isinstance(table.get(name), list)]
-    cells = zip_longest(*(table[name] for name in names))
-    return [_known(kind, dict(zip(names, row, strict=True))) for row in cells]
+    columns = {
+        name: [_fitting(cell, allowed) for cell in table[name]]
+        for name, allowed in _FIELDS[kind].items()
+        if isinstance(table.get(name), list)
+    }
+    return [
+        {name: cell for name, cell in zip(columns, row, strict=True) if cell is not None}
+        for row in zip_longest(*columns.values())
+    ]
 
 
 def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a record what it may hold: somebody else may have written the file."""
-    known = {}
-    for name, annotation in _FIELDS[kind].items():
-        value = values.get(name)
-        if value is None or name in _TABLES:
-            continue
-        if annotation.startswith("tuple"):
-            known[name] = tuple(str(each) for each in value) if isinstance(value, list) else ()
-        elif type(value) in _KINDS[annotation.partition(" ")[0]] and not _is_no_number(value):
-            known[name] = value
-    return known
+    """Of a record what it may hold."""
+    found = {name: _fitting(values.get(name), allowed) for name, allowed in _FIELDS[kind].items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _fitting(value: Any, allowed: tuple[type, ...]) -> Any:
+    """A value, if the field may hold it: somebody else may have written the file.
+
+    Neither inf nor nan, nor a whole number that no float can hold: arithmetic on it would fail.
+    """
+    if value is None:
+        return None
+    if type(value) in allowed:
+        return value if allowed == (str,) or abs(value) < 1e300 else None
+    return tuple(str(each) for each in value) if not allowed and isinstance(value, list) else None
 
 
 def _gpus_of_old(line: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -256,8 +267,3 @@ def _gpus_of_old(line: Mapping[str, Any]) -> dict[str, list[Any]]:
     if not isinstance(memory, list):
         return {}
     return {"index": list(range(len(memory))), "memory_used_bytes": memory, "percent": percent or []}
-
-
-def _is_no_number(value: object) -> bool:
-    """Neither inf nor nan, nor a whole number that no float can hold: arithmetic on it would fail."""
-    return isinstance(value, int | float) and not abs(value) < 1e300

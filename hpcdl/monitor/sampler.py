@@ -216,12 +216,10 @@ class Look:
 
     def sample(self) -> NodeSample:
         """How things are now."""
-        gpus = self.gpus.sample()
-        processes = self._look_at_processes()
+        gpus, held = self._look_at_gpus()
+        processes = self._look_at_processes(held)
         memory, traffic = self._node.memory(), self._network.look()
         self._share_left = memory.share_left
-        self.problems += [*self.gpus.news, *self._found_on(gpus)]
-        self.gpus.news.clear()
         return NodeSample(
             time=now(),
             cpu_percent=_sum(each.cpu_percent for each in processes),
@@ -252,9 +250,22 @@ class Look:
         """The last sample was written down."""
         self._written_share = self._share_left
 
-    def _look_at_processes(self) -> list[ProcessSample]:
+    def _look_at_gpus(self) -> tuple[list[GpuSample], dict[int, int]]:
+        """Samples of GPUs, and the bytes that processes hold there."""
         try:
-            processes = self._processes.sample(self.gpus.memory_by_process())
+            gpus, held = self.gpus.sample(), self.gpus.memory_by_process()
+        except (
+            Exception
+        ) as error:  # of a driver or a package that is broken: the rest is still worth a sample
+            self.problems.append(f"no samples of GPUs: {type(error).__name__}: {error}")
+            return [], {}
+        self.problems += [*self.gpus.news, *self._found_on(gpus)]
+        self.gpus.news.clear()
+        return gpus, held
+
+    def _look_at_processes(self, gpu_memory: Mapping[int, int]) -> list[ProcessSample]:
+        try:
+            processes = self._processes.sample(gpu_memory)
         except OSError as error:
             self.problems.append(f"/proc can't be read, so processes are not sampled: {error.strerror}")
             return []

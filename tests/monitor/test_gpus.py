@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,12 +135,17 @@ def test_a_gpu_that_is_lost() -> None:
     assert gpus.news[1:] == ["GPU 1 doesn't answer any more: error 15"]
 
 
-def test_no_driver_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_driver_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = Gpus({}, Driver(init=nvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     assert gpus.problem == "error 12"
     monkeypatch.setitem(sys.modules, "pynvml", None)
     without = Gpus({})
     assert without.problem == "nvidia-ml-py isn't installed"
+    broken = tmp_path / "pynvml.py"
+    broken.write_text("1 / 0")
+    monkeypatch.delitem(sys.modules, "pynvml")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Gpus({}).problem == "pynvml can't be imported: ZeroDivisionError: division by zero"
     for none in (gpus, without, Gpus({}, Driver())):
         assert none.sample() == [] and none.memory_by_process() == {}
         none.close()

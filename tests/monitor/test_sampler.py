@@ -202,6 +202,15 @@ def replace_pid(process: Any) -> Any:
     return type(process)(pid=os.getpid(), usedGpuMemory=process.usedGpuMemory)
 
 
+def test_a_driver_that_is_broken_costs_only_its_own_samples(run: RunDir) -> None:
+    driver = Driver(DATACENTER)
+    found = look(run, gpus=Gpus({}, driver))
+    driver.gpus[0]["nvmlDeviceGetMemoryInfo"] = "no structure"
+    sample = found.sample()
+    assert sample.gpus == () and sample.processes
+    assert found.problems == ["no samples of GPUs: AttributeError: 'str' object has no attribute 'used'"]
+
+
 def test_gpus_that_were_asked_for_and_are_not_seen_are_told(run: RunDir) -> None:
     assert look(run, gpus=Gpus({}, Driver(init=12))).problems == ["no samples of GPUs: error 12"]
 
