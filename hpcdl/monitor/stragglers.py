@@ -37,6 +37,7 @@ LEAST_SHARE = 0.05
 MADS = 4.0
 """Scaled median absolute deviations of the others from their median, where they are enough to tell."""
 ENOUGH = 4
+SUSPECTS = 8
 
 Cause = Literal["computing", "loading data", "its node"]
 
@@ -147,10 +148,11 @@ def judge(looks: Sequence[Sequence[Times]], ranks: Ranks) -> Verdict | None:
     """
     if not looks or len(ranks.nodes) < 2:
         return None
-    found = _slow_node(looks, ranks)
+    seen = _Seen(looks=looks, usual=median(looks), ranks=ranks)
+    found = _slow_node(seen)
     if found:
         return found
-    slow = [v for v in (_slow_rank(looks, ranks, rank) for rank in range(len(ranks.nodes))) if v]
+    slow = [v for v in (_slow_rank(seen, rank) for rank in _suspects(seen)) if v]
     return max(slow, key=lambda verdict: verdict.costs, default=None)
 
 
@@ -162,40 +164,65 @@ def median(looks: Sequence[Sequence[Times]]) -> list[Times]:
     ]
 
 
-def _slow_rank(looks: Sequence[Sequence[Times]], ranks: Ranks, rank: int) -> Verdict | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What is judged."""
+
+    looks: Sequence[Sequence[Times]]
+    usual: Sequence[Times]
+    """Each rank's medians over them."""
+    ranks: Ranks
+
+
+def _suspects(seen: _Seen) -> Iterator[int]:
+    """The slowest few of those that have the same work: one of thousands needs no look at all of them."""
+    of_work: dict[float, list[int]] = {}
+    for rank, work in enumerate(seen.ranks.work):
+        of_work.setdefault(work, []).append(rank)
+    for alike in of_work.values():
+        yield from sorted(alike, key=lambda rank: -seen.usual[rank].own_s)[:SUSPECTS]
+
+
+def _slow_rank(seen: _Seen, rank: int) -> Verdict | None:
+    ranks = seen.ranks
     peers = ranks.peers(rank)
     unlike = not peers
     others = peers or [r for r in range(len(ranks.nodes)) if r != rank]
     limit = LIMIT_OF_UNLIKE if unlike else LIMIT.get(len(others) + 1, LIMIT_OF_MANY)
-    return _slower(looks, ranks, [rank], others, limit)
+    return _slower(seen, [rank], others, limit)
 
 
-def _slow_node(looks: Sequence[Sequence[Times]], ranks: Ranks) -> Verdict | None:
+def _slow_node(seen: _Seen) -> Verdict | None:
     """A node of several ranks, each slower than what is usual elsewhere."""
+    ranks = seen.ranks
+    of_node: dict[str, list[int]] = {}
+    for rank, name in enumerate(ranks.nodes):
+        of_node.setdefault(name, []).append(rank)
+    slowest = sorted(of_node, key=lambda name: -min(seen.usual[rank].own_s for rank in of_node[name]))
     verdicts = []
-    for node in sorted(set(ranks.nodes)):
-        here = [r for r, name in enumerate(ranks.nodes) if name == node]
-        elsewhere = [r for r, name in enumerate(ranks.nodes) if name != node]
+    for node in slowest[:SUSPECTS]:
+        here = of_node[node]
+        elsewhere = [rank for rank, name in enumerate(ranks.nodes) if name != node]
         if len(here) < 2 or not elsewhere:
             continue
-        limit = LIMIT.get(len(set(ranks.nodes)), LIMIT_OF_MANY)
-        if len({ranks.work[r] for r in range(len(ranks.nodes))}) > 1:
+        limit = LIMIT.get(len(of_node), LIMIT_OF_MANY)
+        if len(set(ranks.work)) > 1:
             limit = LIMIT_OF_UNLIKE
-        each = [_slower(looks, ranks, [rank], elsewhere, 1 + (limit - 1) * IN_EACH) for rank in here]
-        together = _slower(looks, ranks, here, elsewhere, limit)
-        if together and all(each):
+        together = _slower(seen, here, elsewhere, limit)
+        least = 1 + (limit - 1) * IN_EACH
+        if together and all(_slower(seen, [rank], elsewhere, least) for rank in here):
             verdicts.append(together)
     return max(verdicts, key=lambda verdict: verdict.costs, default=None)
 
 
-def _slower(
-    looks: Sequence[Sequence[Times]], ranks: Ranks, here: Sequence[int], others: Sequence[int], limit: float
-) -> Verdict | None:
+def _slower(seen: _Seen, here: Sequence[int], others: Sequence[int], limit: float) -> Verdict | None:
     """Whether these ranks' median is above that of others by `limit` times, and by more than chance."""
-    agreeing = sum(_ratio(look, ranks, here, others) >= 1 + (limit - 1) * IN_EACH for look in looks)
-    usual = median(looks)
+    looks, usual, ranks = seen.looks, seen.usual, seen.ranks
     ratio = _ratio(usual, ranks, here, others)
-    if ratio < limit or agreeing < min(AGREE, len(looks)):
+    if ratio < limit:
+        return None
+    agreeing = sum(_ratio(look, ranks, here, others) >= 1 + (limit - 1) * IN_EACH for look in looks)
+    if agreeing < min(AGREE, len(looks)):
         return None
     own = [usual[r].own_s for r in others]
     typical = statistics.median(own)
@@ -337,16 +364,28 @@ def history(run: RunDir) -> Iterator[tuple[int, list[Row]]]:
     """Every window's last step and rows, the oldest first; those of all tries."""
     nodes: list[str] = []
     for record in read_lines(run.path / "ranks.jsonl"):
-        told = record.get("nodes")
+        told, step = record.get("nodes"), record.get("step")
         if isinstance(told, list):
             nodes = [str(name) for name in told]
         columns = [record.get(name) for name in COLUMNS]
-        if not nodes or not all(isinstance(c, list) and len(c) == len(nodes) for c in columns):
+        if (
+            not nodes
+            or not isinstance(step, int)
+            or not all(_is_of(column, len(nodes)) for column in columns)
+        ):
             continue
         yield (
-            int(record.get("step", 0)),
+            step,
             [
                 Row(rank=rank, node=nodes[rank], times=Times(**dict(zip(COLUMNS, values, strict=True))))
                 for rank, values in enumerate(zip(*columns, strict=True))
             ],
         )
+
+
+def _is_of(column: object, count: int) -> bool:
+    return (
+        isinstance(column, list)
+        and len(column) == count
+        and all(isinstance(value, int | float) for value in column)
+    )

@@ -166,8 +166,11 @@ def root_cause(run: RunDir, since: str | None = None) -> Failure | None:
         run: the run.
         since: errors before this time are of an earlier try; by default the last event that began one.
     """
+    found = failures(run)
+    if not found:  # nearly always: no need to read what happened
+        return None
     since = last_beginning(run) if since is None else since
-    return earliest([one for one in failures(run) if one.time >= since])
+    return earliest([one for one in found if one.time >= since])
 
 
 def failures(run: RunDir) -> list[Failure]:
@@ -251,7 +254,7 @@ def own_output(run: RunDir, state: RunState) -> Path | None:
 _TELLING = (
     r"terminate called .*",
     r"\s*what\(\): .*",
-    r"Fatal Python error: .*",
+    r".*Fatal Python error: .*",
     r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?",
     r".*: Assertion .* failed\.?",
     r"(?:free|malloc|munmap_chunk|realloc|double free|corrupted)\b.*",
@@ -270,8 +273,9 @@ def telling(lines: Sequence[str]) -> str:
     if not said:
         return ""
     last = said[-1]
-    if last.startswith("Fatal Python error: ") and len(said) > 1:
-        last = said[-2]  # faulthandler only says that there was a signal
+    if "Fatal Python error: " in last:
+        # faulthandler only says that there was a signal; it may have come into the middle of a line.
+        last = said[-2] if len(said) > 1 else last[last.index("Fatal Python error: ") :]
     if last.startswith("what():") and len(said) > 1:
         before = [line for line in said if line.startswith("terminate called")]
         return f"{before[-1]}: {last.removeprefix('what():').strip()}" if before else last

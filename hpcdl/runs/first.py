@@ -47,8 +47,9 @@ def of_run(run: RunDir) -> First | None:
         return None
     log = run.logs / f"{found.node}-try{found.attempt}.log"
     others: dict[str, tuple[str, set[int]]] = {}
+    spoken = {one.rank for one in said if not one.by_torchrun}
     for one in said:
-        if one.rank is not None and one.rank != found.rank:
+        if one.rank not in (None, found.rank) and not (one.by_torchrun and one.rank in spoken):
             text = _short(one)
             others.setdefault(_VARIES.sub("#", text), (text, set()))[1].add(one.rank)
     ordered = sorted(others.values(), key=lambda item: (-len(item[1]), min(item[1])))
@@ -97,8 +98,11 @@ def _before(log: Path, found: Failure) -> Iterator[str]:
                 continue
             if stamp > until:
                 break
-            if text.startswith("Traceback (most recent") and stamp >= failure.later(found.time, -_LATE_S):
+            text, trace, _ = text.partition("Traceback (most recent call last)")
+            if trace and stamp >= failure.later(found.time, -_LATE_S):
+                kept += [f"{stamp} {text}"] if text.strip() else []
                 break
+            text += trace
             kept = [*kept[1 - BEFORE :], f"{stamp} {text}"] if text.strip() else kept
     yield from kept
 

@@ -186,8 +186,9 @@ class Stream:
 
     def _print(self, until: str | None) -> None:
         self._held.sort(key=lambda held: held[:2])
-        while self._held and (until is None or self._held[0][0] <= until):
-            _, _, path, line = self._held.pop(0)
+        count = len(self._held) if until is None else sum(held[0] <= until for held in self._held)
+        ripe, self._held = self._held[:count], self._held[count:]
+        for _, _, path, line in ripe:
             if not self._wanted.line(line):
                 continue
             number = failure.log_try(path)

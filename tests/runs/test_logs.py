@@ -10,7 +10,7 @@ from hpcdl.errors import UsageError
 from hpcdl.runs import logs
 from hpcdl.runs.logs import Wanted
 from hpcdl.runs.store import RunDir
-from tests.runs.making import FakeJob, FakeSlurm, make_run, make_submission
+from tests.runs.making import FakeJob, FakeSlurm, ago, make_run, make_submission
 
 
 def stamp(second: int) -> str:
@@ -95,6 +95,7 @@ def start_following(run: RunDir, fake: FakeSlurm, output: Output) -> threading.T
             slurm=fake.slurm(),
             read_every_s=0.01,
             ask_every_s=0.02,
+            settle_s=0.1,
         )
 
     thread = threading.Thread(target=work, daemon=True)
@@ -131,6 +132,73 @@ def test_follow_waits_goes_over_a_requeue_and_ends_with_the_run(runs_dir: Path, 
     thread.join(timeout=20)
     assert not thread.is_alive()
     assert output.remarks[-1] == "COMPLETED"
+
+
+def test_lines_of_nodes_are_in_order_though_one_comes_to_light_late(runs_dir: Path) -> None:
+    """A network file system shows another node's file, or its new lines, a look later."""
+    run = make_run(runs_dir, state="RUNNING")
+    output = Output()
+    stream = logs.Stream(run, Wanted(), output.lines.append, output.remarks.append)
+    here, there = run.logs / "c1-try0.0.log", run.logs / "c2-try0.0.log"
+    there.write_text(f"{stamp(0)} [rank 1] z\n")
+    here.write_text(f"{stamp(1)} [rank 0] a\n{stamp(3)} [rank 0] c\nthe rest of c\n")
+    assert stream.read()
+    there.write_text(f"{stamp(0)} [rank 1] z\n{stamp(2)} [rank 1] b\n{stamp(4)} [rank 1] d\n")
+    assert stream.read()
+    assert output.texts() == ["z", "a", "b", "c", "c"]
+    assert not stream.read()
+    assert output.texts()[5:] == ["d"]
+    stream.end()
+    assert len(output.lines) == 6
+
+
+def test_no_line_is_lost_or_doubled(runs_dir: Path) -> None:
+    """In pieces, in a file that vanishes for a while, in one that comes late, over a try that begins, half a line."""
+    run = make_run(runs_dir, state="RUNNING")
+    output = Output()
+    stream = logs.Stream(run, Wanted(), output.lines.append, output.remarks.append)
+    text = "".join(f"{stamp(n % 60)} [rank 0] {n}\n" for n in range(60)).encode()
+    first, late = run.logs / "c1-try0.0.log", run.logs / "c2-try0.0.log"
+    for size in range(0, len(text), 17):
+        first.write_bytes(text[: size + 17])
+        stream.read()
+    first.rename(run.path / "away")
+    stream.read()
+    (run.path / "away").rename(first)
+    late.write_text(f"{stamp(1)} [rank 1] late\n")
+    stream.read()
+    (run.logs / "c1-try0.1.log").write_text(f"{stamp(59)} [rank 0] again\n{stamp(59)} [rank 0] hal")
+    stream.read()
+    stream.end()
+    assert output.texts() == [*map(str, range(60)), "late", "again", "hal"]
+    assert output.remarks == ["try 0.1"]
+
+
+def test_a_log_that_is_cut_short_begins_anew(runs_dir: Path) -> None:
+    run = make_run(runs_dir, state="RUNNING")
+    output = Output()
+    stream = logs.Stream(run, Wanted(), output.lines.append, output.remarks.append)
+    log = run.logs / "c1-try0.0.log"
+    log.write_text(f"{stamp(1)} [rank 0] {'long' * 20}\n")
+    stream.read()
+    log.write_text(f"{stamp(2)} [rank 0] new\n")
+    stream.read()
+    assert output.texts()[1:] == ["new"]
+
+
+def test_last_words_that_come_after_the_end_are_shown(runs_dir: Path, fake: FakeSlurm) -> None:
+    """The agent writes down how the run ended, and then tells its log."""
+    run = make_run(runs_dir, state="FAILED", reason="it failed", ended=ago(0))
+    log = run.logs / "c1-try0.0.log"
+    log.write_text(f"{stamp(1)} [rank 0] a\n")
+    output = Output()
+    thread = start_following(run, fake, output)
+    until(lambda: output.texts() == ["a"])
+    with log.open("a") as file:
+        file.write(f"{stamp(2)} [agent] FAILED\n")
+    thread.join(timeout=20)
+    assert output.texts() == ["a", "FAILED"]
+    assert output.remarks == ["FAILED: it failed"]
 
 
 def test_follow_of_a_run_that_is_cancelled_while_pending_ends(runs_dir: Path, fake: FakeSlurm) -> None:
