@@ -58,7 +58,7 @@ def system(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     faults = _fault_times(report)
     memory = report["memory"]
     planned, limit = memory.get("planned_peak_bytes"), memory.get("limit_bytes")
-    kinds = (
+    kinds: tuple[tuple[str, str, str, bool, str, list[tuple[float, str]]], ...] = (
         ("Memory of the ranks", "resident memory", "rss_bytes", True, scale.BYTES,
          [(planned, f"planned peak of rank 0: {scale.written(planned, scale.BYTES)}")] if planned else []),
         ("Memory of the nodes", "resident memory, all processes", "rss_bytes", False, scale.BYTES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,7 +173,7 @@ def _rates(samples: Sequence[tuple[float, NodeSample]]) -> list[Point]:
     ]
     return [
         (at, (total - before) / (at - since))
-        for (since, before, old), (at, total, new) in zip(totals, totals[1:], strict=False)
+        for (since, before, old), (at, total, new) in itertools.pairwise(totals)
         if at > since and total >= before and old == new  # a new agent counts from 0
     ]
 

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from hpcdl.report import figures, scale, strip, sweep_figures
+from hpcdl.report.sweep import OVER_SEEDS
 from hpcdl.runs import words
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def render(report: Mapping[str, Any], form: str) -> str:
         return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     kind = str(report["report"])
     if form == "md":
-        more = {"columns": columns(report)} if kind == "sweep" else {}
+        more = {"columns": columns(report), "over_seeds": over_seeds(report)} if kind == "sweep" else {}
         return _environment(html=False).get_template(f"{kind}.md.j2").render(r=report, **more)
     script, style = _source("page.js"), _source("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -54,6 +55,7 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, Any]:
             "rows_by_id": {row["run_id"]: row for row in report["rows"]},
             "best_of": {key: best["run_id"] for key, best in report["best"].items()},
             "columns": columns(report),
+            "over_seeds": over_seeds(report),
         }
     return {
         "training": figures.training(report),
@@ -69,9 +71,29 @@ def metric(key: str, value: float, report: Mapping[str, Any]) -> str:
     if key == "efficiency":
         return f"{100 * value:.1f} %"
     if key == "cost":
-        return f"{value:.2f}" if report["cost"]["money"] is not None else hours(value)
+        return hours(value)
     units = {"peak_memory_bytes": scale.BYTES, "step_s": scale.SECONDS}
     return scale.written(value, units.get(key, ""))
+
+
+def spread(key: str, found: Mapping[str, Any] | None, report: Mapping[str, Any]) -> str:
+    """A mean over seeds and its standard deviation."""
+    if found is None:
+        return "-"
+    mean = metric(key, found["mean"], report)
+    return mean if found["sd"] is None else f"{mean} ± {metric(key, found['sd'], report)}"
+
+
+def p_value(p: float) -> str:
+    """`p = 0.03`, `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def over_seeds(report: Mapping[str, Any]) -> dict[str, str]:
+    """Of the figures that have a mean over seeds, key and heading."""
+    names = {key: name for name, key in COLUMNS.items()}
+    groups = report["seeds"]["groups"]
+    return {key: names[key] for key in OVER_SEEDS if any(key in group["figures"] for group in groups)}
 
 
 COLUMNS = {
@@ -114,7 +136,7 @@ def _environment(*, html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.globals["metric"] = metric
+    made.globals.update(metric=metric, spread=spread, p_value=p_value)
     made.filters.update(
         bytes=lambda value: _or_dash(value, scale.BYTES),
         seconds=lambda value: _or_dash(value, scale.SECONDS),

@@ -1,4 +1,4 @@
-"""Everything that a run's report says, as one tree of plain values: the page, the Markdown and the JSON are made of it."""
+"""Everything that a run's report says, as one tree of plain values: page, Markdown and JSON are made of it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _memory(run: RunDir, spec: Mapping[str, Any]) -> dict[str, Any]:
     if record is None:
         return {"rows": [], "ranks": ranks, "limit_bytes": _bytes(limit), "title": "", "remarks": []}
     planned, measured = _section(record, "planned"), record["measured"]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": label,
             "planned_bytes": series.number(planned.get(key)),
@@ -123,7 +123,9 @@ def _memory(run: RunDir, spec: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": " ".join(memory.notes(record)),
         "device": str(record.get("device", "")),
-        "rows": [row for row in rows if max(row["planned_bytes"] or 0, row["measured_bytes"] or 0) >= 1024],
+        "rows": [
+            row for row in rows if max(row["planned_bytes"] or 0.0, row["measured_bytes"] or 0.0) >= 1024
+        ],
         "planned_peak_bytes": series.number(planned.get("peak")),
         "measured_peak_bytes": series.number(measured.get("peak")),
         "ranks": ranks,

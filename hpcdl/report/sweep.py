@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from hpcdl import __version__
 from hpcdl.report import clean, cost, series, timeline
 from hpcdl.report.cost import Cost, Prices
 from hpcdl.report.series import Point
-from hpcdl.runs import compare, memory, query
+from hpcdl.runs import compare, compare_groups, memory, query
+from hpcdl.runs.compare_groups import Group
 from hpcdl.runs.compare_row import Row
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir, now
@@ -27,10 +27,14 @@ BEST = (
     ("cost", "cost", False),
 )
 """Of what the best point is named: key, words, and whether more is better."""
+OVER_SEEDS = ("eval_loss", "loss", "tokens_per_s", "peak_memory_bytes")
+"""Figures whose means over seeds are shown."""
 CURVES_WHOLE = 60
 """Up to so many points have their curves read whole; of more, some places of each."""
 PLACES = 40
 """Of a curve, where there are more of them."""
+_FOR_GROUPING = ("scales_with", "apart_from_seed", "figures")
+"""Of a row, what is long and says nothing that the other fields don't."""
 KEPT_CURVES = 12
 """Curves of single runs in the report of a large sweep: those that end lowest."""
 
@@ -98,18 +102,12 @@ def _row(row: Row, spent: Cost) -> dict[str, Any]:
     plain = {
         field.name: getattr(row, field.name)
         for field in dataclasses.fields(row)
-        if field.name != "scales_with"
+        if field.name not in _FOR_GROUPING
     }
     planned, measured = _memory(Path(row.run_dir))
-    own = {
-        "parallel.name": row.strategy,
-        "cluster.nodes": row.nodes,
-        "cluster.processes_per_node": row.processes_per_node,
-    }
     return {
         **plain,
-        "config": {**own, **row.config},
-        "group": row.scales_with,
+        "config": {**_own(row), **row.config},
         "planned_peak_bytes": planned,
         "measured_peak_bytes": measured,
         "cpu_hours": spent.cpu_hours,
@@ -160,33 +158,40 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Points that differ in their seed only: mean and spread of what came out."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.seed is not None and row.state == "COMPLETED":
-            groups.setdefault(row.apart_from_seed, []).append(row)
-    found = []
-    for group in groups.values():
-        if len(group) < 2:
-            continue
-        first = group[0]
-        config = {key: value for key, value in first.config.items() if key != "seed"}
-        entry: dict[str, Any] = {
-            "config": {
-                "parallel.name": first.strategy,
-                "cluster.nodes": first.nodes,
-                "cluster.processes_per_node": first.processes_per_node,
-                **config,
-            },
-            "runs": [row.run_id for row in group],
-        }
-        for key in ("eval_loss", "loss", "tokens_per_s"):
-            values = [value for row in group if (value := getattr(row, key)) is not None]
-            entry[key] = statistics.fmean(values) if values else None
-            entry[f"{key}_spread"] = statistics.stdev(values) if len(values) > 1 else None
-        found.append(entry)
-    return found
+def _seeds(rows: Sequence[Row]) -> dict[str, Any]:
+    """Points that differ in their seed only, as `hpcdl compare` judges them: means, spreads, and whether the others
+    are worse than the best one.
+    """
+    judged = compare_groups.judge(rows, compare_groups.Asked())
+    if not judged.seeds or not judged.metrics:
+        return {"metric": None, "groups": []}
+    metric = judged.metrics[0].name
+    return {"metric": metric, "groups": [_group(group, metric) for group in judged.groups]}
+
+
+def _group(group: Group, metric: str) -> dict[str, Any]:
+    row, test = group.row, group.tests.get(metric)
+    config = {key: value for key, value in row.config.items() if key != "seed"}
+    return {
+        "config": {**_own(row), **config},
+        "runs": [each.run_id for each in group.rows],
+        "completed": group.done,
+        "best": metric in group.best_in,
+        "p": None if test is None else test.adjusted,
+        "figures": {
+            key: {"mean": found.mean, "sd": found.sd, "n": found.n}
+            for key in OVER_SEEDS
+            if (found := group.stats.get(key)) is not None
+        },
+    }
+
+
+def _own(row: Row) -> dict[str, Any]:
+    return {
+        "parallel.name": row.strategy,
+        "cluster.nodes": row.nodes,
+        "cluster.processes_per_node": row.processes_per_node,
+    }
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, Any]:

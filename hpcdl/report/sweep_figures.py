@@ -8,6 +8,8 @@ from typing import Any
 from hpcdl.report import plots, scale
 from hpcdl.report.plots import Axis, Line, Plot
 from hpcdl.report.series import number
+from hpcdl.runs.compare_metrics import Metric, direction
+from hpcdl.runs.compare_metrics import front as metric_front
 
 MOST_KEYS = 6
 """Keys that are drawn: those that take the most values come first."""
@@ -24,9 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def scaling(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tokens/s and efficiency by processes, a line for runs that differ in their cluster and degrees only; and the
-    memory that was planned against what was measured.
-    """
+    """Tokens/s and efficiency by processes; and the memory that was planned against what was measured."""
     rows: Rows = report["rows"]
     made: list[Plot] = []
     if len({row["processes"] for row in rows}) > 1:
@@ -48,10 +48,41 @@ def scaling(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 levels=[(100.0, "100 %")],
             )
         )
+    if (trade := _trade(rows)) is not None:
+        made.append(trade)
     both = [row for row in rows if row["planned_peak_bytes"] and row["measured_peak_bytes"]]
     if both:
         made.append(_memory(both))
     return [drawn for plot in made if (drawn := plots.draw(plot)) is not None]
+
+
+def _trade(rows: Rows) -> Plot | None:
+    """Speed against memory, and the points that no other beats in both."""
+    having = [row for row in rows if row["tokens_per_s"] is not None and row["peak_memory_bytes"]]
+    if len({row["peak_memory_bytes"] for row in having}) < 3:
+        return None
+    metrics = [Metric(name=name, better=direction(name)) for name in ("tokens_per_s", "peak_memory_bytes")]
+    front = [having[place] for place in metric_front(having, metrics)]
+
+    def points(chosen: Rows) -> list[tuple[float, float]]:
+        return [(row["peak_memory_bytes"], row["tokens_per_s"]) for row in chosen]
+
+    best = sorted(points(front))
+    return Plot(
+        title="Speed against memory",
+        x=Axis(label="memory, highest of any rank", unit=scale.BYTES, few=True),
+        y=Axis(label="tokens/s", from_zero=True),
+        lines=[
+            Line(label="beaten by none in both", points=best, style="both", colour=2),
+            Line(
+                label="run",
+                points=points(having),
+                style="dots",
+                faint=len(having) > _FAINT_FROM,
+                names=[row["run_id"] for row in having],
+            ),
+        ],
+    )
 
 
 def _memory(rows: Rows) -> Plot:
@@ -59,7 +90,7 @@ def _memory(rows: Rows) -> Plot:
     low, high = min(map(min, points)), max(map(max, points))
     return Plot(
         title="Memory, planned and measured",
-        x=Axis(label="planned peak", unit=scale.BYTES),
+        x=Axis(label="planned peak", unit=scale.BYTES, few=True),
         y=Axis(label="measured peak of rank 0", unit=scale.BYTES),
         lines=[
             Line(label="as planned", points=[(low, low), (high, high)], colour=0, dashed=True),
@@ -69,15 +100,14 @@ def _memory(rows: Rows) -> Plot:
 
 
 def _groups(rows: Rows, key: str, factor: float = 1.0) -> list[Line]:
-    """Runs that scale with each other as lines of means; all of them as dots where the lines would be many."""
-    having = [row for row in rows if row[key] is not None]
-    by_strategy: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for row in having:
-        by_strategy.setdefault(row["strategy"], {}).setdefault(row["group"], []).append(row)
+    """Each run as a dot, and of each strategy the mean as a line."""
+    by_strategy: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row[key] is not None:
+            by_strategy.setdefault(row["strategy"], []).append(row)
     lines = []
-    for colour, (strategy, groups) in enumerate(sorted(by_strategy.items()), start=1):
-        colour = (colour - 1) % plots.COLOURS + 1
-        members = [row for group in groups.values() for row in group]
+    for place, (strategy, members) in enumerate(sorted(by_strategy.items())):
+        colour = place % plots.COLOURS + 1
         dots = sorted((row["processes"], row[key] * factor, row["run_id"]) for row in members)
         lines.append(
             Line(
@@ -214,4 +244,4 @@ def _last(points: Sequence[Sequence[float]]) -> float:
 
 def _spread(rows: Rows) -> bool:
     counts = [row["processes"] for row in rows]
-    return min(counts) > 0 and max(counts) / min(counts) >= 8
+    return bool(min(counts) > 0 and max(counts) / min(counts) >= 8)
