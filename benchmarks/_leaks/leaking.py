@@ -86,7 +86,7 @@ def malloc_in_c(loop):
 def mmap_in_c(loop):
     kept = []
     while True:
-        kept.append(mmap.mmap(-1, 16 * KIB))
+        kept.append(mmap.mmap(-1, 16 * KIB))  # LEAK
         kept[-1][:] = bytes(16 * KIB)
         yield
 

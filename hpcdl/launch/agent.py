@@ -182,19 +182,25 @@ class Agent:
         try:
             self._child = Torchrun(argv, environment, self._log)
             # Only now: torchrun imports torch meanwhile, which takes seconds.
-            from hpcdl.monitor import sampler
+            from hpcdl.monitor import sampler, watching
             from hpcdl.monitor.processes import Processes
 
+            spec, signs = torchrun.plain_spec(self.run), Path(log_dir)
+            leaks = watching.Watcher(
+                watching.Settings.of(spec), self.run, self.place.name, self.attempt, signs, self._log_line
+            )
             with sampler.Sampler(
-                sampler.Settings.of(torchrun.plain_spec(self.run)),
+                sampler.Settings.of(spec),
                 self.run,
                 node=self.place.name,
                 attempt=self.attempt,
-                processes=Processes(self._child.pid, signs=Path(log_dir)),
+                processes=Processes(self._child.pid, signs=signs),
+                listeners=(leaks.take,),
             ):
                 if self.place.first:
                     self._started(cluster)
                 code = self._child.watch(self._tick)
+            leaks.close()
         finally:
             self._reached()
             shutil.rmtree(log_dir, ignore_errors=True)

@@ -111,7 +111,7 @@ def of_run(run: RunDir, rules: Rules = USUAL) -> list[Verdict]:
     for node in records.nodes(run):
         tries: dict[str, tuple[Gathered, NodeSample]] = {}
         for sample in records.read(run, node):
-            gathered = tries[sample.attempt][0] if sample.attempt in tries else Gathered(forget=False)
+            gathered = tries[sample.attempt][0] if sample.attempt in tries else Gathered()
             gathered.take(sample)
             tries[sample.attempt] = gathered, sample
         for attempt, (gathered, last) in tries.items():

@@ -83,15 +83,11 @@ class Series:
 
 
 class Gathered:
-    """Every process's series on one node in one try.
+    """Every process's series on one node in one try."""
 
-    Args:
-        forget: what has ended is not wanted any more.
-    """
-
-    def __init__(self, *, forget: bool) -> None:
+    def __init__(self) -> None:
         self.series: dict[Who, Series] = {}
-        self._forget = forget
+        self._there: set[Who] = set()
 
     def take(self, sample: NodeSample) -> None:
         """One more sample. What is no step (evaluation, checkpoint, the start) has memory of its own: left out."""
@@ -123,10 +119,12 @@ class Gathered:
             assert beat is not None and beat.step
             self._add(Who(role="loader", rank=rank), beat.step, when, sum(sizes), len(sizes))
         self._gpus(sample, first, when)
-        if self._forget:
-            gone = [who for who in self.series if who.pid is not None and who not in there]
-            for who in gone:
-                del self.series[who]
+        self._there = there
+
+    def take_out_ended(self) -> dict[Who, Series]:
+        """The series of processes that were not there at the last sample: they are not kept any longer."""
+        ended = [who for who in self.series if who.pid is not None and who not in self._there]
+        return {who: self.series.pop(who) for who in ended}
 
     def forget(self, who: Who) -> None:
         """Begins a process's series anew."""

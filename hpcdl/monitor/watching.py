@@ -116,7 +116,7 @@ class Watcher:
     ) -> None:
         self._settings, self._run, self._node, self._attempt = settings, run, node, attempt
         self._folder, self._say = folder, say
-        self._gathered = Gathered(forget=True)
+        self._gathered = Gathered()
         self._cases: dict[Who, _Case] = {}
 
     def take(self, sample: NodeSample) -> None:
@@ -130,19 +130,25 @@ class Watcher:
                 self._hear(who, series, case)
             elif series.seen >= max(self._settings.rules.samples, case.judged * 1.04):
                 self._judge(self._settings, who, series, case, sample)
-        for who in [who for who in self._cases if who not in self._gathered.series]:
-            self._lose(who)
+        for who, series in self._gathered.take_out_ended().items():
+            self._lose(who, series)
 
     def close(self) -> None:
-        """The try is over: what was asked and not answered is told as it is known."""
-        for who in list(self._cases):
-            self._lose(who)
+        """The try is over: what is known by now is told."""
+        for who, series in self._gathered.judged():
+            self._lose(who, series)
 
-    def _lose(self, who: Who) -> None:
-        """A process has ended, maybe while it looked."""
-        case = self._cases.pop(who)
-        if case.asked is not None:
-            self._tell(who, case)
+    def _lose(self, who: Who, series: Series) -> None:
+        """A process has ended, maybe while it looked: there is nothing more to wait for."""
+        case = self._cases.pop(who, None)
+        if self._settings is None or case is None:
+            return
+        if case.asked is None:
+            growth = leaks.judge(series.points, self._settings.rules)
+            if not growth.leak or growth.interval[0] <= _WORSE * case.told:
+                return
+            case.growth, case.answer = growth, None
+        self._tell(who, case)
 
     def _judge(self, settings: Settings, who: Who, series: Series, case: _Case, sample: NodeSample) -> None:
         case.judged = series.seen

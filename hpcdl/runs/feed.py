@@ -142,7 +142,7 @@ def _event_line(event: dict[str, Any]) -> str:
         return str(event.get("message"))
     if kind == "restarting":
         return f"{event.get('reason')}; {event.get('why')}"
-    if kind in ("lost", "hang"):
+    if kind in ("lost", "hang", "leak"):
         return str(event.get("message"))
     if kind == "restarted":
         return f"restarted in place, for the {event.get('restart')}. time"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EVENTS_SHOWN = 8
+LEAKS_SHOWN = 3
 RULE_WIDTH = 80
 COLUMNS = ("run", "name", "state", "step", "loss", "tok/s", "job", "nodes", "age")
 RIGHT = frozenset({"step", "loss", "tok/s", "nodes", "age"})
@@ -171,8 +172,20 @@ def _fields(view: View) -> list[tuple[str, str]]:
         ("held-out", _evaluations(run)),
         ("times", _times(state)),
         ("tries", _tries(state)),
+        *(("leak", text) for text in _leaks(run)),
     ]
     return [(label, text) for label, text in fields if text]
+
+
+def _leaks(run: RunDir) -> list[str]:
+    """What leaks, the last word on each process of the last try."""
+    found = [event for event in run.events() if event.get("event") == "leak"]
+    last = {
+        (event.get("node"), str(event.get("process")), event.get("memory")): str(event.get("message", ""))
+        for event in found
+        if event.get("try") == found[-1].get("try")
+    }
+    return list(last.values())[-LEAKS_SHOWN:]
 
 
 def _last_metrics(view: View) -> str:
@@ -226,6 +239,8 @@ def event_lines(events: Sequence[dict[str, Any]]) -> list[str]:
         details = [
             f"{k}={_plain(v)}" for k, v in event.items() if k not in hidden and v not in (None, "", [])
         ]
+        if event.get("event") == "leak":
+            details = [str(event.get("message", ""))]
         time = words.local(str(event.get("time", "")))
         lines.append(f"{time}  {event.get('event', '?'):<11} {' '.join(details)}".rstrip())
     return lines

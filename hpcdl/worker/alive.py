@@ -113,6 +113,7 @@ class Lines:
 
     def __init__(self) -> None:
         self.bytes: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
         self.traced = 0
         self.count = 0
         statistics = tracemalloc.take_snapshot().statistics("traceback")
@@ -123,6 +124,7 @@ class Lines:
                 continue
             where = chosen(frames)
             self.bytes[where] = self.bytes.get(where, 0.0) + each.size
+            self.counts[where] = self.counts.get(where, 0.0) + each.count
             self.traced += each.size
             self.count += each.count
 
@@ -133,18 +135,24 @@ class Tensors:
     def __init__(self) -> None:
         self.bytes: dict[str, float] = {}
         """By key."""
+        self.counts: dict[str, float] = {}
         self.graphs: dict[str, float] = {}
         """How many of a key hold an autograd graph."""
         self.line: dict[str, str] = {}
-        """Of a key, as far as tracemalloc has seen them made; else empty."""
+        """Of a key, as far as tracemalloc has seen them made; else empty. Python 3.11 looks in the wrong place for an
+        object with a dict of its own, and finds none."""
         self._shapes: dict[str, Counter[tuple[int, ...]]] = {}
         tensor = getattr(sys.modules.get("torch"), "Tensor", None)
         if tensor is None:
             return
         seen: set[int] = set()
+        known: dict[type, bool] = {}
         for each in gc.get_objects():
-            # type(), not isinstance(): a proxy's __class__ may do anything.
-            if issubclass(type(each), tensor):
+            kind = type(each)  # not isinstance(): a proxy's __class__ may do anything
+            is_tensor = known.get(kind)
+            if is_tensor is None:
+                is_tensor = known[kind] = issubclass(kind, tensor)
+            if is_tensor:
                 self._take(each, seen)
 
     def kind(self, key: str) -> str:
@@ -168,6 +176,7 @@ class Tensors:
         seen.add(place)
         self.line[key] = line
         self.bytes[key] = self.bytes.get(key, 0.0) + size
+        self.counts[key] = self.counts.get(key, 0.0) + 1
         self.graphs[key] = self.graphs.get(key, 0.0) + graph
         self._shapes.setdefault(key, Counter())[shape] += 1
 

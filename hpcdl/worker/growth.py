@@ -187,14 +187,15 @@ class _Look:
             lines = {}
         tensors = _rising([point.tensors.bytes for point in self._points])
         graphs = _rising([point.tensors.graphs for point in self._points])
-        merged = {key: rise + lines.pop(last.tensors.line[key], 0.0) for key, rise in tensors.items()}
+        made_at = {key: last.tensors.line[key] or self._line_by_count(key, lines) for key in tensors}
+        merged = {key: rise + lines.pop(made_at[key], 0.0) for key, rise in tensors.items()}
         if graphs:  # what the graphs save is C++ memory: all that nothing else explains
             most = max(graphs, key=lambda key: graphs[key])
             in_use = max(rates["malloc_used"] or 0.0, rates["cuda_allocated"] or 0.0) * steps
             rest = in_use - sum(merged.values()) - sum(lines.values())
             merged[most] = merged.get(most, 0.0) + max(0.0, rest)
         found = [(alive.text_of(where), where, rise) for where, rise in lines.items()]
-        found += [(last.tensors.kind(key), last.tensors.line[key], rise) for key, rise in merged.items()]
+        found += [(last.tensors.kind(key), made_at.get(key, ""), rise) for key, rise in merged.items()]
         on_gpu = _rising([point.cuda for point in self._points])
         found += [(f"GPU memory: {alive.text_of(where)}", where, rise) for where, rise in on_gpu.items()]
         found.sort(key=lambda each: -each[2])
@@ -205,18 +206,27 @@ class _Look:
             if rise >= least
         ]
 
+    def _line_by_count(self, key: str, lines: Mapping[str, float]) -> str:
+        """The line of Python that has made about as many new objects as there are new tensors of a kind."""
+        first, last = self._points[0], self._points[-1]
+        new = last.tensors.counts[key] - first.tensors.counts.get(key, 0.0)
+        made = {where: last.counts[where] - first.counts.get(where, 0.0) for where in lines}
+        near = {where: abs(count - new) for where, count in made.items() if new <= count <= 4 * new}
+        return min(near, key=lambda where: near[where], default="")
+
 
 class _Point:
     """What lives at one step."""
 
-    __slots__ = ("blocks", "count", "cuda", "lines", "own", "step", "tensors", "traced")
+    __slots__ = ("blocks", "count", "counts", "cuda", "lines", "own", "step", "tensors", "traced")
 
     def __init__(self, step: int, cuda: alive.Cuda, before: _Point | None) -> None:
         """Reads all of it; takes up to a second in a large process."""
         blocks = sys.getallocatedblocks()
         own: int = before.own if before else 0
         lines = alive.Lines()
-        self.step, self.lines, self.traced, self.count = step, lines.bytes, lines.traced, lines.count
+        self.step, self.lines, self.counts = step, lines.bytes, lines.counts
+        self.traced, self.count = lines.traced, lines.count
         del lines
         self.tensors, self.cuda = alive.Tensors(), cuda.by_line()
         self.blocks = blocks - own
