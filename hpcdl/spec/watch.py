@@ -35,7 +35,7 @@ class MonitorSpec:
     pss_every_s: Annotated[float, Gt(0)] = 60.0
     """Seconds between looks at PSS, which cost the kernel about 10 ms a GiB of a process."""
     mb_per_day: Annotated[float, Gt(0)] = 15.0
-    """MB of samples a day and node, after the first one: where they would be more, they are taken less often."""
+    """MB of samples a day and node, after the first one: where they would be more, fewer are written down."""
     leaks: bool = True
     """Whether memory that grows without an end is told of (an event and a line in the log; nothing ends for it)."""
     leak_min_mib: Annotated[float, Gt(0)] = 1.0

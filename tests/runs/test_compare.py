@@ -309,6 +309,9 @@ def test_a_killed_rank_says_nothing_but_its_node_was_watched(runs_dir: Path) -> 
     append_line(run.path / "system-c1.jsonl", {"rss_bytes": 3 << 30})
     append_line(run.path / "system-c2.jsonl", {"rss_bytes": 4 << 30})
     assert "OUT_OF_MEMORY at 4.0 GiB a node or more after 0 of 4 steps: SIGKILL" in shown(look(runs_dir))
+    # A file's last line knows the highest of all.
+    append_line(run.path / "system-c2.jsonl", {"rss_bytes": 1 << 30, "peak_rss_bytes": 5 << 30})
+    assert "OUT_OF_MEMORY at 5.0 GiB a node or more" in shown(look(runs_dir))
 
 
 # --- sweeps

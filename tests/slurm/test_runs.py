@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hpcdl.monitor import records
 from tests.slurm.cluster import Cluster
 
 # One thread a process: four pretend nodes share two real cores, and threads that wait for each other spin.
@@ -77,6 +78,17 @@ def test_the_main_job_runs_on_two_nodes(cluster: Cluster) -> None:
     assert "_0" in status["job_id"], "submitted as an array"
     cluster.shell(f"test -s {status['run_dir']}/adapter/adapter_model.safetensors")
     cluster.shell(f"test -s {status['run_dir']}/loss.png && grep -q perplexity {status['run_dir']}/card.md")
+    sampled = {}
+    for file in cluster.shell(f"ls {status['run_dir']}/system-*.jsonl").split():
+        samples = [records.of_line(line) for line in cluster.lines(file)]
+        assert {"agent", "torchrun"} <= {each.role for each in samples[0].processes}, (
+            "before the first import"
+        )
+        (rank,) = {rank.rank for sample in samples for rank in sample.ranks}
+        sampled[samples[0].node] = rank
+        assert max(rank.rss_bytes or 0 for sample in samples for rank in sample.ranks) > 200e6
+        assert any(rank.step is not None for sample in samples for rank in sample.ranks)
+    assert len(sampled) == 2 and sorted(sampled.values()) == [0, 1], "each node has written its own rank's"
 
 
 def test_a_sweep_is_one_array_a_resource_shape_and_returns_at_once(cluster: Cluster) -> None:
