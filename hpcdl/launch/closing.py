@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hpcdl.launch import causes, control, ending, nodes, progress, requeue, torchrun
+from hpcdl.launch import causes, control, ending, nodes, progress, requeue, survivor, torchrun
 from hpcdl.launch.place import Place
 from hpcdl.runs import fence, kinds, wish
 from hpcdl.runs.state import ACTIVE, State
@@ -62,7 +62,7 @@ class Left:
     lost: tuple[str, ...] = ()
     """Nodes of the job that can't be used any more."""
     told: bool = False
-    """Whether another node's agent has told this one to end, or is lost itself: no view of its own."""
+    """Whether another node's agent has told this one to end, or is lost itself (`cause`): no view of its own."""
 
 
 class Closing:
@@ -146,8 +146,20 @@ class Closing:
             )
             causes.record(self._run, self._attempt, self._place.node, own)
         tell(True)
+        if left.told and left.cause is not None:
+            return self._after_the_first(left)
         self._wait_for_the_first()
         return 1
+
+    def _after_the_first(self, left: Left) -> int:
+        """The first node is lost: what it would have said is said here, if nobody else does."""
+        if not survivor.must_speak(self._run, self._place, self._attempt):
+            return 1
+        place = dataclasses.replace(self._place, again=None)
+        end = Closing(self._run, place, self._attempt, self._cluster, self._say, self.reached)
+        code = end.first(dataclasses.replace(left, speechless=True, lost=self._place.nodes[:1]))
+        survivor.let_the_job_end(self._run, place)
+        return code
 
     def cause(self, left: Left) -> causes.Cause:
         """The root cause, once the other nodes' agents have told theirs."""

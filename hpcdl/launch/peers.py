@@ -23,7 +23,7 @@ class Over:
     words: str
     """For the log."""
     cause: Cause | None = None
-    """On the first node: why."""
+    """On the first node: why. On another one: that the first one is lost."""
     lost: tuple[str, ...] = ()
     """On the first node: nodes that can't be used any more."""
 
@@ -70,7 +70,8 @@ class Peers:
         loss = losses[0]
         words = f"node {loss.node} is lost: {loss.why}"
         if not self._first:
-            return Over(words=words)  # its supervisor or Slurm decides
+            # Its supervisor or Slurm decides, or this node's agent (hpcdl.launch.survivor).
+            return Over(words=words, cause=node_lost(loss.node, loss.last_heard, loss.why))
         silent = {loss.node: loss.why} if not loss.closed else nodes.silent([loss.node])
         return Over(words=words, cause=cause_of(loss, silent.get(loss.node, "")), lost=tuple(silent))
 

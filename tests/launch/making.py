@@ -133,11 +133,13 @@ class Agents:
         """One agent; with srun's command the supervisor of all."""
         runs_file = self.runs_dir / ".submissions" / self.token / "runs.txt"
         words = [SUPERVISOR, runs_file, "--", *srun] if srun else [AGENT, runs_file]
+        # This checkout's hpcdl, which need not be the installed one.
+        path = [FAKE_TORCH, *([ANY_ADDRESS] if self.meet_on_loopback else ()), HERE.parents[1]]
         process = subprocess.Popen(
             [sys.executable, *map(str, words)],
             env={
                 **os.environ,
-                "PYTHONPATH": f"{FAKE_TORCH}:{ANY_ADDRESS}" if self.meet_on_loopback else str(FAKE_TORCH),
+                "PYTHONPATH": os.pathsep.join(map(str, path)),
                 "TMPDIR": str(self.runs_dir),
                 **self.environment,
                 **environment,

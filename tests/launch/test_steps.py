@@ -127,6 +127,34 @@ def test_a_lost_node_is_named_and_excluded(agents: Agents, cluster: FakeSlurm) -
     assert update == [["update", "jobid=12_0", "ExcNodeList=n2"]]
 
 
+def test_the_first_node_is_lost_and_the_next_one_speaks(agents: Agents, cluster: FakeSlurm) -> None:
+    """With its batch script; Slurm would take minutes, and with --no-kill (min_nodes) never do anything."""
+    job = both_hear(agents, "hang", requeue="requeue", min_nodes=1)
+    srun, (first, second) = agents_of(job)
+    cluster.set(addresses={"n1": SILENT, "n2": ANSWERS, "n3": ANSWERS})
+    for pid in (job.pid, srun, first):
+        os.kill(pid, signal.SIGKILL)
+    agents.end(job)
+    until(lambda: not alive(second), "the second agent has spoken")
+    state = agents.run.read_state()
+    assert (state.state, state.job_id, state.requeues) == ("PENDING", "12_0", 1)
+    (event,) = events(agents, "requeued")
+    assert (event["node"], event["exclude"], event["way"]) == ("n1", ["n1"], "requeue")
+    assert ["requeue", "12_0"] in [call["argv"] for call in cluster.calls("scontrol")]
+
+
+def test_a_node_that_is_cut_off_itself_says_nothing(agents: Agents, cluster: FakeSlurm) -> None:
+    job = both_hear(agents, "hang", requeue="requeue")
+    srun, (first, second) = agents_of(job)
+    cluster.set(down=True, addresses={"n1": SILENT})
+    for pid in (job.pid, srun, first):
+        os.kill(pid, signal.SIGKILL)
+    agents.end(job)
+    until(lambda: not alive(second), "the second agent has ended")
+    assert agents.run.read_state().state == "RUNNING"
+    assert not events(agents, "requeued")
+
+
 def test_the_run_goes_on_with_fewer_nodes(agents: Agents, cluster: FakeSlurm) -> None:
     code, said = lose_a_node(agents, cluster, "again", max_restarts=1, min_nodes=1)
     assert code == 0, said
