@@ -20,8 +20,10 @@ from hpcdl.runs.tail import Tail, as_record
 from hpcdl.top.curve import Curve
 from hpcdl.top.warnings import Warning, Warnings
 
-WINDOW = 1 << 17
-"""Bytes of a file's end that the first look at it reads."""
+WINDOW = 1 << 15
+"""Bytes of metrics' end that the first look reads."""
+EVENTS_WINDOW = 1 << 17
+"""The same of events."""
 SAMPLES_WINDOW = 1 << 18
 """The same of a node's samples: a line may hold a thousand processes."""
 GLIMPSES = 48
@@ -89,6 +91,8 @@ class Row:
     warnings: tuple[Warning, ...] = ()
     last_line: str = ""
     """When the last line of metrics was written (UTC, ISO 8601)."""
+    unread: bool = False
+    """Whether nothing but the state has been read yet."""
 
     @property
     def state(self) -> RunState:
@@ -150,6 +154,11 @@ class RunReader:
         assert self.state is not None
         return self.state
 
+    @property
+    def has_read(self) -> bool:
+        """Whether more than the state has been read."""
+        return self._row is not None
+
     def row(self, view: View) -> Row:
         """All that its files tell now.
 
@@ -177,7 +186,7 @@ class _Files:
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._metrics = Tail(run.metrics_file, window=WINDOW, glance=True)
-        self._events = Tail(run.events_file, window=WINDOW, glance=True)
+        self._events = Tail(run.events_file, window=EVENTS_WINDOW, glance=True)
         self._samples: dict[str, Tail] = {}
         self._folder = 0
         self._progress = Progress()

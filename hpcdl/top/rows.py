@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -198,6 +199,7 @@ class Layout:
         return Text(" ", end="").join(cells)
 
 
+@cache
 def layout(width: int) -> Layout:
     """The columns that fit: the most important first, the rest of the room shared among those that can grow."""
     chosen: list[Column] = []
@@ -248,8 +250,18 @@ def _instead(row: Row) -> Text | None:
     if state.state in FAILED:
         return plain(why(row), "red")
     text = "  ".join(part for part in (start_words(row), why(row)) if part)
-    nothing_yet = "in the queue" if state.state == "PENDING" else "the workers are starting …"
-    return plain(text or nothing_yet, "yellow")
+    return plain(text or _before_the_first_step(row), "yellow")
+
+
+def _before_the_first_step(row: Row) -> str:
+    if row.unread:
+        return "…"
+    if row.state.state == "PENDING":
+        return "in the queue"
+    phases = {rank.phase for node in row.nodes for rank in node.sample.ranks}
+    if "evaluation" in phases:
+        return "evaluates before the first step …"
+    return "at its first step …" if "step" in phases else "the workers are starting …"
 
 
 def _rank(row: Row) -> int:

@@ -30,7 +30,9 @@ LOCAL_EVERY_S = 5.0
 RECENT_S = 3600.0
 """Runs that ended so long ago are shown without --all."""
 BUDGET_S = 0.5
-"""For runs that are not shown: whether they have begun anew. A first look at ten thousand takes several turns."""
+"""Of one turn, for runs that have not been read yet: a first look at ten thousand takes several."""
+AGAIN_S = 0.05
+"""Of one turn, for runs that are not shown: whether they have begun anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +161,12 @@ class Watch:
             self._look(reader, submissions)
         self._look_at_rest(submissions)
         self._check_local()
-        rows = [row for reader in list(self._shown.values()) if (row := self._row(reader)) is not None]
+        rows = self._rows()
         unread = sum(run not in self._faults and self._runs[run].state is None for run in self._rest)
         return Picture(
             rows=tuple(rows),
             hidden=len(self._rest) - unread - sum(run in self._faults for run in self._rest),
-            unread=unread,
+            unread=unread + sum(row.unread for row in rows),
             faults=tuple(sorted(self._faults.values())),
             slurm=self._news(),
             took_s=self._clock() - began,
@@ -193,13 +195,14 @@ class Watch:
             self._views.pop(run, None)
 
     def _look_at_rest(self, submissions: dict[str, dict[str, Any]]) -> None:
-        until = self._clock() + BUDGET_S
+        began = self._clock()
         for _ in range(len(self._rest)):
             run = self._rest.popleft()
+            budget_s = AGAIN_S if self._runs[run].state is not None else BUDGET_S
             self._look(self._runs[run], submissions)
             if run in self._runs and run not in self._shown:
                 self._rest.append(run)
-            if self._clock() > until:
+            if self._clock() - began > budget_s:
                 return
 
     def _look(self, reader: RunReader, submissions: dict[str, dict[str, Any]]) -> None:
@@ -238,9 +241,18 @@ class Watch:
             with self._lock:
                 self._views[reader.run] = (state, view)
 
+    def _rows(self) -> list[Row]:
+        began, first = self._clock(), 0
+        rows = []
+        for reader in list(self._shown.values()):
+            first += not reader.has_read
+            if not reader.has_read and first > 1 and self._clock() - began > BUDGET_S:
+                rows.append(Row(view=self._view(reader), unread=True))
+            elif (row := self._row(reader)) is not None:
+                rows.append(row)
+        return rows
+
     def _row(self, reader: RunReader) -> Row | None:
-        if reader.state is None:
-            return None
         try:
             return reader.row(self._view(reader))
         except FileNotFoundError:
