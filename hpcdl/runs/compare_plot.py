@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl.errors import UsageError
+from hpcdl.runs import compare_plot_front
 from hpcdl.runs.compare import Comparison, Row
+from hpcdl.runs.compare_groups import Study
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -33,8 +35,13 @@ def check_name(file: Path) -> Path:
     return file
 
 
-def draw(comparison: Comparison, file: Path) -> None:
-    """Writes the picture.
+def draw(comparison: Comparison, study: Study, file: Path) -> None:
+    """Writes the picture: of a front, where one is asked for, else of how the runs scale.
+
+    Args:
+        comparison: the runs.
+        study: what is the best of them.
+        file: where to.
 
     Raises:
         UsageError: matplotlib is missing, nothing was measured, or the file can't be written.
@@ -44,11 +51,23 @@ def draw(comparison: Comparison, file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("--plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(11, 6) if study.pareto else (12, 4.2), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    if study.pareto:
+        compare_plot_front.draw(figure, study)
+    else:
+        _scaling(figure, comparison)
+    try:
+        figure.savefig(file)
+    except OSError as error:
+        raise UsageError(f"{file}: can't be written ({error.strerror})") from error
+
+
+def _scaling(figure: Any, comparison: Comparison) -> None:
+    """Throughput, memory and communication against processes."""
     groups = series(comparison.rows)
     if not groups:
         raise UsageError("no run has measured a step yet: there is nothing to draw")
-    figure = Figure(figsize=(12, 4.2), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     _lines(panels[0], groups, lambda row: row.tokens_per_s)
     _ideal(panels[0], groups)
@@ -60,10 +79,6 @@ def draw(comparison: Comparison, file: Path) -> None:
     for panel in panels:
         _axes(panel, comparison.rows)
     figure.legend(*_entries(panels[0]), loc="outside lower center", ncols=6, frameon=False)
-    try:
-        figure.savefig(file)
-    except OSError as error:
-        raise UsageError(f"{file}: can't be written ({error.strerror})") from error
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -14,8 +14,10 @@ from rich.console import Console
 from hpcdl import cli
 from hpcdl.verbs import compare as compare_verb
 from hpcdl.errors import UsageError
-from hpcdl.runs import compare, compare_plot, compare_view
-from hpcdl.runs.compare import Comparison, collect, speed
+from hpcdl.runs import compare, compare_pair, compare_plot, compare_row, compare_text, compare_view
+from hpcdl.runs.compare import Comparison, collect
+from hpcdl.runs.compare_groups import Asked, Study, judge
+from hpcdl.runs.compare_row import speed
 from hpcdl.runs.files import append_line, write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.spec.plain import dump_yaml, to_plain
@@ -81,9 +83,14 @@ def look(runs_dir: Path, *names: str, sort: str = "tokens_per_s") -> Comparison:
     return collect(names or ("tiny",), runs_dir, sort)
 
 
-def shown(comparison: Comparison, width: int = 160) -> str:
+def judged(comparison: Comparison, **asked: Any) -> Study:
+    return judge(comparison.rows, Asked(**asked))
+
+
+def shown(comparison: Comparison, width: int = 160, **asked: Any) -> str:
     out = io.StringIO()
-    compare_view.print_comparison(Console(file=out, width=width, highlight=False), comparison)
+    console = Console(file=out, width=width, highlight=False)
+    compare_view.print_comparison(console, comparison, judged(comparison, **{"each": True, **asked}))
     return out.getvalue()
 
 
@@ -219,7 +226,7 @@ def test_what_follows_from_another_choice_is_no_difference(
     ],
 )
 def test_degrees_are_filled(parallel: dict[str, int], world: int, degrees: dict[str, int]) -> None:
-    assert compare.filled(parallel, world) == degrees
+    assert compare_row.filled(parallel, world) == degrees
 
 
 # --- scaling
@@ -259,8 +266,8 @@ def test_profiled_steps_are_left_out_of_the_speed() -> None:
         return {"step": step, "step_s": took, "tokens_per_s": 100 / took, **more}
 
     lines = [line(1, 9.0), line(2, 1.0), line(3, 5.0, profiled=True), line(4, 1.0)]
-    assert compare.speed(lines) == (100.0, 1.0)
-    assert compare.speed([line(1, 9.0), line(2, 5.0, profiled=True)]) == (20.0, 5.0)
+    assert compare_row.speed(lines) == (100.0, 1.0)
+    assert compare_row.speed([line(1, 9.0), line(2, 5.0, profiled=True)]) == (20.0, 5.0)
 
 
 # --- order
@@ -360,7 +367,7 @@ def test_as_json_has_everything(runs_dir: Path) -> None:
     name = sweep(
         runs_dir, point(runs_dir, 1), point(runs_dir, 2, optim__lr=0.5, state="FAILED", reason="boom")
     )
-    plain = json.loads(json.dumps(compare_view.as_json(look(runs_dir, name))))
+    plain = json.loads(json.dumps(compare_view.as_json(found := look(runs_dir, name), judged(found))))
     assert plain["differs"] == ["optim.lr"]
     assert [one["faults"][0]["key"] for one in plain["refused"]] == ["parallel.tp"] * 2
     assert {run["state"]: run["reason"] for run in plain["runs"]} == {"COMPLETED": "", "FAILED": "boom"}
@@ -402,8 +409,8 @@ def test_degrees_stay_where_nothing_else_tells_runs_apart(runs_dir: Path) -> Non
 
 
 def test_ids_are_as_short_as_tells_them_apart() -> None:
-    assert compare_view.short_ids(["abcdef1", "abcdef2"]) == {"abcdef1": "abcdef1", "abcdef2": "abcdef2"}
-    assert compare_view.short_ids(["abcdefgh", "xbcdefgh"]) == {"abcdefgh": "abcde", "xbcdefgh": "xbcde"}
+    assert compare_text.short_ids(["abcdef1", "abcdef2"]) == {"abcdef1": "abcdef1", "abcdef2": "abcdef2"}
+    assert compare_text.short_ids(["abcdefgh", "xbcdefgh"]) == {"abcdefgh": "abcde", "xbcdefgh": "xbcde"}
 
 
 def test_keys_with_the_same_last_part_are_written_out() -> None:
@@ -434,7 +441,7 @@ def test_the_picture(runs_dir: Path, tmp_path: Path) -> None:
     comparison = look(runs_dir)
     assert list(compare_plot.series(comparison.rows)) == ["ddp", "fsdp"]
     file = tmp_path / "a.png"
-    compare_plot.draw(comparison, file)
+    compare_plot.draw(comparison, judged(comparison), file)
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
@@ -451,10 +458,10 @@ def test_what_keeps_a_picture_from_being_drawn(
         compare_plot.check_name(Path("sweep-1"))
     point(runs_dir, 1, steps=0, state="FAILED")
     with pytest.raises(UsageError, match="nothing to draw"):
-        compare_plot.draw(look(runs_dir), tmp_path / "a.png")
+        compare_plot.draw(found := look(runs_dir), judged(found), tmp_path / "a.png")
     point(runs_dir, 2)
     with pytest.raises(UsageError, match="can't be written"):
-        compare_plot.draw(look(runs_dir), tmp_path / "no" / "a.png")
+        compare_plot.draw(found := look(runs_dir), judged(found), tmp_path / "no" / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match="pip install matplotlib"):
-        compare_plot.draw(look(runs_dir), tmp_path / "a.png")
+        compare_plot.draw(found := look(runs_dir), judged(found), tmp_path / "a.png")
