@@ -95,10 +95,10 @@ def pane(row: Row, width: int, height: int) -> list[Text]:
     room = max(0, height - len(lines))
     warned = [warning_line(each) for each in row.warnings[-max(1, room - 1) :]] if room else []
     room -= len(warned)
-    shown = row.nodes if len(row.nodes) <= room else row.nodes[: max(0, room - 1)]
+    shown = row.live if len(row.live) <= room else row.live[: max(0, room - 1)]
     lines += [node_line(node) for node in shown]
-    if len(shown) < len(row.nodes) and room > 0:
-        more = f"… and {len(row.nodes) - len(shown)} more nodes" if shown else f"{len(row.nodes)} nodes"
+    if len(shown) < len(row.live) and room > 0:
+        more = f"… and {len(row.live) - len(shown)} more nodes" if shown else f"{len(row.live)} nodes"
         lines.append(plain(f"{more}: Enter shows them", "dim"))
     return lines + warned
 

@@ -100,21 +100,26 @@ class Row:
         return self.view.state
 
     @property
+    def live(self) -> tuple[Node, ...]:
+        """The nodes, while it goes on: the last samples of a run that has ended are of its end."""
+        return self.nodes if self.state.state in ACTIVE else ()
+
+    @property
     def fullest(self) -> Node | None:
         """The node with the least room left, or with the most in use where limits aren't known."""
-        known = [node for node in self.nodes if node.used_bytes is not None]
+        known = [node for node in self.live if node.used_bytes is not None]
         return max(known, key=lambda node: (node.share or 0.0, node.used_bytes or 0), default=None)
 
     @property
     def cpu_percent(self) -> float | None:
         """Of one core, over all nodes."""
-        known = [n.sample.cpu_percent for n in self.nodes if n.sample.cpu_percent is not None]
+        known = [n.sample.cpu_percent for n in self.live if n.sample.cpu_percent is not None]
         return sum(known) if known else None
 
     @property
     def gpu_percent(self) -> float | None:
         """The mean over all GPUs of all nodes."""
-        known = [g.percent for n in self.nodes for g in n.sample.gpus if g.percent is not None]
+        known = [g.percent for n in self.live for g in n.sample.gpus if g.percent is not None]
         return sum(known) / len(known) if known else None
 
 
