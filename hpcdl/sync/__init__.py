@@ -8,6 +8,8 @@
     target.py   which server, and whether it answers
     push.py     `hpcdl sync`: which runs, in which order, a line each, the exit code
 
-Nothing is added to a run on a server: what is sent replaces what is there under the run's id (wandb.init without
-`resume`). So it doesn't matter how far an earlier sending came, and nothing is there twice.
+What is on a wandb server is known for sure only once it has confirmed a whole sending (it shows the digest that was
+sent last). Then later steps are added to it (`resume`), as long as the steps that are there are still those of
+metrics.jsonl. In any other case, a sending that was interrupted or steps of a lost try, the run is sent whole under
+another id, and the one that is spoiled is deleted once that is there. So nothing is there twice, and nothing is stale.
 """

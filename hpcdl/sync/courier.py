@@ -56,7 +56,7 @@ class Courier:
             left = end - time.monotonic()
             if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
                 self.kill()
-                return {"fault": f"no answer within {limit_s:.0f} s"}
+                return {"fault": f"no answer within {limit_s:g} s"}
             piece = os.read(process.stdout.fileno(), 65536)
             if not piece:
                 code = process.wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 from hpcdl import secrets
 from hpcdl.errors import HpcdlError, ServerError, UsageError
 from hpcdl.runs.state import ACTIVE
-from hpcdl.runs.store import RunDir, now
+from hpcdl.runs.store import RunDir
 from hpcdl.sync import record, story, target
 from hpcdl.sync.courier import Courier
 
@@ -26,6 +25,8 @@ PROBE_S = 10.0
 """A server that doesn't answer within this counts as not reached."""
 WAITING_S = 2.0
 """A lock that isn't free by then is spoken of."""
+START_S = 60.0
+"""In which the sending process has begun: a shared disk may be slow to import from."""
 ROWS_PER_S = 200
 """Slowest rate at which rows are handed to wandb: the limit grows with a run's length."""
 NO_KEY = (
@@ -91,6 +92,7 @@ class Push:
         self._wish = wish
         self._say = say
         self._server = target.base_url()
+        self._kind = "wandb" if wish.board is None else "tensorboard"
         self._courier = courier
         self._borrowed = courier is not None
         self.tally = Tally()
@@ -109,7 +111,7 @@ class Push:
         if self._up_to_date(run, head, known):
             return
         if count := sum(1 for _ in story.rows_of(run)):
-            again = f"; {_rows(known.rows)} were sent {known.time}" if known else ""
+            again = f"; {_rows(known.sent.rows)} were sent {known.sent.time}" if known.sent else ""
             self._line(run, head.name, f"would send {_rows(count)} to {self._where(head)}{again}")
             self.tally.sent += 1
         else:
@@ -138,54 +140,63 @@ class Push:
         place = self._place(head)
         if self._up_to_date(run, head, record.read(run, place)):
             return
-        waits = threading.Timer(
-            WAITING_S, self._line, [run, head.name, "waits: another hpcdl sync is sending it"]
-        )
-        waits.daemon = True
-        waits.start()
-        with record.held(run):
-            waits.cancel()
-            known = record.read(run, place)
-            if self._up_to_date(run, head, known):
+        with record.held(run, self._kind, self._waiting(run, head, place)) as mine:
+            if not mine:
+                self._line(run, head.name, "is sent by its own try, as it goes on")
+                self.tally.waiting += 1
+                return
+            if self._up_to_date(run, head, record.read(run, place)):
                 return
             stamp = record.stamp(run)
             if "metrics.jsonl" not in stamp and not any(name.startswith("system-") for name in stamp):
                 self._line(run, head.name, "nothing to send yet")
                 self.tally.waiting += 1
                 return
-            answer = self._ask(run, head, known.digest if known else None, stamp)
-            url = str(answer.get("url") or (known.url if known else ""))
-            sent = record.Sent(
-                digest=answer["digest"], stamp=stamp, rows=answer["rows"], time=now(), url=secrets.mask(url)
-            )
-            record.write(run, place, sent)
+            answer = self._ask(run, head, place, stamp)
         if answer["done"] == "sent":
             self.tally.sent += 1
-            self._line(run, head.name, f"sent {_rows(sent.rows)} → {sent.url or self._where(head)}")
+            self._line(run, head.name, f"sent: {_rows(answer['rows'])} at {answer['url']}")
         else:
             self.tally.there += 1
-            self._line(run, head.name, f"up to date: {_rows(sent.rows)} are there")
+            self._line(run, head.name, f"up to date: {_rows(answer['rows'])} are there")
 
-    def _up_to_date(self, run: RunDir, head: story.Head, known: record.Sent | None) -> bool:
-        if known is None or known.stamp != record.stamp(run):
+    def _waiting(self, run: RunDir, head: story.Head, place: str) -> Callable[[], bool]:
+        """Whether to wait on for a lock that another process has; says once that it does."""
+        since = time.monotonic()
+        said = False
+
+        def wait() -> bool:
+            nonlocal said
+            if record.read(run, place).live:
+                return False
+            if not said and time.monotonic() - since > WAITING_S:
+                said = True
+                self._line(run, head.name, "waits: another hpcdl sync is sending it")
+            return True
+
+        return wait
+
+    def _up_to_date(self, run: RunDir, head: story.Head, known: record.Place) -> bool:
+        sent = known.sent
+        if sent is None or sent.stamp != record.stamp(run):
             return False
-        self._line(run, head.name, f"up to date: {_rows(known.rows)} sent {known.time}")
+        self._line(run, head.name, f"up to date: {_rows(sent.rows)}, sent {sent.time}")
         self.tally.there += 1
         return True
 
-    def _ask(self, run: RunDir, head: story.Head, known: str | None, stamp: record.Stamp) -> dict[str, Any]:
+    def _ask(self, run: RunDir, head: story.Head, place: str, stamp: record.Stamp) -> dict[str, Any]:
         order = {
             "do": "send",
             "run": str(run.path),
-            "to": "wandb" if self._wish.board is None else "tensorboard",
+            "to": self._kind,
             "folder": str(self._folder(head)) if self._wish.board else None,
+            "place": place,
             "project": self._wish.project,
             "entity": self._wish.entity,
             "limit_s": self._wish.limit_s,
-            "known": known,
         }
         # Every line of metrics is at least 50 bytes long.
-        limit_s = 3 * self._wish.limit_s + stamp.get("metrics.jsonl", [0])[0] / 50 / ROWS_PER_S
+        limit_s = START_S + 3 * self._wish.limit_s + stamp.get("metrics.jsonl", [0])[0] / 50 / ROWS_PER_S
         probe_s, fault = min(PROBE_S, self._wish.limit_s), ""
         for attempt in range(TRIES):
             if attempt:
@@ -222,13 +233,14 @@ class Push:
         """Names where a run goes, in its record."""
         if self._wish.board is not None:
             return f"tensorboard {self._folder(head)}"
-        return secrets.mask(self._where(head))
+        return self._where(head)
 
     def _where(self, head: story.Head) -> str:
         if self._wish.board is not None:
             return str(self._folder(head))
-        entity, project = self._wish.entity or head.entity, self._wish.project or head.project
-        return "/".join(part for part in (self._server, entity, project) if part)
+        return record.name_of(
+            self._server, self._wish.entity or head.entity, self._wish.project or head.project
+        )
 
     def _folder(self, head: story.Head) -> Path:
         assert self._wish.board is not None

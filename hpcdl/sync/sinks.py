@@ -6,7 +6,6 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +21,12 @@ class NotTakenError(Exception):
 
 
 class Sink(Protocol):
-    """Takes one run, and replaces what was there of it."""
+    """Takes one run."""
 
     url: str
     """Where a person finds it."""
+    id: str
+    """Its name there."""
 
     def add(self, row: Row) -> None:
         """A row; steps rise."""
@@ -45,21 +46,28 @@ class Sink(Protocol):
             NotTakenError: it isn't.
         """
 
+    def delete(self, name: str) -> bool:
+        """Removes another one of its runs; whether that is gone."""
+
     def close(self) -> None:
         """Frees what is held, whatever happened."""
 
 
 class Wandb:
-    """A run on a wandb server: id, name and place are the same at every sending, so that it replaces itself.
+    """A run on a wandb server.
 
     Args:
         head: what the run is.
+        name: its id there.
         limit_s: how long the server may take to answer at the beginning, and at the end to take everything.
+        after: the last step that is there already; None: the id was never used.
     """
 
-    def __init__(self, head: Head, limit_s: float) -> None:
+    def __init__(self, head: Head, name: str, limit_s: float, after: int | None = None) -> None:
         import wandb
 
+        self.id = name
+        self._after = -1 if after is None else after
         self._limit_s = limit_s
         self._head = head
         self._folder = tempfile.TemporaryDirectory(prefix="hpcdl-sync-", ignore_cleanup_errors=True)
@@ -68,12 +76,12 @@ class Wandb:
             entity=head.entity,
             group=head.group,
             name=f"{head.name}-{head.run_id}",
-            id=head.run_id,
+            id=name,
+            resume=None if after is None else "must",
             tags=list(head.tags),
             config=head.config,
             mode="online",
             dir=self._folder.name,
-            # Not resumed: wandb overwrites a run of the same id, which is what makes a second sending harmless.
             # The machine that sends is not the one that trained: nothing of it, of this process or of this folder's
             # code belongs to the run.
             settings=wandb.Settings(
@@ -94,6 +102,8 @@ class Wandb:
 
     def add(self, row: Row) -> None:
         """A line of the history; wandb's own step is the training's."""
+        if row.step <= self._after:
+            return
         self._run.log({"step": row.step, "_timestamp": row.time, **row.values}, step=row.step)
 
     def flush(self) -> None:
@@ -106,7 +116,7 @@ class Wandb:
         `wandb sync`. The digest is the last thing that is sent: who shows it has taken all that came before.
         """
         self._run.summary.update({**summary, DIGEST: digest} if digest else summary)
-        path = f"{self._run.entity}/{self._run.project}/{self._head.run_id}"
+        path = f"{self._run.entity}/{self._run.project}/{self.id}"
         try:
             self._run.finish(exit_code=int(failed))
         except TimeoutError as error:
@@ -121,13 +131,25 @@ class Wandb:
                 )
             time.sleep(0.5)
 
+    def delete(self, name: str) -> bool:
+        """Removes another run of the same project."""
+        import wandb
+
+        try:
+            wandb.Api(timeout=max(1, int(self._limit_s))).run(
+                f"{self._run.entity}/{self._run.project}/{name}"
+            ).delete()
+        except (wandb.errors.CommError, ValueError) as error:
+            return _is_missing(error)
+        return True
+
     def close(self) -> None:
         """Removes the folder that wandb wrote into meanwhile."""
         self._folder.cleanup()
 
 
 def digest_on_server(path: str, limit_s: float) -> str | None:
-    """The digest that a run on the server has in its summary; None where there is no such run.
+    """The digest in the summary of a run on the server; empty where it has none, None where there is no such run.
 
     Args:
         path: `<entity>/<project>/<run id>`; without an entity the user's own.
@@ -138,11 +160,19 @@ def digest_on_server(path: str, limit_s: float) -> str | None:
     try:
         run = wandb.Api(timeout=max(1, int(limit_s))).run(path)
     except (wandb.errors.CommError, ValueError) as error:
-        if "Could not find" in str(error):
+        if _is_missing(error):
             return None
         raise
-    found = dict(run.summary).get(DIGEST)
-    return str(found) if found else None
+    return str(dict(run.summary).get(DIGEST, ""))
+
+
+def path_of(head: Head, name: str) -> str:
+    """A run's path on its server; without an entity it is the user's own."""
+    return "/".join(part for part in (head.entity, head.project, name) if part)
+
+
+def _is_missing(error: Exception) -> bool:
+    return "Could not find" in str(error)
 
 
 class Board:
@@ -158,7 +188,7 @@ class Board:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.url = str(folder)
+        self.url = self.id = str(folder)
         self._old = set(folder.glob(f"*{SUFFIX}"))
         self._head = head
         self._writer = EventFileWriter(str(folder), filename_suffix=SUFFIX)
@@ -192,6 +222,10 @@ class Board:
         self._writer.add_event(_event(time.time(), 0, summary=_text("summary", dump_yaml(shown))))
         self.flush()
 
+    def delete(self, name: str) -> bool:
+        """There are no others."""
+        return True
+
     def close(self) -> None:
         """Closes the file."""
         self._writer.close()
@@ -222,20 +256,3 @@ def _text(tag: str, text: str) -> Any:
             )
         ]
     )
-
-
-@contextlib.contextmanager
-def opened(kind: str, head: Head, *, limit_s: float, folder: Path | None) -> Iterator[Sink]:
-    """The sink of a name, closed afterwards.
-
-    Args:
-        kind: `wandb` or `tensorboard`.
-        head: what the run is.
-        limit_s: for a server's answers.
-        folder: for event files.
-    """
-    sink: Sink = Wandb(head, limit_s) if kind == "wandb" else Board(head, folder or Path())
-    try:
-        yield sink
-    finally:
-        sink.close()

@@ -195,6 +195,16 @@ def tell(run: RunDir) -> Story:
     return Story(head=head, rows=rows, summary=summary, digest=hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
+def prefix(rows: Iterable[Row], last_step: int) -> str:
+    """A digest of the metrics of all rows up to a step. What nodes measured may come late and is left out."""
+    plain = [
+        [row.step, {key: value for key, value in row.values.items() if not key.startswith("node/")}]
+        for row in rows
+        if row.step <= last_step
+    ]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def rows_of(run: RunDir) -> Iterator[Row]:
     """The rows of what is there now, by step."""
     gatherer = Gatherer()

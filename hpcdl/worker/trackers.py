@@ -11,7 +11,7 @@ from collections.abc import Callable
 from hpcdl import secrets
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.sync import target
+from hpcdl.sync import record, target
 from hpcdl.sync.courier import Courier
 
 FINISH_S = 60.0
@@ -33,13 +33,19 @@ class Live(Tracker):
     """Rows go to a tracker as they are written."""
 
     def __init__(self, spec: ExperimentSpec, run: RunDir) -> None:
-        self._courier = Courier(target.base_url(), quiet=False)
+        tracker, server, folder = spec.tracker, target.base_url(), run.path / "tensorboard"
+        is_wandb = tracker.name == "wandb"
+        place = (
+            record.name_of(server, tracker.entity, tracker.project) if is_wandb else f"tensorboard {folder}"
+        )
+        self._courier = Courier(server, quiet=False)
         self._courier.give(
             {
                 "do": "follow",
                 "run": str(run.path),
-                "to": spec.tracker.name,
-                "folder": str(run.path / "tensorboard"),
+                "to": tracker.name,
+                "place": place,
+                "folder": str(folder),
                 "limit_s": LIMIT_S,
             }
         )

@@ -1,7 +1,7 @@
 """A wandb server of a few lines: enough GraphQL and file stream for the real client (0.31) to push to it and read.
 
-It keeps what arrived as the real one does: lines of a file by their offset, so that what is sent again replaces what
-was there. Told to, it fails: with a code, by hanging, by breaking the connection.
+It keeps lines of a file by the offset that the client gives them, tells the client how many it has, and remembers ids
+that were deleted. Told to, it fails: with a code, by hanging, by breaking the connection.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -59,12 +60,15 @@ class FakeWandb:
         self.runs: dict[str, Run] = {}
         self.calls: Counter[str] = Counter()
         """Requests by kind: `graphql`, `stream`, `other`."""
+        self.deleted: set[str] = set()
         self.keys: set[str] = set()
         """Authorization headers that were seen."""
         self.fail: dict[str, str] = {}
         """By kind: `500`, `401`, `hang`, `reset`; `lose` takes the data and forgets it."""
         self.fail_after: dict[str, int] = {}
         """By kind: how many requests go well before."""
+        self.heals_after: dict[str, int] = {}
+        """By kind: all requests after so many go well."""
         self.let_go = threading.Event()
         """Ends what hangs."""
         self.arrived = threading.Event()
@@ -77,7 +81,12 @@ class FakeWandb:
         if "upsertBucket" in query:
             return {"upsertBucket": {"bucket": self._upsert(values), "inserted": True}}
         if "RunResumeStatus" in query:
-            return {"model": None}
+            return {"model": self._resumed(values["name"])}
+        if "deleteRun" in query:
+            name = values["id"].removeprefix("id-")
+            del self.runs[name]
+            self.deleted.add(name)
+            return {"deleteRun": {"clientMutationId": None}}
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in values["files"]]
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
@@ -107,6 +116,8 @@ class FakeWandb:
             run.exit_code = body.get("exitcode")
 
     def _upsert(self, values: dict[str, Any]) -> dict[str, Any]:
+        if values["name"] in self.deleted:
+            raise ValueError(f"run {values['name']} was previously created and deleted; try a new run name")
         run = self.runs.setdefault(values["name"], Run(values["name"]))
         run.project, run.entity = values["project"] or "uncategorized", values["entity"] or "me"
         run.config = json.loads(values["config"] or "{}")
@@ -123,6 +134,18 @@ class FakeWandb:
             "config": "{}", "sweepName": None, "historyLineCount": len(run.history),
             "project": {"id": "1", "name": run.project, "entity": owner},
         }  # fmt: skip
+
+    def _resumed(self, name: str) -> dict[str, Any] | None:
+        run = self.runs.get(name)
+        if run is None:
+            return None
+        bucket = {
+            "id": f"id-{name}", "name": name, "summaryMetrics": json.dumps(run.summary), "displayName": "",
+            "logLineCount": 0, "historyLineCount": len(run.history), "eventsLineCount": 0, "tags": run.tags,
+            "historyTail": json.dumps([json.dumps(run.history[-1])] if run.history else []), "eventsTail": "[]",
+            "config": json.dumps(run.config), "wandbConfig": json.dumps({"t": 1}),
+        }  # fmt: skip
+        return {"id": "1", "name": run.project, "entity": {"id": "1", "name": run.entity}, "bucket": bucket}
 
     def _shown(self, name: str) -> dict[str, Any] | None:
         run = self.runs.get(name)
@@ -146,8 +169,7 @@ def serving() -> Iterator[FakeWandb]:
     class Handler(_Handler):
         server_of = fake
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), Handler)
     fake.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -158,6 +180,13 @@ def serving() -> Iterator[FakeWandb]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is killed breaks its connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -177,8 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
         fake.keys.add(self.headers.get("Authorization", ""))
         if self.path == "/graphql":
             asked = json.loads(body)
-            if not self._fails("graphql"):
+            if self._fails("graphql"):
+                return
+            try:
                 self._say({"data": fake.graphql(asked["query"], asked.get("variables") or {})})
+            except ValueError as error:
+                self._say({"errors": [{"message": str(error)}]}, 409)
             return
         found = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path)
         if found is None:
@@ -196,7 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
         fake = self.server_of
         fake.calls[kind] += 1
         how = fake.fail.get(kind, "")
-        if not how or how == "lose" or fake.calls[kind] <= fake.fail_after.get(kind, 0):
+        bad = range(fake.fail_after.get(kind, 0), fake.heals_after.get(kind, sys.maxsize))
+        if not how or how == "lose" or fake.calls[kind] - 1 not in bad:
             return False
         if how == "hang":
             fake.let_go.wait()
