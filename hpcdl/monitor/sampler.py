@@ -35,6 +35,8 @@ _FIRST_PAUSE_S = 0.5
 _CPU_SHARE = 0.005
 """Of one core that sampling may take; PSS a fifth of that more."""
 _PSS_SHARE = 0.001
+_FIRST_PSS_S = 20.0
+"""After the try's first sample: while everybody imports, it says little."""
 _SHORT = 0.1
 """Share of the memory that is left, below which each change is worth a line."""
 _SHORT_PAUSE_S = 1.0
@@ -134,7 +136,7 @@ class Sampler:
         while not self._over.is_set():
             began = time.thread_time()
             self._sample(look, pause, room)
-            cost = time.thread_time() - began
+            cost = time.thread_time() - began - look.pss_s
             usual = max(settings.every_s, cost / _CPU_SHARE)
             pause = min(2 * pause, usual) if pause < settings.every_s else usual
             if look.is_short:
@@ -210,7 +212,9 @@ class Look:
         """What has to be told; the reader takes it out."""
         if settings.wants_gpus and self.gpus.problem:
             self.problems.append(f"no samples of GPUs: {self.gpus.problem}")
-        self._pss_at = 0.0
+        self._pss_at = time.monotonic() + min(_FIRST_PSS_S, settings.pss_every_s)
+        self.pss_s = 0.0
+        """CPU seconds of the last sample that PSS took."""
         self._share_left = self._written_share = 1.0
         self._ecc: dict[tuple[int, int | None], int] = {}
 
@@ -269,12 +273,13 @@ class Look:
         except OSError as error:
             self.problems.append(f"/proc can't be read, so processes are not sampled: {error.strerror}")
             return []
+        self.pss_s = 0.0
         if time.monotonic() < self._pss_at:
             return processes
         began, cpu = time.monotonic(), time.thread_time()
         processes = [replace(each, pss_bytes=pss_bytes(each.pid)) for each in processes]
-        cost = time.thread_time() - cpu
-        self._pss_at = began + max(self._settings.pss_every_s, cost / _PSS_SHARE)
+        self.pss_s = time.thread_time() - cpu
+        self._pss_at = began + max(self._settings.pss_every_s, self.pss_s / _PSS_SHARE)
         return processes
 
     def _found_on(self, gpus: list[GpuSample]) -> list[str]:
