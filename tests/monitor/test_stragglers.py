@@ -98,6 +98,16 @@ def test_what_all_suffer_alike_is_no_cause() -> None:
     assert found.cause == "computing"
 
 
+def test_a_busy_machine_hides_nobody() -> None:
+    """Most of a step the CPU is others': what is left without that tells."""
+    own, late = [0.1, 0.1, 0.16, 0.1], [0.4, 0.42, 0.38, 0.36]
+    more = {rank: {"delay_s": value, "cpu_s": 0.1} for rank, value in enumerate(late)}
+    both = [value + late[rank] for rank, value in enumerate(own)]
+    found = judge(looks(both, more, noise=0.0), ranks(4))
+    assert found is not None
+    assert (found.rank, found.cause) == (2, "computing")
+
+
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_a_slow_node(nodes: int) -> None:
     own = [0.1] * (4 * nodes)

@@ -1,4 +1,7 @@
-"""A worker one rank of which is slow: `SLOW=<rank>:<where>:<seconds>`, where `where` is forward or data."""
+"""A worker one rank of which is slow: `SLOW=<rank>:<where>:<seconds>`, where `where` is forward or data.
+
+It is looked at often and in single steps, so that tests are short.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from hpcdl.runs.store import RunDir
 from hpcdl.worker import waiting
 from hpcdl.worker.data.loader import Loader
 
+waiting.LOOK_S, waiting.SHARE = 0.0, 1.0
+
 
 def main(run: RunDir) -> None:
     """In the forked process."""
-
     from hpcdl.distributed.decoder import Stage
     from hpcdl.worker.main import main as work
 
-    waiting.LOOK_S = float(os.environ.get("LOOK_S", waiting.LOOK_S))
     rank, where, seconds = os.environ.get("SLOW", "-1::0").split(":")
     if os.environ["RANK"] == rank:
         owner: Any = {"forward": Stage, "data": Loader}[where]
