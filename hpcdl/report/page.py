@@ -108,13 +108,9 @@ COLUMNS = {
 
 def columns(report: Mapping[str, Any]) -> dict[str, str]:
     """A sweep's columns of what was measured, those that hold nothing left out: heading and key."""
-    price = (
-        "money"
-        if report["cost"]["money"] is not None
-        else "GPU-hours"
-        if report["cost"]["gpu_hours"]
-        else "CPU-hours"
-    )
+    spent = report["cost"]
+    held = "GPU-hours" if spent["gpu_hours"] else "CPU-hours"
+    price = held if spent["money"] is None else "price"
     wanted = {**COLUMNS, price: "cost"}
     having = {
         name: key for name, key in wanted.items() if any(row[key] is not None for row in report["rows"])

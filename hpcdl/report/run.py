@@ -23,6 +23,7 @@ from hpcdl.spec.plain import load_yaml
 
 CURVES = ("loss", "tokens_per_s", "step_s", "mfu", "grad_norm", "lr", "peak_memory_bytes", "comm_s")
 """Keys of metrics.jsonl that are drawn by step."""
+_SECTIONS = ("parallel", "cluster")
 MOST_EVENTS = 500
 """Warnings and faults that a report lists; and marks of one kind in a try."""
 MOST_TEXT = 200_000
@@ -44,7 +45,7 @@ def collect(view: View, prices: Prices) -> dict[str, Any]:
     cluster = _section(spec, "cluster")
     per_node = int(cluster.get("processes_per_node") or max(1, state.world_size // max(1, state.nodes)))
     map_, curves = nodes.read(run, tries, events, per_node)
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if "loss" in line and type(line.get("step")) is int]
     report = {
         "report": "run",
         "version": 1,
@@ -53,13 +54,14 @@ def collect(view: View, prices: Prices) -> dict[str, Any]:
         "run": {
             **dataclasses.asdict(state),
             "run_dir": str(run.path),
-            "step": max([int(series.number(line.get("step")) or 0) for line in steps], default=0),
+            "step": max([line["step"] for line in steps], default=0),
             "unchecked": view.unchecked,
             "again": _again(run),
             "code": spec.get("code"),
             "git": _git(run),
         },
         "result": _json(run.result_file),
+        "before": _before(run),
         "speed": _speed(view, spec, steps),
         "curves": {
             **{key: series.thin(series.curve(steps, key)) for key in CURVES},
@@ -92,11 +94,23 @@ def _again(run: RunDir) -> str:
 
 def _speed(view: View, spec: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures, as `hpcdl compare` has them."""
-    row = row_of(view, spec, {})
+    whole = {key: value for key, value in spec.items() if isinstance(value, Mapping) or key not in _SECTIONS}
+    row = row_of(view, whole, {})
     mfu = [value for line in steps[1:] if (value := series.number(line.get("mfu"))) is not None]
     keys = ("strategy", "degrees", "processes_per_node", "processes", "tokens_per_s", "step_s", "peak_memory_bytes",
             "node_memory_bytes", "comm_s", "comm_bytes", "comm_share", "loss", "eval_loss")  # fmt: skip
     return {**{key: getattr(row, key) for key in keys}, "mfu": sum(mfu) / len(mfu) if mfu else None}
+
+
+def _before(run: RunDir) -> dict[str, Any]:
+    """What the result says of the model before and after; null what it doesn't say."""
+    result = _json(run.result_file) or {}
+    sample = _section(result, "sample")
+    texts = {key: sample[key] for key in ("prompt", "before", "after") if isinstance(sample.get(key), str)}
+    said = None
+    if len(texts) == 3:
+        said = {key: text if key == "prompt" else text.removeprefix(texts["prompt"]) for key, text in texts.items()}
+    return {"eval_loss": series.number(result.get("eval_loss_before")), "sample": said}
 
 
 def _memory(run: RunDir, spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,6 +169,8 @@ class _Reader:
 
     def _on_requeued(self, event: Mapping[str, Any], time: str) -> None:
         fault = event.get("kind") not in (None, "timeout", "preempted")
+        if self._now is not None:
+            self._now.last_step = max(self._now.last_step, _whole(event.get("step")))
         self._mark("fault" if fault else "warning", time, said(event), event.get("step"))
         self._close(time, outcome="requeued", reason=str(event.get("reason", "")), lost=fault)
         self._waiting = time
