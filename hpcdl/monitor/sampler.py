@@ -132,45 +132,48 @@ class Sampler:
         except Exception as error:  # nothing that is only measured may end the training
             self._tell([f"no samples: {type(error).__name__}: {error}"])
             return
-        pause = min(_FIRST_PAUSE_S, settings.every_s)
+        pause = usual = min(_FIRST_PAUSE_S, settings.every_s)
         while not self._over.is_set():
             began = time.thread_time()
             self._sample(look, pause, room)
-            cost = time.thread_time() - began - look.pss_s
-            usual = max(settings.every_s, cost / _CPU_SHARE)
-            pause = min(2 * pause, usual) if pause < settings.every_s else usual
-            if look.is_short:
-                pause = min(pause, max(_SHORT_PAUSE_S, cost / _CPU_SHARE))
+            least = (time.thread_time() - began - look.pss_s) / _CPU_SHARE
+            pause = max(least, min(usual, _SHORT_PAUSE_S) if look.is_short else usual)
             self._over.wait(pause)
+            usual = min(2 * usual, settings.every_s)
+            pause = max(least, usual)
         look.gpus.close()
 
     def _sample(self, look: Look, pause: float, room: allowance.Allowance) -> None:
-        """Takes a sample, and writes it down if it is time to."""
+        """Takes a sample, writes it down if it is time to, and hands it on."""
         try:
             sample = look.sample()
             self._tell(look.problems)
-            self._peak = max(self._peak, sample.rss_bytes or 0)
-            sample = replace(
-                sample,
-                node=self._node,
-                attempt=self._attempt,
-                next_s=round(pause + room.pause_s(self._size), 1),
-                peak_rss_bytes=self._peak or None,
-            )
-            urgent = look.is_urgent() and room.has_room_for(self._size)
-            if urgent or time.monotonic() >= self._write_at:
-                self._write(records.as_line(sample), room)
-                look.wrote()
         except Exception as error:
             self._tell([f"a sample is missing: {type(error).__name__}: {error}"])
             return
+        self._peak = max(self._peak, sample.rss_bytes or 0)
+        sample = replace(
+            sample,
+            node=self._node,
+            attempt=self._attempt,
+            next_s=round(pause + room.pause_s(self._size), 1),
+            peak_rss_bytes=self._peak or None,
+        )
+        urgent = look.is_urgent() and room.has_room_for(self._size)
+        if urgent or time.monotonic() >= self._write_at:
+            look.wrote()
+            self._safely(self._write, sample, room)
         for listener in self._listeners:
-            try:
-                listener(sample)
-            except Exception as error:
-                self._tell([f"{type(error).__name__}: {error}"])
+            self._safely(listener, sample)
 
-    def _write(self, line: dict[str, Any], room: allowance.Allowance) -> None:
+    def _safely(self, call: Callable[..., object], sample: NodeSample, *more: Any) -> None:
+        try:
+            call(sample, *more)
+        except Exception as error:
+            self._tell([f"a sample is lost: {type(error).__name__}: {error}"])
+
+    def _write(self, sample: NodeSample, room: allowance.Allowance) -> None:
+        line = records.as_line(sample)
         self._size = len(json.dumps(line, ensure_ascii=False)) + 1
         if unwritten(self._file) < _MOST_WAITING:
             append_line(self._file, line)
