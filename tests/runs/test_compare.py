@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpcdl import cli
-from hpcdl.verbs import compare as compare_verb
 from hpcdl.errors import UsageError
-from hpcdl.runs import compare, compare_pair, compare_plot, compare_row, compare_text, compare_view
+from hpcdl.runs import compare, compare_plot, compare_row, compare_text, compare_view
 from hpcdl.runs.compare import Comparison, collect
 from hpcdl.runs.compare_groups import Asked, Study, judge
 from hpcdl.runs.compare_row import speed
 from hpcdl.runs.files import append_line, write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.spec.plain import dump_yaml, to_plain
+from hpcdl.verbs import compare as compare_verb
 from tests.factory import tiny_spec
 from tests.runs.making import make_run
 
