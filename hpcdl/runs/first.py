@@ -35,6 +35,8 @@ class First:
     """What the other ranks said, and which ones; the most frequent first."""
     log: Path | None
     """The node's log of that try."""
+    stacks: tuple[Path, ...] = ()
+    """Where every rank was, after a hang."""
 
 
 def of_run(run: RunDir) -> First | None:
@@ -58,6 +60,9 @@ def of_run(run: RunDir) -> First | None:
         before=tuple(_before(log, found)),
         others=tuple((text, tuple(sorted(ranks))) for text, ranks in ordered),
         log=log if log.exists() else None,
+        stacks=tuple(sorted(run.errors.glob(f"try{found.attempt}-restart{found.restart or 0}-*-stacks.txt")))
+        if found.kind == "hang"
+        else (),
     )
 
 
@@ -136,9 +141,16 @@ def in_words(first: First, run_id: str) -> Iterator[str]:
         yield from (f"  {in_short(ranks)}: {text}" for text, ranks in first.others[:SHOWN_RANKS])
         if len(first.others) > SHOWN_RANKS:
             yield f"  … and {len(first.others) - SHOWN_RANKS} other messages"
+    if first.stacks:
+        yield ""
+        yield f"the stacks of {len(first.stacks)} ranks  {first.stacks[0].parent}/{_pattern(first.stacks)}"
     if first.log is not None and found.rank is not None:
         yield ""
         yield f"hpcdl logs {run_id} --rank {found.rank} --try {found.attempt}  # all that this rank printed"
+
+
+def _pattern(stacks: Sequence[Path]) -> str:
+    return re.sub(r"-rank\d+-", "-rank*-", stacks[0].name)
 
 
 def in_short(ranks: Sequence[int]) -> str:

@@ -169,6 +169,7 @@ def _fields(view: View) -> list[tuple[str, str]]:
         ("job", f"{state.job_id or '-'} ({state.kind}{exit_code})"),
         ("nodes", f"{state.nodes}{hosts}, {state.world_size} process{'es' if state.world_size != 1 else ''}"),
         ("progress", _last_metrics(view)),
+        ("slow", straggler(run.events())),
         ("held-out", _evaluations(run)),
         ("times", _times(state)),
         ("tries", _tries(state)),
@@ -200,6 +201,23 @@ def _last_metrics(view: View) -> str:
     if last.get("peak_memory_bytes"):
         parts.append(f"peak {words.size(last['peak_memory_bytes'])}")
     return ", ".join(parts)
+
+
+def straggler(events: Sequence[dict[str, Any]]) -> str:
+    """Whom the others of this try wait for, in words; empty where nobody is slower than they are."""
+    found: dict[str, Any] = {}
+    for event in events:
+        if event.get("event") == "straggler":
+            found = event
+        elif event.get("event") in ("straggler_over", *failure.BEGINNINGS):
+            found = {}
+    if not found:
+        return ""
+    who = "all ranks of" if found.get("ranks") else f"rank {found.get('rank')},"
+    return (
+        f"{who} node {found.get('node')}: {words.number(found.get('slower_by'), 2)} times the others' own time since"
+        f" step {found.get('since_step')}: {found.get('cause')} ({found.get('why')})"
+    )
 
 
 def _evaluations(run: RunDir) -> str:

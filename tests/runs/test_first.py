@@ -82,6 +82,15 @@ def test_what_the_agent_decided_goes_before_what_ranks_say(run: RunDir) -> None:
     assert "its last lines\n  terminate called\n    what():  boom" in shown(run)
 
 
+def test_a_hang_leads_to_the_stacks_of_all_ranks(run: RunDir) -> None:
+    put(run, "try0.0-restart0-hang-node0", rank=1, type="Hang", kind="hang", message="no step for 300 s")
+    for rank in range(3):
+        (run.errors / f"try0.0-restart0-rank{rank}-stacks.txt").write_text("Thread …")
+    text = shown(run)
+    assert "what it is   a hang\nHang: no step for 300 s" in text
+    assert text.endswith(f"the stacks of 3 ranks  {run.errors}/try0.0-restart0-rank*-stacks.txt")
+
+
 def test_the_newest_failure_counts(run: RunDir) -> None:
     put(run, "try0.9-restart0-rank0", message="the ninth")
     put(run, "try0.10-restart0-rank0", message="got over", time=at(1000))

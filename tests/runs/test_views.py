@@ -94,6 +94,29 @@ def test_the_detail_of_a_running_run(runs_dir: Path, fake: FakeSlurm) -> None:
     assert "hpcdl cancel aaaa11112222" in out
 
 
+def test_whom_the_others_wait_for(runs_dir: Path, fake: FakeSlurm) -> None:
+    run = make_run(runs_dir, state="RUNNING", kind="local")
+    about = {
+        "rank": 3,
+        "node": "c2",
+        "slower_by": 1.818,
+        "cause": "loading data",
+        "why": "60 ms",
+        "since_step": 40,
+    }
+    run.event("straggler", **about)
+    words = "rank 3, node c2: 1.82 times the others' own time since step 40: loading data (60 ms)"
+    assert status.straggler(run.events()) == words
+    assert words in " ".join(show(View(run=run, state=run.read_state())).split())
+    run.event("straggler", **{**about, "ranks": [2, 3]})
+    assert status.straggler(run.events()).startswith("all ranks of node c2")
+    run.event("straggler_over", **about)
+    assert status.straggler(run.events()) == ""
+    run.event("straggler", **about)
+    run.event("started")
+    assert status.straggler(run.events()) == ""
+
+
 def test_the_result(runs_dir: Path) -> None:
     run = make_run(runs_dir, state="COMPLETED")
     (run.path / "card.md").write_text("x")
