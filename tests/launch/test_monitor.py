@@ -55,6 +55,21 @@ def test_all_ranks_and_loaders_are_in_the_file_and_steps_go_on(agents: Agents) -
     assert not [event for event in run.events() if event["event"] == "warning"], "nothing is the matter"
 
 
+def test_each_node_writes_what_its_own_ranks_do(agents: Agents) -> None:
+    agents.cluster = {"kind": "slurm", "nodes": 2, "processes_per_node": 2}
+    agents.meet_on_loopback = True
+    run = monitored(agents, "load")
+    nodes = [agents.node(number, 2) for number in range(2)]
+    pids = agents.pids(4)
+    for node, ranks in (("n1", (0, 1)), ("n2", (2, 3))):
+        sample = sampled(run, node, lambda one: [rank.step is not None for rank in one.ranks] == [True, True])
+        assert [(rank.rank, rank.pid) for rank in sample.ranks] == [(rank, pids[rank]) for rank in ranks]
+    assert records.nodes(run) == ["n1", "n2"]
+    (run.path / "enough").touch()
+    for agent in nodes:
+        assert agents.end(agent) == (0, "")
+
+
 @pytest.mark.parametrize("monitor", [{"name": "none"}, {"name": "default", "every_s": 0.05}])
 def test_a_run_ends_as_without_it(agents: Agents, monitor: dict[str, Any]) -> None:
     run = monitored(agents, "finish", **monitor)
