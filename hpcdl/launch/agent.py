@@ -102,7 +102,11 @@ class Agent:
             self._preflight()
             self._judge = judging.Judge(self.run, self.place, self.attempt, end, cluster.max_restarts)
             left = self._torchrun(cluster)
-            code = end.first(left) if self.place.first else end.another(left, self._leave)
+            code = (
+                end.first(left)
+                if self.place.first
+                else end.another(left, self._leave, lambda: signal.SIGTERM in self._signals)
+            )
         except SupersededError as error:
             self._say(str(error))
             self._leave(failed=False)

@@ -130,12 +130,15 @@ class Closing:
             return self._finish(end, "")
         return self._follow(end, failure, cause[0] if cause else None, left)
 
-    def another(self, left: Left, tell: Callable[[bool], None]) -> int:
+    def another(
+        self, left: Left, tell: Callable[[bool], None], in_a_hurry: Callable[[], bool] = lambda: False
+    ) -> int:
         """Another node's agent: leaves its view of a failure, and ends after the first node's has spoken.
 
         Args:
             left: what torchrun has left behind here.
             tell: tells the first node's agent whether this node's part has failed, once the view is there.
+            in_a_hurry: whether Slurm has begun to end this agent.
         """
         if left.code == 0:
             tell(False)
@@ -147,13 +150,13 @@ class Closing:
             causes.record(self._run, self._attempt, self._place.node, own)
         tell(True)
         if left.told and left.cause is not None:
-            return self._after_the_first(left)
+            return self._after_the_first(left, in_a_hurry)
         self._wait_for_the_first()
         return 1
 
-    def _after_the_first(self, left: Left) -> int:
+    def _after_the_first(self, left: Left, in_a_hurry: Callable[[], bool]) -> int:
         """The first node is lost: what it would have said is said here, if nobody else does."""
-        if not survivor.must_speak(self._run, self._place, self._attempt):
+        if not survivor.must_speak(self._run, self._place, self._attempt, in_a_hurry):
             return 1
         place = dataclasses.replace(self._place, again=None)
         end = Closing(self._run, place, self._attempt, self._cluster, self._say, self.reached)

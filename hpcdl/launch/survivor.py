@@ -12,30 +12,34 @@ answers (else this node is cut off itself), and the first node's slurmd doesn't.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from hpcdl.launch import control, nodes
 from hpcdl.launch.place import Place
 from hpcdl.runs.state import RunState
 from hpcdl.runs.store import RunDir
 
-TURN_S = 20.0
+TURN_S = 15.0
 """How long the first node may take to say what follows; and then each node before this one."""
-RESTART_S = 60.0
-"""How long a first node that has said that it starts the run anew in place may take to do so."""
+RESTART_S = 15.0
+"""How long a first node that has said that it starts the run anew in place may take to do so. A longer time would
+often be none: when Slurm calls the node down, it ends the job's step, this node's agent with it."""
 _LOOK_S = 0.5
 
 
-def must_speak(run: RunDir, place: Place, attempt: str) -> bool:
+def must_speak(run: RunDir, place: Place, attempt: str, in_a_hurry: Callable[[], bool]) -> bool:
     """Waits until somebody has said what follows, or until it is this node's turn to.
 
     Args:
         run: the run.
         place: this node's part of the job; not the first.
         attempt: the try that has lost its first node.
+        in_a_hurry: whether Slurm ends this agent's step: KillWait (30 s by default) is left.
     """
     began = time.monotonic()
     while _is_open(state := run.read_state(), place, attempt):
-        if time.monotonic() - began >= TURN_S * place.node + (RESTART_S if state.reason else 0.0):
+        wait_s = TURN_S * place.node + (RESTART_S if state.reason else 0.0)
+        if in_a_hurry() or time.monotonic() - began >= wait_s:
             return _is_gone(place)
         time.sleep(_LOOK_S)
     return False

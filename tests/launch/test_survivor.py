@@ -19,6 +19,10 @@ JOB = {
 }  # fmt: skip
 
 
+def never() -> bool:
+    return False
+
+
 @pytest.fixture
 def second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunDir, Place]:
     """The second node of a job whose try 0.0 trains."""
@@ -35,7 +39,7 @@ def test_it_speaks_only_where_the_first_node_does_not_answer(
 ) -> None:
     """One that answers has lost its agent only: its supervisor speaks."""
     cluster.set(addresses={"n1": first})
-    assert survivor.must_speak(*second, "0.0") is speaks
+    assert survivor.must_speak(*second, "0.0", never) is speaks
 
 
 @pytest.mark.parametrize("changes", [{"running_try": "0.0.1"}, {"state": "PENDING"}, {"submission": "other"}])
@@ -45,7 +49,7 @@ def test_it_is_silent_where_somebody_has_spoken(
     run, place = second
     cluster.set(addresses={"n1": SILENT})
     run.update(**changes)
-    assert not survivor.must_speak(run, place, "0.0")
+    assert not survivor.must_speak(run, place, "0.0", never)
 
 
 def test_a_first_node_that_could_not_start_the_run_anew_is_waited_for_no_longer(
@@ -55,7 +59,15 @@ def test_a_first_node_that_could_not_start_the_run_anew_is_waited_for_no_longer(
     run, place = second
     cluster.set(addresses={"n1": SILENT})
     run.update(reason="restarts in place after: NodeLost")
-    assert survivor.must_speak(run, place, "0.0")
+    assert survivor.must_speak(run, place, "0.0", never)
+
+
+def test_it_waits_no_longer_where_slurm_ends_its_step(
+    second: tuple[RunDir, Place], cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survivor, "TURN_S", 600.0)
+    cluster.set(addresses={"n1": SILENT})
+    assert survivor.must_speak(*second, "0.0", lambda: True)
 
 
 def test_the_old_job_is_ended_only_once_another_one_carries_the_run(
