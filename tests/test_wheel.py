@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs.making import make_run
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,6 +51,13 @@ def test_the_console_script_says_what_it_can(login_node: Path, tmp_path: Path) -
     assert done.returncode == 0
     for verb in ("launch", "status", "logs", "cancel"):
         assert verb in done.stdout
+
+
+def test_a_report_finds_its_templates(login_node: Path, tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, state="FAILED", kind="local", submission=None).path
+    done = run(login_node / "hpcdl", "report", run_dir, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_training_without_torch_says_what_to_install(login_node: Path, tmp_path: Path) -> None:
