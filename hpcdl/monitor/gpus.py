@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,11 +66,11 @@ class Gpus:
     """The node's GPUs, those of this job if the environment says which.
 
     Args:
-        environment: with CUDA_VISIBLE_DEVICES, where a scheduler or a person has chosen.
+        visible: CUDA_VISIBLE_DEVICES, where a scheduler or a person has chosen.
         nvml: the module; None: the installed one.
     """
 
-    def __init__(self, environment: Mapping[str, str], nvml: Any = None) -> None:
+    def __init__(self, visible: str | None, nvml: Any = None) -> None:
         self.problem = ""
         """Why there are none."""
         self.news: list[str] = []
@@ -88,7 +88,7 @@ class Gpus:
         self._nvml = nvml
         try:
             nvml.nvmlInit()
-            self._devices = self._find(_visible(environment.get("CUDA_VISIBLE_DEVICES")))
+            self._devices = self._find(_names(visible))
         except nvml.NVMLError as error:
             self.problem = str(error)
             return
@@ -229,7 +229,7 @@ class Gpus:
             self.news.append(text)
 
 
-def _visible(chosen: str | None) -> list[str] | None:
+def _names(chosen: str | None) -> list[str] | None:
     """What CUDA_VISIBLE_DEVICES names; None: nobody has chosen. CUDA stops at the first that it doesn't know."""
     return None if chosen is None else [name.strip() for name in chosen.split(",") if name.strip()]
 

@@ -30,6 +30,7 @@ from hpcdl.monitor.records import GpuSample, NodeSample, ProcessSample
 from hpcdl.runs.files import append_line, unwritten
 from hpcdl.runs.store import RunDir, now
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _FIRST_PAUSE_S = 0.5
 """After a try's first sample; then twice as long each time, up to every_s: a start is over soon."""
 _CPU_SHARE = 0.005
@@ -55,6 +56,8 @@ class Settings:
     bytes_per_day: float
     wants_gpus: bool = False
     """Whether it is worth a word that there are none."""
+    visible_gpus: str | None = None
+    """The workers' CUDA_VISIBLE_DEVICES."""
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> Settings | None:
@@ -71,6 +74,7 @@ class Settings:
             pss_every_s=float(monitor["pss_every_s"]),
             bytes_per_day=1e6 * float(monitor["mb_per_day"]),
             wants_gpus=bool(cluster.get("gpus_per_node")),
+            visible_gpus=(cluster.get("env") or {}).get(_VISIBLE, os.environ.get(_VISIBLE)),
         )
 
 
@@ -210,7 +214,7 @@ class Look:
     ) -> None:
         self._settings, self._processes = settings, processes
         self._node, self._network = node or Node(), network or Network()
-        self.gpus = gpus or Gpus(os.environ)
+        self.gpus = gpus or Gpus(settings.visible_gpus)
         self.problems: list[str] = []
         """What has to be told; the reader takes it out."""
         if settings.wants_gpus and self.gpus.problem:

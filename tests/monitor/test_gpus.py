@@ -40,7 +40,7 @@ OPTIONAL = {
 
 
 def test_a_gpu_that_tells_everything() -> None:
-    gpus = Gpus({}, Driver(DATACENTER))
+    gpus = Gpus(None, Driver(DATACENTER))
     assert gpus.sample() == [FULL] and gpus.problem == "" and gpus.news == []
     assert gpus.memory_by_process() == {11: 58 * GIB}
 
@@ -48,7 +48,7 @@ def test_a_gpu_that_tells_everything() -> None:
 @pytest.mark.parametrize("function", OPTIONAL)
 def test_each_function_may_not_be_supported(function: str) -> None:
     driver = Driver({name: answer for name, answer in DATACENTER.items() if name != function})
-    gpus = Gpus({}, driver)
+    gpus = Gpus(None, driver)
     (sample,) = gpus.sample()
     lacking = (OPTIONAL[function] or "").split()
     for name in GpuSample.__dataclass_fields__:
@@ -62,7 +62,7 @@ def test_each_function_may_not_be_supported(function: str) -> None:
 
 def test_every_card_of_a_node_is_its_own() -> None:
     """What one doesn't support, another does; memory of a process adds up; an older driver's word for throttling."""
-    gpus = Gpus({}, Driver(CONSUMER, {**DATACENTER, "nvmlDeviceGetUUID": "GPU-3333"}))
+    gpus = Gpus(None, Driver(CONSUMER, {**DATACENTER, "nvmlDeviceGetUUID": "GPU-3333"}))
     home, other = gpus.sample()
     assert (home.power_w, home.ecc_uncorrected, home.throttled, home.percent) == (None, None, (), 0.0)
     assert other.power_w == 652.3
@@ -78,7 +78,7 @@ def test_every_card_of_a_node_is_its_own() -> None:
 )  # fmt: skip
 def test_only_this_jobs_gpus(visible: str | None, indices: list[int]) -> None:
     driver = Driver(DATACENTER, CONSUMER, {**DATACENTER, "nvmlDeviceGetUUID": "GPU-3333"})
-    gpus = Gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}, driver)
+    gpus = Gpus(visible, driver)
     assert [gpu.index for gpu in gpus.sample()] == indices
     assert gpus.problem == ("" if indices else "the driver shows none")
 
@@ -101,7 +101,7 @@ def test_mig_devices(visible: str | None, parts: list[int | None]) -> None:
         "nvmlDeviceGetComputeRunningProcesses": [nvml.SimpleNamespace(pid=11, usedGpuMemory=GIB)],
     }
     del split["nvmlDeviceGetUtilizationRates"]
-    gpus = Gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}, Driver(split))
+    gpus = Gpus(visible, Driver(split))
     whole, *others = gpus.sample()
     assert [whole.mig, *(gpu.mig for gpu in others)] == parts
     assert (whole.percent, whole.power_w) == (None, 652.3)
@@ -111,7 +111,7 @@ def test_mig_devices(visible: str | None, parts: list[int | None]) -> None:
 
 def test_xid_errors_are_told() -> None:
     driver = Driver(DATACENTER, {**DATACENTER, "nvmlDeviceGetUUID": "GPU-3333"})
-    gpus = Gpus({}, driver)
+    gpus = Gpus(None, driver)
     assert [gpu.xid for gpu in gpus.sample()] == [None, None]
     driver.events += [(1, 63), (1, 79)]
     assert [gpu.xid for gpu in gpus.sample()] == [None, 79]
@@ -125,7 +125,7 @@ def test_xid_errors_are_told() -> None:
 def test_a_gpu_that_is_lost() -> None:
     """At the start, and in the middle of a run: the others are still sampled."""
     gone = dict(DATACENTER)
-    gpus = Gpus({}, Driver({"lost": True}, gone, CONSUMER))
+    gpus = Gpus(None, Driver({"lost": True}, gone, CONSUMER))
     assert gpus.news == ["GPU 0 can't be read: error 15"]
     for name in gone:
         gone[name] = NVMLError(nvml.NVML_ERROR_GPU_IS_LOST)
@@ -136,24 +136,24 @@ def test_a_gpu_that_is_lost() -> None:
 
 
 def test_no_driver_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus = Gpus({}, Driver(init=nvml.NVML_ERROR_LIBRARY_NOT_FOUND))
+    gpus = Gpus(None, Driver(init=nvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     assert gpus.problem == "error 12"
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    without = Gpus({})
+    without = Gpus(None)
     assert without.problem == "nvidia-ml-py isn't installed"
     broken = tmp_path / "pynvml.py"
     broken.write_text("1 / 0")
     monkeypatch.delitem(sys.modules, "pynvml")
     monkeypatch.syspath_prepend(tmp_path)
-    assert Gpus({}).problem == "pynvml can't be imported: ZeroDivisionError: division by zero"
-    for none in (gpus, without, Gpus({}, Driver())):
+    assert Gpus(None).problem == "pynvml can't be imported: ZeroDivisionError: division by zero"
+    for none in (gpus, without, Gpus(None, Driver())):
         assert none.sample() == [] and none.memory_by_process() == {}
         none.close()
 
 
 def test_the_driver_is_let_go() -> None:
     driver = Driver(DATACENTER)
-    gpus = Gpus({}, driver)
+    gpus = Gpus(None, driver)
     gpus.close()
     gpus.close()
     assert driver.asked.count("nvmlShutdown") == 1 and gpus.sample() == []
@@ -171,4 +171,4 @@ def test_the_package_has_what_is_asked_for() -> None:
     assert not [name for name in names if not hasattr(real, name)]
     for name in (name for name in dir(nvml) if name.startswith(("NVML_", "nvmlEventType"))):
         assert getattr(nvml, name) == getattr(real, name), name
-    assert Gpus({}).sample() is not None
+    assert Gpus(None).sample() is not None

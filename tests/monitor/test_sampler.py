@@ -88,7 +88,8 @@ def test_none_writes_nothing(run: RunDir) -> None:
     assert list(run.path.iterdir()) == []
 
 
-def test_settings_of_a_spec() -> None:
+def test_settings_of_a_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert Settings.of({}) is None and Settings.of({"monitor": {"name": "none", "every_s": 5.0}}) is None
     usual = MonitorSpec()
     old = Settings.of({"monitor": {"name": "default", "every_s": 2}, "cluster": {"gpus_per_node": 4}})
@@ -97,9 +98,11 @@ def test_settings_of_a_spec() -> None:
         pss_every_s=usual.pss_every_s,
         bytes_per_day=usual.mb_per_day * 1e6,
         wants_gpus=True,
+        visible_gpus="2,3",
     )
     full = {"name": "default", "every_s": 1.0, "pss_every_s": 2.0, "mb_per_day": 3.0}
-    assert Settings.of({"monitor": full}) == Settings(every_s=1.0, pss_every_s=2.0, bytes_per_day=3e6)
+    own = {"monitor": full, "cluster": {"gpus_per_node": 0, "env": {"CUDA_VISIBLE_DEVICES": "1"}}}
+    assert Settings.of(own) == Settings(every_s=1.0, pss_every_s=2.0, bytes_per_day=3e6, visible_gpus="1")
 
 
 def test_on_a_full_disk_few_lines_wait_in_memory(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +197,7 @@ def look(run: RunDir, **more: Any) -> Look:
 def test_gpus_in_a_sample(run: RunDir) -> None:
     process = [replace_pid(DATACENTER["nvmlDeviceGetComputeRunningProcesses"][0])]
     driver = Driver({**DATACENTER, "nvmlDeviceGetComputeRunningProcesses": process})
-    found = look(run, gpus=Gpus({}, driver))
+    found = look(run, gpus=Gpus(None, driver))
     sample = found.sample()
     assert [gpu.power_w for gpu in sample.gpus] == [652.3]
     assert sample.processes[0].gpu_memory_bytes == 58 << 30
@@ -215,7 +218,7 @@ def replace_pid(process: Any) -> Any:
 
 def test_a_driver_that_is_broken_costs_only_its_own_samples(run: RunDir) -> None:
     driver = Driver(DATACENTER)
-    found = look(run, gpus=Gpus({}, driver))
+    found = look(run, gpus=Gpus(None, driver))
     driver.gpus[0]["nvmlDeviceGetMemoryInfo"] = "no structure"
     sample = found.sample()
     assert sample.gpus == () and sample.processes
@@ -223,7 +226,7 @@ def test_a_driver_that_is_broken_costs_only_its_own_samples(run: RunDir) -> None
 
 
 def test_gpus_that_were_asked_for_and_are_not_seen_are_told(run: RunDir) -> None:
-    assert look(run, gpus=Gpus({}, Driver(init=12))).problems == ["no samples of GPUs: error 12"]
+    assert look(run, gpus=Gpus(None, Driver(init=12))).problems == ["no samples of GPUs: error 12"]
 
 
 def test_memory_that_gets_short_is_worth_a_line(run: RunDir, tmp_path: Path) -> None:
