@@ -89,7 +89,7 @@ def row_of(view: View, spec: Mapping[str, Any], config: Mapping[str, Any]) -> Ro
     """
     state, run = view.state, view.run
     lines = run.metrics()
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if "loss" in line and type(line.get("step")) is int]
     result = _result(run)
     tokens_per_s, step_s = speed(steps)
     parallel, cluster = spec.get("parallel", {}), spec.get("cluster", {})
