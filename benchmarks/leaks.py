@@ -94,7 +94,9 @@ class Case:
                 mine = {"step": said[0].step, "phase": said[0].phase} if each == pid else {}
                 role = "rank" if each == pid else "loader"
                 processes.append(
-                    ProcessSample(pid=each, role=role, rank=0, rss_bytes=memory[0], file_bytes=memory[1], **mine)
+                    ProcessSample(
+                        pid=each, role=role, rank=0, rss_bytes=memory[0], file_bytes=memory[1], **mine
+                    )
                 )
         return NodeSample(
             time=datetime.now(UTC).isoformat(),
@@ -123,10 +125,9 @@ class Case:
         told = " ".join(f"{part['where']} {part['what']}" for part in self.found["growing"])
         numbers = [int(number) for number in re.findall(r"leaking\.py:(\d+)", told)]
         first = source.__code__.co_firstlineno
-        own = lines[first : first + 18]
-        if not any("# LEAK" in line for line in own):
-            return None
-        return any(first <= number < first + 22 and "# LEAK" in lines[number - 1] for number in numbers)
+        end = next((n for n in range(first + 1, len(lines)) if lines[n].startswith("@case")), len(lines))
+        own = {number for number in range(first, end + 1) if "# LEAK" in lines[number - 1]}
+        return bool(own & set(numbers)) if own else None
 
 
 def memory_of(pid: int) -> tuple[int, int] | None:
@@ -213,7 +214,9 @@ def main() -> int:
                     folder = Path(place) / name
                     folder.mkdir()
                     cases.append(Case(name, leaks, held_out, folder, args.steps))
-        print(f"{'case':36} {'':9} {'is':8} {'told':5} {'true B':>9} {'est. B':>9} {'step':>6} {'line':>5}  what grows")
+        print(
+            f"{'case':36} {'':9} {'is':8} {'told':5} {'true B':>9} {'est. B':>9} {'step':>6} {'line':>5}  what grows"
+        )
         run_all(cases, args.at_once)
     if args.record:
         record(cases, args.record)

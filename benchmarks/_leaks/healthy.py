@@ -23,7 +23,9 @@ HEALTHY: dict[str, Callable[[Loop], Iterator[None]]] = {}
 HELD_OUT: dict[str, Callable[[Loop], Iterator[None]]] = {}
 
 
-def case(table: dict[str, Callable[[Loop], Iterator[None]]]) -> Callable[..., Callable[[Loop], Iterator[None]]]:
+def case(
+    table: dict[str, Callable[[Loop], Iterator[None]]],
+) -> Callable[..., Callable[[Loop], Iterator[None]]]:
     def put(function: Callable[[Loop], Iterator[None]]) -> Callable[[Loop], Iterator[None]]:
         table[function.__name__] = function
         return function

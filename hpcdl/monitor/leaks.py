@@ -107,6 +107,7 @@ def of_run(run: RunDir, rules: Rules = USUAL) -> list[Verdict]:
         run: the run, over or not.
         rules: what is taken for a leak.
     """
+    looks = _looks(run)
     verdicts: list[Verdict] = []
     for node in records.nodes(run):
         tries: dict[str, tuple[Gathered, NodeSample]] = {}
@@ -116,15 +117,44 @@ def of_run(run: RunDir, rules: Rules = USUAL) -> list[Verdict]:
             tries[sample.attempt] = gathered, sample
         for attempt, (gathered, last) in tries.items():
             verdicts += [
-                _verdict(node, attempt, who, series, last, rules)
+                _verdict(
+                    node, attempt, who, series, last, rules, looks.get((node, attempt, who.role, who.rank))
+                )
                 for who, series in gathered.judged()
                 if series.seen >= rules.samples
             ]
     return sorted(verdicts, key=lambda each: (not each.growth.leak, -each.growth.bytes_per_step))
 
 
-def _verdict(node: str, attempt: str, who: Who, series: Series, last: NodeSample, rules: Rules) -> Verdict:
-    growth = judge(series.points, rules)
+def _looks(run: RunDir) -> dict[tuple[str, str, str, int | None], float]:
+    """The steps after which processes were traced, by node, try, role and rank: that has grown them, too."""
+    found: dict[tuple[str, str, str, int | None], float] = {}
+    for event in run.events():
+        process, look = event.get("process"), event.get("look")
+        if event.get("event") == "leak" and isinstance(process, dict) and isinstance(look, dict):
+            key = (
+                str(event.get("node")),
+                str(event.get("try")),
+                str(process.get("role")),
+                process.get("rank"),
+            )
+            found.setdefault(key, float(look.get("steps", [0])[0]))
+    return found
+
+
+def _verdict(
+    node: str,
+    attempt: str,
+    who: Who,
+    series: Series,
+    last: NodeSample,
+    rules: Rules,
+    traced: float | None,
+) -> Verdict:
+    points = series.points
+    if traced is not None:
+        points = [point for point in points if point[0] <= traced]
+    growth = judge(points, rules)
     left = steps_until_full(who, growth.bytes_per_step, last) if growth.leak else None
     return Verdict(
         node=node, attempt=attempt, who=who, growth=growth, steps_until_full=left, step_s=series.step_s

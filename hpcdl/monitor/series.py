@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Literal
 from hpcdl.monitor.records import NodeSample, ProcessSample
 from hpcdl.monitor.trend import Point
 
-MOST = 1024
+MOST = 512
 """Points of a series that are kept."""
 
 
@@ -43,43 +44,58 @@ class Who:
 
 
 class Series:
-    """One process's points. Full, it drops every second and takes every second from then on: none is favoured."""
+    """One process's points. Full, it drops every second and takes every second from then on: none is favoured.
+
+    In arrays: an agent with many processes must not itself look as if it leaked.
+    """
 
     def __init__(self) -> None:
-        self._points: list[tuple[float, float, float, int]] = []
-        """Step, seconds, bytes, how many processes they are of."""
+        self._steps, self._times, self._sizes, self._counts = (array("d") for _ in range(4))
         self.seen = 0
         """Samples, also those that were dropped."""
         self._every = 1
 
     def add(self, step: float, time_s: float, size: float, count: int = 1) -> None:
-        """One more sample."""
+        """One more sample.
+
+        Args:
+            step: that the rank has done.
+            time_s: when, in seconds since the epoch.
+            size: in bytes.
+            count: how many processes it is of.
+        """
         if self.seen % self._every == 0:
-            self._points.append((step, time_s, size, count))
-            if len(self._points) > MOST:
-                self._points = self._points[::2]
+            for column, value in zip(self._columns, (step, time_s, size, count), strict=True):
+                column.append(value)
+            if len(self._steps) > MOST:
+                for column in self._columns:
+                    del column[1::2]
                 self._every *= 2
         self.seen += 1
 
     @property
+    def _columns(self) -> tuple[array[float], ...]:
+        return self._steps, self._times, self._sizes, self._counts
+
+    @property
     def points(self) -> list[Point]:
         """Those of as many processes as there mostly were: between two epochs some are missing."""
-        counts = Counter(count for *_, count in self._points)
-        usual = counts.most_common(1)[0][0] if counts else 1
-        return [(step, size) for step, _, size, count in self._points if count == usual]
+        usual = max(Counter(self._counts).items(), key=lambda each: each[1], default=(1.0, 0))[0]
+        rows = zip(self._steps, self._sizes, self._counts, strict=True)
+        return [(step, size) for step, size, count in rows if count == usual]
 
     @property
     def last_step(self) -> float:
         """The last sample's."""
-        return self._points[-1][0] if self._points else 0.0
+        return self._steps[-1] if self._steps else 0.0
 
     @property
     def step_s(self) -> float | None:
         """Seconds a step, lately; pauses between steps included."""
-        late = self._points[len(self._points) // 2 :]
-        if len(late) < 2 or late[-1][0] <= late[0][0]:
+        middle = len(self._steps) // 2
+        if not self._steps or self._steps[-1] <= self._steps[middle]:
             return None
-        return (late[-1][1] - late[0][1]) / (late[-1][0] - late[0][0])
+        return (self._times[-1] - self._times[middle]) / (self._steps[-1] - self._steps[middle])
 
 
 class Gathered:

@@ -14,6 +14,7 @@ whether what grows is in use at all: memory that its allocator holds free is no 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -40,8 +41,8 @@ _LOOKS = 3
 _LOOK_BYTES = MIB
 _LOOK_STEPS = (16, 200)
 """A look goes on until this much has grown, within these bounds."""
-_PATIENCE = 120
-"""Samples that an answer may take; at most half of the way to full memory."""
+_PATIENCE, _PATIENCE_S = 120, 60.0
+"""Samples and seconds that an answer may take, whichever is longer; at most half of the way to full memory."""
 _HELD, _IN_USE = 0.6, 0.25
 """Free memory grows by this share of the growth, memory in use by less than that: it is the allocator's."""
 _WORSE = 2.0
@@ -86,6 +87,7 @@ class _Case:
     looks: int = 0
     asked: int | None = None
     """Samples when it was asked; None: no answer is awaited."""
+    asked_at: float = 0.0
     pid: int | None = None
     """Who was asked."""
     answer: Answer | None = None
@@ -192,7 +194,7 @@ class Watcher:
         case.pid = pid
         if not looking.ask(self._folder, pid, steps):
             return False
-        case.asked = series.seen
+        case.asked, case.asked_at = series.seen, time.monotonic()
         return True
 
     def _hear(self, who: Who, series: Series, case: _Case) -> None:
@@ -200,7 +202,8 @@ class Watcher:
         assert case.asked is not None and case.growth is not None and case.pid is not None
         case.answer = looking.read(self._folder, case.pid)
         late = case.left is not None and series.last_step > case.growth.last_step + case.left / 2
-        if case.answer is None and series.seen < case.asked + _PATIENCE and not late:
+        waits = series.seen < case.asked + _PATIENCE or time.monotonic() < case.asked_at + _PATIENCE_S
+        if case.answer is None and waits and not late:
             return
         held = held_free(who, case.growth, case.answer) if case.answer else ""
         if held:
@@ -264,7 +267,7 @@ class Leak:
         if self.steps_until_full is not None:
             text += f": full in {self.steps_until_full:,.0f} steps"
             text += f", {self.full_at[:16].replace('T', ' ')} UTC" if self.full_at else ""
-        named = [f"{part.where} {part.what}".strip() for part in self.growing[:1]]
+        named = [f"{part.where} {part.what.partition(', from ')[0]}".strip() for part in self.growing[:1]]
         return f"{text}; {named[0]}" if named else text
 
     def event(self) -> dict[str, Any]:
@@ -314,8 +317,12 @@ def held_free(who: Who, growth: Growth, answer: Answer) -> str:
 def parts(who: Who, growth: Growth, answer: Answer | None) -> tuple[Growing, ...]:
     """What grows, as far as the process could tell, and what is left of the growth without a name."""
     if answer is None:
-        why = "the process could not be asked" if who.role != "loader" else "the worker has not answered"
-        return (Growing(what=f"not known: {why}", bytes_per_step=growth.bytes_per_step),)
+        return (
+            Growing(
+                what="not known: the process was not asked, or hasn't answered",
+                bytes_per_step=growth.bytes_per_step,
+            ),
+        )
     named = answer.growing
     if answer.note:
         return (*named, Growing(what=f"not known: {answer.note}", bytes_per_step=growth.bytes_per_step))

@@ -19,6 +19,7 @@ NUMBERS = ("resident", "malloc_used", "malloc_free", "cuda_allocated", "cuda_res
 _CALLERS = 3
 """Frames that are told, the line itself included."""
 _PACKAGES = ("/site-packages/", "/dist-packages/", "<frozen", f"{sysconfig.get_paths()['stdlib']}/")
+_HPCDL = f"{Path(__file__).parents[1]}/"
 _OWN = (str(Path(__file__)), str(Path(__file__).with_name("growth.py")), tracemalloc.__file__)
 
 
@@ -79,14 +80,16 @@ def _cuda_bytes() -> tuple[float, float]:
 
 
 def chosen(frames: Iterable[tuple[str, int]]) -> str:
-    """The lines to blame, `path:line` and its callers behind ` < `: the innermost of one's own code, else of all.
+    """The lines to blame, `path:line` and its callers behind ` < `: the innermost of the
+    user's own code, else of hpcdl's, else of all.
 
     Args:
         frames: path and line, the innermost first.
     """
     listed = list(frames)
     own = [each for each in listed if not any(part in each[0] for part in _PACKAGES)]
-    return " < ".join(f"{path}:{line}" for path, line in (own or listed[:1])[:_CALLERS])
+    foreign = [each for each in own if not each[0].startswith(_HPCDL)]
+    return " < ".join(f"{path}:{line}" for path, line in (foreign or own or listed[:1])[:_CALLERS])
 
 
 def shown(where: str) -> str:
