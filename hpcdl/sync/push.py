@@ -56,6 +56,8 @@ class Wish:
     project: str | None = None
     """Instead of the experiments'."""
     entity: str | None = None
+    named: bool = True
+    """The runs were named; else, of all there are, those that have nothing new are only counted."""
     limit_s: float = 300.0
     """How long the server may take at the beginning and at the end of a run."""
 
@@ -100,6 +102,8 @@ class Push:
     def plan(self, runs: Iterable[RunDir]) -> None:
         """Says what would be sent, and sends nothing."""
         for run in runs:
+            if self._passed_over(run):
+                continue
             try:
                 self._plan_one(run)
             except (UsageError, OSError) as error:
@@ -111,7 +115,7 @@ class Push:
         if self._up_to_date(run, head, known):
             return
         if count := sum(1 for _ in story.rows_of(run)):
-            again = f"; {_rows(known.sent.rows)} were sent {known.sent.time}" if known.sent else ""
+            again = f"; {_rows(known.sent.rows)} were sent {known.sent.time[:19]}" if known.sent else ""
             self._line(run, head.name, f"would send {_rows(count)} to {self._where(head)}{again}")
             self.tally.sent += 1
         else:
@@ -127,6 +131,8 @@ class Push:
         """
         try:
             for run in runs:
+                if self._passed_over(run):
+                    continue
                 try:
                     self._one(run)
                 except (UsageError, OSError) as error:
@@ -134,6 +140,14 @@ class Push:
         finally:
             if self._courier is not None and not self._borrowed:
                 self._courier.close()
+
+    def _passed_over(self, run: RunDir) -> bool:
+        """Whether a run that nobody named has nothing new, told without reading its experiment."""
+        wish = self._wish
+        if wish.named or wish.board or wish.project or wish.entity or not record.has_all(run, self._server):
+            return False
+        self.tally.there += 1
+        return True
 
     def _one(self, run: RunDir) -> None:
         head = story.read_head(run)
@@ -180,7 +194,7 @@ class Push:
         sent = known.sent
         if sent is None or sent.stamp != record.stamp(run):
             return False
-        self._line(run, head.name, f"up to date: {_rows(sent.rows)}, sent {sent.time}")
+        self._line(run, head.name, f"up to date: {_rows(sent.rows)}, sent {sent.time[:19]}")
         self.tally.there += 1
         return True
 
@@ -203,14 +217,16 @@ class Push:
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
                 self._line(run, head.name, f"tried again: {fault}")
             if self._wish.board is None and (silent := target.unreached(self._server, probe_s)):
-                fault = f"{self._server} doesn't answer: {silent}"
+                fault = f"{secrets.mask(self._server)} doesn't answer: {silent}"
                 continue
             answer = self._sender().ask(order, limit_s)
             fault = str(answer.get("fault", ""))
             if not fault:
                 return answer
             if _KEY_FAULT.search(fault):
-                raise CannotSendError(f"{NO_KEY.format(server=self._server)}\n(wandb says: {fault})")
+                raise CannotSendError(
+                    f"{NO_KEY.format(server=secrets.mask(self._server))}\n(wandb says: {fault})"
+                )
             if self._wish.board is not None:
                 raise UsageError(fault)
         raise ServerError(f"{run.path.name} was not sent: {fault}")

@@ -77,7 +77,21 @@ def stamp(run: RunDir) -> Stamp:
 
 def read(run: RunDir, name: str) -> Place:
     """What is remembered of the place of that name."""
-    known: Any = _read_all(run).get(name)
+    return _place(_read_all(run).get(name))
+
+
+def has_all(run: RunDir, server: str) -> bool:
+    """Whether any project of a server has all that is in the run's files now."""
+    known = _read_all(run)
+    if not known:
+        return False
+    now = stamp(run)
+    begin = name_of(server, None, "") + "/"
+    places = [_place(known[name]) for name in known if name.startswith(begin)]
+    return any(place.sent is not None and place.sent.stamp == now for place in places)
+
+
+def _place(known: Any) -> Place:
     try:
         sent = known["sent"]
         return Place(

@@ -210,7 +210,7 @@ def opened(
             yield board, known
         return
     had, used = known.sent, known.used
-    if had is not None and prefix(rows, had.last_step) == had.prefix:
+    if had is not None and _can_be_added_to(order, head, had, rows):
         sink = sinks.Wandb(head, had.id, order["limit_s"], after=had.last_step)
     else:
         while True:
@@ -227,6 +227,13 @@ def opened(
         begun = Place(spoiled=tuple(sorted(spoiled)), used=used, live=live)
         record.write(run, order["place"], begun)
         yield sink, begun
+
+
+def _can_be_added_to(order: Order, head: Head, had: Sent, rows: list[Row]) -> bool:
+    """Whether the steps that are there are still ours, and nobody has deleted or changed the run there."""
+    if prefix(rows, had.last_step) != had.prefix:
+        return False
+    return sinks.digest_on_server(sinks.path_of(head, had.id), order["limit_s"]) == had.digest
 
 
 def _done(order: Order, run: RunDir, sink: Sink, begun: Place, sent: Sent) -> None:

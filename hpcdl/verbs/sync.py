@@ -43,7 +43,11 @@ def run(options: argparse.Namespace) -> int:
 
     folder = query.runs_dir(options.runs_dir)
     wish = push.Wish(
-        board=options.tensorboard, project=options.project, entity=options.entity, limit_s=options.limit
+        board=options.tensorboard,
+        project=options.project,
+        entity=options.entity,
+        limit_s=options.limit,
+        named=bool(options.runs),
     )
     while True:
         found = query.find_all(options.runs, folder) if options.runs else list(all_runs(folder))
@@ -66,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     tally = work.tally
     if not runs:
         aside(f"nothing to send: no run in {folder} has tracker=wandb (`hpcdl sync RUN` sends any run)")
-    elif len(runs) > 1:
+    elif len(runs) > 1 or not options.runs:
         verb = "would be sent" if options.dry_run else "sent"
         more = f", {len(tally.failed)} failed" if tally.failed else ""
         say(f"{tally.sent} {verb}, {tally.there} up to date, {tally.waiting} with nothing yet{more}")

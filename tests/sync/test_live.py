@@ -125,7 +125,9 @@ def test_a_server_that_hangs_is_nothing_to_the_training(runs_dir: Path, server: 
     live.finish(0.5)
     assert started_s < 5 and time.monotonic() - began < 5  # wandb itself would wait for 90 s
     (event,) = run.events()
-    assert event["message"] == "tracker wandb: no answer within 0.5 s; `hpcdl sync aaaa11112222` sends the run"
+    assert (
+        event["message"] == "tracker wandb: no answer within 0.5 s; `hpcdl sync aaaa11112222` sends the run"
+    )
 
 
 def test_a_tracker_that_can_not_start_is_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

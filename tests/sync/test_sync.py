@@ -70,7 +70,9 @@ def test_a_run_arrives_whole(runs_dir: Path, server: FakeWandb, send: Sending) -
     assert not (run.path / "wandb").exists()
 
 
-def test_what_is_there_is_not_sent_again(runs_dir: Path, server: FakeWandb, send: Sending) -> None:
+def test_what_is_there_is_not_sent_again(
+    runs_dir: Path, server: FakeWandb, send: Sending, courier: Courier
+) -> None:
     run = tracked(runs_dir)
     train(run, range(1, 6))
     send(run)
@@ -82,6 +84,8 @@ def test_what_is_there_is_not_sent_again(runs_dir: Path, server: FakeWandb, send
     (run.metrics_file).touch()
     assert "up to date: 5 rows are there" in send(run)
     assert server.runs[run.path.name].begun == 1
+    everything = Sending(courier, named=False)
+    assert everything(run) == "" and everything.push.tally.there == 1, "of many runs only those with news"
 
 
 def test_a_run_that_goes_on_is_added_to(runs_dir: Path, server: FakeWandb, send: Sending) -> None:
@@ -111,6 +115,18 @@ def test_several_tries_are_one_curve(runs_dir: Path, server: FakeWandb, send: Se
     (there,) = server.runs.values()
     assert there.curve("loss") == as_sent(run), "no step twice, and none of the lost try"
     assert there.display_name == "tiny-aaaa11112222" and server.deleted == {run.path.name}
+
+
+def test_a_run_that_was_deleted_there_is_sent_anew(runs_dir: Path, server: FakeWandb, send: Sending) -> None:
+    run = tracked(runs_dir)
+    train(run, range(1, 4))
+    send(run)
+    server.deleted.add(run.path.name)
+    del server.runs[run.path.name]
+    train(run, range(4, 6))
+    assert "sent: 5 rows" in send(run)
+    (there,) = server.runs.values()
+    assert there.name == f"{run.path.name}-1" and there.curve("loss") == as_sent(run)
 
 
 def test_a_failed_run_is_failed_there(runs_dir: Path, server: FakeWandb, send: Sending) -> None:
@@ -204,17 +220,25 @@ def test_a_server_that_is_away(
         Sending(courier, limit_s=0.3)(run)
 
 
-def test_no_key_and_no_wandb(
+def said_without(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    train(tracked(runs_dir), range(1, 3))
+    assert main(["sync", "--runs-dir", str(runs_dir)]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_no_key(
     runs_dir: Path, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tracked(runs_dir), range(1, 3))
-    words = ["sync", "--runs-dir", str(runs_dir)]
     monkeypatch.delenv("WANDB_API_KEY")
-    assert main(words) == 2
-    assert "wandb has no API key that" in capsys.readouterr().err
+    assert "wandb has no API key that" in said_without(runs_dir, capsys)
+
+
+def test_no_wandb(
+    runs_dir: Path, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(push.importlib.util, "find_spec", lambda name: None)
-    assert main(words) == 2
-    assert f"{sys.executable} -m pip install 'wandb" in capsys.readouterr().err
+    assert f"{sys.executable} -m pip install 'wandb" in said_without(runs_dir, capsys)
 
 
 COMMAND = "import sys; from hpcdl.cli import main; sys.exit(main(sys.argv[1:]))"
