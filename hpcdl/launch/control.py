@@ -48,7 +48,14 @@ def ask(job_id: str, restarts: int) -> JobFate:
         job_id: `123_4` for an array task.
         restarts: SLURM_RESTART_COUNT of this try.
     """
-    done = run(["scontrol", "show", "job", "-o", job_id])
+    return _fate(_show(job_id), restarts)
+
+
+def _show(job_id: str) -> subprocess.CompletedProcess[str]:
+    return run(["scontrol", "show", "job", "-o", job_id])
+
+
+def _fate(done: subprocess.CompletedProcess[str], restarts: int) -> JobFate:
     if done.returncode != 0:
         return JobFate(fate="unknown", words=said(done))
     fields = dict(re.findall(r"(?:^| )(\w+)=(\S*)", done.stdout))
@@ -90,19 +97,19 @@ def requeue(job_id: str, restarts: int, waits: Patience | None = None) -> Back:
         waits: how long to go on while Slurm doesn't answer.
     """
     waits = waits or Patience(_AWAY_S, sleep=lambda delay: time.sleep(min(delay, _BETWEEN_S)))
-    waited = False
     while True:
-        fate = ask(job_id, restarts)
-        if fate.fate == "requeued":
-            return Back(by_slurm=True)
-        if waited and fate.fate == "cancelled":
-            return Back(refused=f"cancelled meanwhile: {fate.words}")
-        done = run(["scontrol", "requeue", job_id])
-        if done.returncode == 0:
-            return Back()
+        done = _show(job_id)
+        if not _unanswered(done):
+            fate = _fate(done, restarts)
+            if fate.fate == "requeued":
+                return Back(by_slurm=True)
+            if fate.fate == "cancelled":
+                return Back(refused=f"the job was cancelled: {fate.words}")
+            done = run(["scontrol", "requeue", job_id])
+            if done.returncode == 0:
+                return Back()
         if not _unanswered(done) or not waits.wait(said(done)):
             return Back(refused=said(done))
-        waited = True
 
 
 def waited_for(job_id: str) -> str:

@@ -66,7 +66,7 @@ def test_a_requeue_waits_for_a_controller_that_is_away(slurm: FakeSlurm) -> None
 def test_a_job_that_has_a_newer_try_or_was_cancelled_meanwhile_is_not_queued_again(slurm: FakeSlurm) -> None:
     """The node was cut off until Slurm had given it up."""
     assert after_a_while(slurm, "RUNNING", 1) == control.Back(by_slurm=True)
-    assert after_a_while(slurm, "CANCELLED", 0).refused == "cancelled meanwhile: CANCELLED"
+    assert after_a_while(slurm, "CANCELLED", 0).refused == "the job was cancelled: CANCELLED"
     assert ["requeue", "7_0"] not in [call["argv"] for call in slurm.calls("scontrol")]
 
 
