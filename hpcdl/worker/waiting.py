@@ -321,8 +321,9 @@ class _Ticker:
         self._thread.start()
 
     def _tick(self) -> None:
-        before = time.time_ns()
-        while not self._over.wait(TICK_S):
+        before, over = time.time_ns(), False
+        while not over:
+            over = self._over.wait(TICK_S)
             at = time.time_ns()
             if at - before > STILL_S * 1e9:
                 self._gaps.append((before, at))
