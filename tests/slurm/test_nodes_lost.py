@@ -49,11 +49,11 @@ def tries(cluster: Cluster, run: Launched) -> list[str]:
     return [each["try"] for each in cluster.events(run, "started")]
 
 
-def on_two_nodes(cluster: Cluster) -> tuple[Launched, Launched, str, str]:
+def on_two_nodes(cluster: Cluster, *words: str) -> tuple[Launched, Launched, str, str]:
     """An undisturbed run that is over, the same one under way, and its nodes, the first one first."""
-    calm = cluster.launch_one(*SHORT, *TWO_NODES)
+    calm = cluster.launch_one(*SHORT, *TWO_NODES, *words)
     cluster.wait_done([calm])
-    run = cluster.launch_one(*SHORT, *TWO_NODES, "trainer.keep_last=3")
+    run = cluster.launch_one(*SHORT, *TWO_NODES, *words, "trainer.keep_last=3")
     cluster.wait_step(run, 25)
     head, other = event(cluster, run, "started")["node_list"]
     return calm, run, head, other
@@ -156,18 +156,32 @@ def test_a_run_goes_on_with_fewer_nodes(cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_nodes_death_is_slurms_to_see(cluster: Cluster) -> None:
-    calm, run, head, other = on_two_nodes(cluster)
+@pytest.mark.parametrize("fewest", [(), ("cluster.min_nodes=1",)], ids=["all_nodes", "fewer_nodes"])
+def test_the_first_nodes_death_is_the_next_ones_to_tell(cluster: Cluster, fewest: tuple[str, ...]) -> None:
+    """Slurm would queue the job again after SlurmdTimeout; one that may go on with fewer nodes it never would."""
+    calm, run, head, other = on_two_nodes(cluster, *fewest)
     with killed(cluster, head):
-        log = f"{run.run_dir}/logs/{other}-try0.0.log"
-        cluster.until(
-            lambda: True if f"node {head} is lost" in cluster.shell(f"cat {log}") else None,
-            "the other's word",
-        )
-        wait_given_up(cluster, run)
-        cluster.shell(f"scontrol update jobid={run.job_id} StartTime=now", check=False)
-        lost = event(cluster, run, "lost")
-        assert lost["down"] == [head]
+        requeued = event(cluster, run, "requeued")
+        assert (requeued["node"], requeued["exclude"], requeued["way"]) == (head, [head], "successor")
+        log = cluster.shell(f"cat {run.run_dir}/logs/{other}-try0.0.log")
+        assert f"node {head} is lost" in log
+        started = event(cluster, run, "started", 2)
+        assert head not in started["node_list"]
+        assert seconds(requeued, started) < 60, "it need not wait for SlurmdTimeout"
         (status,) = cluster.wait_done([run])
     assert status["requeues"] == 1
-    assert cluster.losses(run) == cluster.losses(calm)
+    if len(started["node_list"]) == 2:
+        assert cluster.losses(run) == cluster.losses(calm)
+
+
+@pytest.mark.slow
+def test_a_cut_off_first_node_that_would_go_on_alone_is_passed_over(cluster: Cluster) -> None:
+    """It takes the others for lost, and reaches Slurm no more than they reach it."""
+    calm, run, head, _ = on_two_nodes(cluster, *STEADY, "cluster.min_nodes=1")
+    with cut_off(cluster, head):
+        requeued = event(cluster, run, "requeued")
+        assert (requeued["node"], requeued["exclude"]) == (head, [head])
+        started = event(cluster, run, "started", 2)
+        assert head not in started["node_list"]
+        cluster.wait_done([run])
+    assert cluster.losses(run) == pytest.approx(cluster.losses(calm), rel=1e-5)
