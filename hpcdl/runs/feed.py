@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Progress:
         self.loss = _float(record.get("loss"))
         self.tokens_per_s = _float(record.get("tokens_per_s"))
         peak = _float(record.get("peak_memory_bytes"))
-        self.memory_bytes = int(peak) if peak else self.memory_bytes
+        self.memory_bytes = int(peak) if peak and math.isfinite(peak) else self.memory_bytes
         seconds = _float(record.get("step_s"))
         if seconds is not None:
             self.step_times.append(seconds)

@@ -260,7 +260,7 @@ def event_lines(events: Sequence[dict[str, Any]]) -> list[str]:
         if event.get("event") == "leak":
             details = [str(event.get("message", ""))]
         time = words.local(str(event.get("time", "")))
-        lines.append(f"{time}  {event.get('event', '?'):<11} {' '.join(details)}".rstrip())
+        lines.append(f"{time}  {event.get('event', '?')!s:<11} {' '.join(details)}".rstrip())
     return lines
 
 

@@ -48,7 +48,10 @@ def size(count: float) -> str:
 
 def number(value: object, digits: int = 4) -> str:
     """A metric with so many decimals; `-` where it is no number (null, or text)."""
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+    try:
+        return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+    except OverflowError:  # a whole number that no float can hold: somebody else wrote it
+        return "-"
 
 
 def short(count: float) -> str:

@@ -142,6 +142,10 @@ class TopApp(App[None]):
         self._details = None
         self.pop_screen()
 
+    def is_cancelling(self, run: RunDir) -> bool:
+        """Whether a run was asked to end from here, and hasn't yet."""
+        return run in self._cancelling
+
     def say(self, text: str) -> None:
         """Shows a message for some seconds."""
         self._message, self._said = text, time.monotonic()
@@ -228,7 +232,10 @@ class TopApp(App[None]):
         """Quits; asks for a second key while runs are being cancelled."""
         if self._cancelling and not self._asked_to_leave:
             self._asked_to_leave = True
-            self.say(f"{len(self._cancelling)} runs are still being cancelled; q again quits all the same")
+            count = len(self._cancelling)
+            self.say(
+                f"{count} run{'s' if count > 1 else ''} still being cancelled; q again quits all the same"
+            )
             return
         self.exit()
 

@@ -6,7 +6,6 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -20,7 +19,7 @@ from hpcdl.runs.store import RunDir
 from hpcdl.runs.tail import Tail
 from hpcdl.top.reading import Node, Row
 from hpcdl.top.rows import FULL, bar, done, fit, percent, plain, size, start_words, why
-from hpcdl.top.warnings import Warning, of_event
+from hpcdl.top.warnings import Warning
 
 MOST_LINES = 5000
 """Of logs, and of events, that are kept."""
@@ -307,7 +306,7 @@ class Details:
         records = self._events.records()
         if self._events.replaced:
             self.events.clear()
-        self.events = [*self.events, *map(_told, records)][-MOST_LINES:]
+        self.events = [*self.events, *status.event_lines(records)][-MOST_LINES:]
         self._read_logs(view)
         self._read_times()
 
@@ -344,13 +343,6 @@ class Details:
             self.times = stragglers.of_run(self.run)
         except (TypeError, ValueError):  # not as hpcdl writes it
             self.times = []
-
-
-def _told(event: dict[str, Any]) -> str:
-    """An event as `hpcdl status` tells it; a warning in words."""
-    if event.get("event") in ("leak", "straggler"):
-        return f"{words.local(str(event.get('time')))}  {event['event']:<11} {of_event(event).text}"
-    return status.event_lines([event])[0]
 
 
 def event_line(line: str) -> Text:

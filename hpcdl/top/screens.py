@@ -58,6 +58,12 @@ class _TopScreen(Screen[None]):
         """Back from another screen."""
         self.show()
 
+    def marked(self, row: Row, lines: list[Text]) -> list[Text]:
+        """What is said about a run, with a mark where it is being cancelled."""
+        if self.top.is_cancelling(row.view.run):
+            lines[0].append("  being cancelled …", style="yellow")
+        return lines
+
     def put(self, name: str, text: Text) -> None:
         """Sets a text of the screen."""
         self.query_one(f"#{name}", Static).update(text)
@@ -138,7 +144,7 @@ class RunsScreen(_TopScreen):
         pane.styles.height = height + 1  # and its border
         row = self.row
         if row is not None:
-            lines = details.pane(row, self.size.width, height)
+            lines = self.marked(row, details.pane(row, self.size.width, height))
         elif self._pattern and self.top.picture.rows:
             lines = [plain(f"no run has {self._pattern!r} in it: Esc shows all")]
         else:
@@ -272,7 +278,7 @@ class RunScreen(_TopScreen):
         row, width = self.row, self.size.width
         if row is None or not self.ready:
             return
-        lines = details.about(row, width)
+        lines = self.marked(row, details.about(row, width))
         for line in lines:  # warnings may take more than one
             line.truncate(width, overflow="ellipsis")
         lines += [details.warning_line(each) for each in row.warnings[-WARNINGS_SHOWN:]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 from textual import events
@@ -101,7 +102,9 @@ class Lines(ScrollView, can_focus=True):
             text = text[self._aside :] if self._aside < len(text) else Text("")
         if self._choose and index == self.at:
             text = Text(text.plain, style=CHOSEN)  # in one colour: several, reversed, are a patchwork
-        return Strip(fit(text, width).render(self.app.console), width)
+        console = self.app.console
+        segments = fit(text, width).render(console)  # of a text without spans it leaves its own style out
+        return Strip(Segment.apply_style(segments, console.get_style(text.style)), width)
 
     def _keep_in_sight(self) -> None:
         top, height = self.scroll_offset.y, self.scrollable_content_region.height

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import pty
+import re
 import select
 import shutil
 import subprocess
@@ -201,7 +202,8 @@ def test_cancelling_asks_and_does_not_wait(runs_dir: Path, fake: FakeSlurm):
             await screen.press("question_mark")  # the keys go on while scancel hangs
             await screen.until("Ctrl-Z")
             await screen.press("escape", "q")
-            await screen.until("q again quits")
+            await screen.until("1 run still being cancelled; q again quits")
+            assert "being cancelled …" in screen.text
             may_answer.set()
             await screen.until("aaaaaaaaaaaa CANCELLED")
             await screen.until("1 cancelled")
@@ -347,3 +349,4 @@ def test_on_a_real_terminal(runs_dir: Path, colours: bool):
         b"\x1b[36m" in said or b";36m" in said
     ) == colours  # RUNNING is cyan, in the terminal's own colours
     assert b"38;2;" not in said
+    assert re.search(rb"\x1b\[(\d+;)*7[;m]", said)  # the chosen line, with or without colours

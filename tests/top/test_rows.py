@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
@@ -103,18 +106,12 @@ def test_the_frame_for_scripts(runs_dir: Path, fake: FakeSlurm):
     run = running(runs_dir, "aaaaaaaaaaaa", kind="local", host="elsewhere", agent_pid=1, max_steps=200)
     train(run, range(1, 51))
     sample(run, gpus=2)
-    run.event(
-        "leak",
-        node="n1",
-        process={"role": "rank", "rank": 1, "pid": 4},
-        memory="host",
-        bytes_per_step=3 << 20,
-    )
+    run.event("leak", node="n1", process={"role": "rank"}, message="rank 1 on n1 leaks 3 MiB")
     head, line, warning, summary = frame(runs_dir, fake, 120)
     assert head.split()[:4] == ["run", "name", "state", "progress"]
     for word in ("aaaaaaaaaaaa", "tiny", "RUNNING", " 25%", "1:15", "2.360", "12.3k", "5.0G", "195%", "88%"):
         assert word in line
-    assert warning == "! aaaaaaaaaaaa LEAK: rank 1 on n1: host memory grows by 3 MiB a step"
+    assert warning == "! aaaaaaaaaaaa LEAK: rank 1 on n1 leaks 3 MiB"
     assert summary == "1 RUNNING"
 
 
@@ -131,9 +128,7 @@ def evil(runs_dir: Path) -> RunDir:
     sample(run, "n1", gpus=1, time=EVIL)
     log(run, f"[rank 0] {EVIL}", EVIL)
     run.event("straggler", rank=EVIL, node=EVIL, cause=EVIL, why=EVIL)
-    run.event(
-        "leak", node=EVIL, process={"role": EVIL, "pid": EVIL}, memory=EVIL, growing=[EVIL], full_at=EVIL
-    )
+    run.event("leak", node=EVIL, process={"role": EVIL}, memory=EVIL, message=EVIL)
     run.event(EVIL, reason=EVIL)
     return run
 
@@ -166,6 +161,93 @@ def test_numbers_of_any_size_are_shown(runs_dir: Path, fake: FakeSlurm):
     assert "nan" in layout(160).line(row).plain
     assert details.pane(row, 80, 14)
     assert details.node_lines(row)
+
+
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    3,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**400,
+    "",
+    "x",
+    "2026-01-01",
+    "0001-01-01T00:00:00+14:00",
+    [],
+    [1],
+    {},
+    {"a": 1},
+)
+KEYS = (
+    *(
+        "time",
+        "event",
+        "step",
+        "loss",
+        "tokens_per_s",
+        "step_s",
+        "peak_memory_bytes",
+        "rank",
+        "node",
+        "nodes",
+    ),
+    *(
+        "work",
+        "process",
+        "memory",
+        "slower_by",
+        "ranks",
+        "cause",
+        "why",
+        "since_step",
+        "message",
+        "reason",
+        "try",
+    ),
+    *("wait_s", "data_s", "cpu_s", "delay_s", "still_s", "pid", "role", "index", "rss_bytes", "pss_bytes"),
+    *("memory_limit_bytes", "memory_available_bytes", "cpu_percent", "throttled", "attempt", "node_list"),
+)
+
+
+def anything(draw: random.Random, depth: int = 0) -> dict[str, Any]:
+    """A record of hpcdl's keys with any values."""
+    record = {key: draw.choice(VALUES) for key in draw.sample(KEYS, draw.randint(0, 30))}
+    record["event"] = draw.choice(
+        ("leak", "straggler", "hang", "started", "checkpoint", "warning", *VALUES[:3])
+    )
+    if depth == 0:
+        lists = {key: [draw.choice(VALUES) for _ in range(draw.randint(0, 3))] for key in KEYS}
+        record |= {
+            "processes": lists,
+            "gpus": lists,
+            "process": anything(draw, 1),
+            "growing": [anything(draw, 1)],
+        }
+        record |= {key: lists[key] for key in draw.sample(KEYS, 3)}
+    return record
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_files_that_hold_anything_are_drawn_or_said(runs_dir: Path, fake: FakeSlurm, seed: int):
+    draw = random.Random(seed)
+    run = running(runs_dir, kind="local", host="elsewhere", agent_pid=1)
+    for name in ("metrics.jsonl", "events.jsonl", "system-n1.jsonl", "ranks.jsonl"):
+        (run.path / name).write_text("".join(json.dumps(anything(draw)) + "\n" for _ in range(6)))
+    row = rows(runs_dir, fake)[0]
+    more = details.Details(run)
+    more.read(row.view)
+    for width in (80, 160):
+        assert layout(width).line(row).plain
+        assert len(details.pane(row, width, 14)) <= 14
+    details.rank_lines(row, more.times)
+    details.node_lines(row)
+    assert len([details.event_line(line) for line in more.events]) == 6
+    for sort in SORTS:
+        ordered([row, row], sort, "x")
 
 
 def test_ranks_and_nodes(runs_dir: Path, fake: FakeSlurm):
@@ -212,14 +294,15 @@ def test_a_column_without_values_is_left_out(runs_dir: Path, fake: FakeSlurm):
 
 def test_warnings_go_with_their_try_and_their_end():
     warnings = Warnings()
-    warnings.take({"event": "straggler", "rank": 3, "node": "n1", "slower_by": 1.5, "cause": "computing"})
-    warnings.take(
-        {"event": "leak", "node": "n1", "process": {"role": "rank", "rank": 1, "pid": 2}, "memory": "gpu"}
-    )
-    warnings.take({"event": "straggler", "rank": 3, "node": "n1", "slower_by": 2.0, "cause": "its node"})
+    slow = {"event": "straggler", "rank": 3, "node": "n1", "since_step": 40, "why": "0.2 s a step"}
+    leak = {"event": "leak", "node": "n1", "process": {"role": "rank", "rank": 1, "pid": 2}, "memory": "gpu"}
+    warnings.take({**slow, "slower_by": 1.5, "cause": "computing"})
+    warnings.take({**leak, "message": "leaks 2 MiB"})
+    warnings.take({**leak, "message": "leaks 3 MiB"})
+    warnings.take({**slow, "slower_by": 2.0, "cause": "its node"})
     assert [w.text for w in warnings.all()] == [
-        "rank 1 on n1: gpu memory grows",
-        "rank 3 on n1: 2.00 times the others' own time, its node",
+        "leaks 3 MiB",
+        "rank 3, node n1: 2.00 times the others' own time since step 40: its node (0.2 s a step)",
     ]
     warnings.take({"event": "straggler_over", "rank": 3})
     assert [w.kind for w in warnings.all()] == ["leak"]
