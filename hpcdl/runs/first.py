@@ -20,6 +20,8 @@ LONGEST = 200
 """Characters of another rank's message."""
 _VARIES = re.compile(r"\[[\d.:a-f]+\](:\d+)?|0x[0-9a-f]+|\b\d+(\.\d+)*\b")
 """Addresses, ports and numbers, in which the same message differs from rank to rank."""
+_PLACE = re.compile(r"^\[(enforce fail at )?/?[\w./-]+:\d+\] ")
+"""Where in the C++ sources of torch or gloo a message comes from."""
 _LATE_S = 1.0
 """A line gets its time when its agent reads it: torchrun passes it on a little later than it was printed."""
 
@@ -85,7 +87,7 @@ def _numbers(attempt: str) -> tuple[int, ...]:
 
 def _short(one: Failure) -> str:
     lines = one.message.strip().splitlines()
-    text = f"{one.type}: {lines[0]}" if lines else one.type
+    text = f"{one.type}: {_PLACE.sub('', lines[0])}" if lines else one.type
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

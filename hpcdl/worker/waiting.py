@@ -146,6 +146,8 @@ class Lookout:
             Times(step_s=step_s, wait_s=wait_s, data_s=data_s, cpu_s=cpu_s, delay_s=delay_s, still_s=still_s)
             for step_s, wait_s, data_s, cpu_s, delay_s, still_s, *_ in everyone
         ]
+        if any(math.isnan(times.wait_s) for times in looks):
+            return  # a rank can't look, and has said why: nobody looks again
         self._window_from = self._window_from or step - steps + 1
         self._looks.append(looks)
         if len(self._looks) == stragglers.LOOKS:
@@ -196,7 +198,11 @@ class _Meter:
         started = time.perf_counter()
         self._gpu = device.type == "cuda"
         self._device = device
-        self._start()
+        self._refused = ""
+        try:
+            self._start()
+        except RuntimeError as error:  # no CUPTI, somebody else's profiler: no reason to end a training
+            self._refused = str(error).strip().splitlines()[0]
         self.windows: list[Span] = []
         """Begin and end of each step, in ns since the epoch."""
         self.data_s = 0.0
@@ -249,11 +255,14 @@ class _Meter:
         """Seconds a step in the order of Times' fields, what looking has cost, and its steps; ends the look."""
         started = time.perf_counter()
         still_s = self._ticker.stop(self.windows)
+        steps = max(1, len(self.windows))
+        if self._refused:
+            print(f"who waits for whom can't be told: torch's profiler: {self._refused}", flush=True)
+            return [self._seconds / steps, math.nan, 0.0, 0.0, 0.0, 0.0, time.perf_counter() - started]
         from torch._C._autograd import _disable_profiler
 
         events = _disable_profiler().events()
         waited = exposed(events) if self._gpu else under_way(events)
-        steps = max(1, len(self.windows))
         wait_s = overlap(union(waited), union(self.windows)) / 1e9
         if not self._gpu:
             blocked = self._seconds - self._ran - self._delayed - self.asleep_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -157,6 +158,22 @@ def test_a_look_at_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= delay_s < step_s
     assert 0 <= still_s <= step_s
     assert cost_s > 0
+
+
+def test_a_profiler_that_refuses_ends_no_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: object) -> None:
+        raise RuntimeError("Can't enable Kineto profiling\nmore")
+
+    monkeypatch.setattr(waiting._Meter, "_start", refuse)
+    meter = waiting._Meter(torch.device("cpu"))
+    meter.begin()
+    meter.end()
+    step_s, wait_s, *_ = meter.numbers()
+    assert step_s > 0
+    assert math.isnan(wait_s)
+    assert "Can't enable Kineto profiling\n" in capsys.readouterr().out
 
 
 STOPPED = """
