@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -200,9 +201,9 @@ def _state(plan: Plan, runs: int) -> RunState:
 
 def _spec() -> str:
     """A spec.yaml with room for what differs, from the tests' experiment with all its keys."""
-    from tests.factory import tiny_spec
-
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from hpcdl.spec.plain import to_plain
+    from tests.factory import tiny_spec
 
     plain = to_plain(
         tiny_spec(
@@ -275,7 +276,10 @@ def _samples() -> str:
             ProcessSample(pid=1000 + r, role="rank", rank=r, rss_bytes=10**9 + number, cpu_percent=99.0)
             for r in range(4)
         )
-        sample = NodeSample(time=_time(number), node="c001", rss_bytes=4 * 10**9 + number, processes=ranks)
+        rss = 4 * 10**9 + number
+        sample = NodeSample(
+            time=_time(number), node="c001", rss_bytes=rss, peak_rss_bytes=rss, processes=ranks
+        )
         lines.append(json.dumps(as_line(sample)))
     return "".join(f"{line}\n" for line in lines)
 

@@ -24,7 +24,7 @@ from hpcdl.launch.points import Planned
 from hpcdl.launch.sweep import Asked
 from hpcdl.runs import parents, query
 from hpcdl.runs.parents import Parent
-from hpcdl.runs.reconcile import View, read, reconcile
+from hpcdl.runs.reconcile import View, reconcile
 from hpcdl.runs.state import ACTIVE
 from hpcdl.spec import LaunchOptions
 from hpcdl.spec.plain import load_yaml, to_plain
@@ -96,12 +96,12 @@ def choose(words: Sequence[str], only: str | None, folder: Path) -> Chosen:
     names = [word for word in words if word not in overrides]
     if not names:
         raise UsageError("no run was named: hpcdl resubmit RUN… [--only failed,timeout,oom] [KEY=VALUE…]")
-    reading = read(query.find_all(names, folder))
+    reading = query.read_all(names, folder)
     if reading.faults:
         raise UsageError("\n".join(reading.faults))
     views = reconcile(reading.views)
     chosen = [view for view in views if view.state.state in meant]
-    others = Counter(view.state.state for view in views if view not in chosen)
+    others = Counter(view.state.state for view in views if view.state.state not in meant)
     left_out = ", ".join(f"{count} {state}" for state, count in sorted(others.items()))
     if not chosen:
         raise UsageError(

@@ -64,13 +64,16 @@ def cancel(
         SchedulerError: Slurm could not be reached; the wish is kept.
     """
     slurm = slurm or Slurm()
-    for run in (foreign := [run for run in runs if not private.is_mine(run.path)]):
-        say(f"{run.path} is {private.owner(run.path)}'s: only they can cancel it")
-    runs = [run for run in runs if run not in foreign]
+    mine = {run: private.is_mine(run.path) for run in runs}
+    for run in runs:
+        if not mine[run]:
+            say(f"{run.path} is {private.owner(run.path)}'s: only they can cancel it")
+    runs = [run for run in runs if mine[run]]
     waits = Patience(of_environment(how.limit_s), say=say)
     views = reconcile(read(runs).views, slurm)
     away = [view for view in views if view.state.state == "UNKNOWN"]
-    ended = _cancel([view for view in views if view not in away], how, say, slurm, poll_s, waits)
+    known = [view for view in views if view.state.state != "UNKNOWN"]
+    ended = _cancel(known, how, say, slurm, poll_s, waits)
     for view in away:
         wish.make(view.run, now=how.now)
         say(f"{view.state.run_id}: {KEPT}")
@@ -80,7 +83,8 @@ def cancel(
             raise SchedulerError(f"{words}\n{TOLD_LATER}")
         answered = _fresh(away, slurm)
         away = [view for view in answered if view.state.state == "UNKNOWN"]
-        ended += _cancel([view for view in answered if view not in away], how, say, slurm, poll_s, waits)
+        known = [view for view in answered if view.state.state != "UNKNOWN"]
+        ended += _cancel(known, how, say, slurm, poll_s, waits)
     final = {view.run: view for view in ended}
     return [final.get(view.run, view) for view in views]
 
@@ -97,15 +101,16 @@ def _cancel(
     for view in views:
         if view.state.state not in ACTIVE:
             say(f"{view.state.run_id} is over already: {_state(view)}")
-    unsent = [v for v in views if v.state.state in ACTIVE and v.state.kind == "slurm" and not v.state.job_id]
+    active = [view for view in views if view.state.state in ACTIVE]
+    unsent = [view for view in active if _is_unsent(view)]
     for view in unsent:
         wish.make(view.run, now=how.now)
         say(
             f"{view.state.run_id} is being submitted: the wish is kept, and its job is cancelled once it is known"
         )
-    active = [view for view in views if view.state.state in ACTIVE and view not in unsent]
-    waiting = [view for view in active if _in_queue(view)]
-    running = [view for view in active if not _in_queue(view)]
+    sent = [view for view in active if not _is_unsent(view)]
+    waiting = [view for view in sent if _in_queue(view)]
+    running = [view for view in sent if not _in_queue(view)]
     for view in running:
         _ask_to_stop(view, how, say)
     direct = [*waiting, *(view for view in running if how.now)]
@@ -137,6 +142,11 @@ def _scancel(views: Sequence[View], how: How, slurm: Slurm, waits: Patience) -> 
                 raise SchedulerError(f"{error}\n{TOLD_LATER}") from error
 
 
+def _is_unsent(view: View) -> bool:
+    """Whether no job of its is known yet."""
+    return view.state.kind == "slurm" and not view.state.job_id
+
+
 def _in_queue(view: View) -> bool:
     return view.state.kind == "slurm" and view.state.state == "PENDING"
 
@@ -161,10 +171,8 @@ def _wait(views: Sequence[View], limit_s: float, slurm: Slurm, poll_s: float) ->
     deadline = time.monotonic() + limit_s
     current = list(views)
     while any(view.state.state in ACTIVE for view in current):
-        current = [
-            v if v.state.state not in ACTIVE else f
-            for v, f in zip(current, _fresh(current, slurm), strict=True)
-        ]
+        fresh = iter(_fresh([view for view in current if view.state.state in ACTIVE], slurm))
+        current = [next(fresh) if view.state.state in ACTIVE else view for view in current]
         if time.monotonic() > deadline:
             break
         if any(view.state.state in ACTIVE for view in current):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -15,6 +16,12 @@ PROBE = 32
 SLOW_S = 2e-4
 """Seconds an item waits, on average, from which threads are worth their turns: a file in memory takes 2e-5."""
 THREADS = 16
+_WHO: int = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+
+
+def _sleeps() -> int:
+    """How often this thread has given its processor away to wait for something."""
+    return resource.getrusage(_WHO).ru_nvcsw
 
 
 def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -25,11 +32,12 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Resu
         items: what of.
     """
     left = iter(items)
-    begun, worked = time.perf_counter(), time.thread_time()
+    begun, worked, slept = time.perf_counter(), time.thread_time(), _sleeps()
     probe = [work(item) for item in itertools.islice(left, PROBE)]
     waited = (time.perf_counter() - begun) - (time.thread_time() - worked)
+    asleep = _sleeps() - slept >= PROBE // 2  # else it waited for a processor, which threads would, too
     yield from probe
-    if waited / PROBE < SLOW_S:
+    if waited / PROBE < SLOW_S or not asleep:
         yield from map(work, left)
         return
     from concurrent.futures import ThreadPoolExecutor
