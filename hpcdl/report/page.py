@@ -143,7 +143,7 @@ def _environment(*, html: bool) -> Environment:
         clock=words.local,
         duration=words.duration,
         between=words.between,
-        value=value_text,
+        value=scale.value,
         ranks=rank_ranges,
         size_of=lambda value, most: 0 if not value or not most else round(100 * value / most, 1),
     )
@@ -173,17 +173,6 @@ def hours(value: float | None) -> str:
         if value
         else "0"
     )
-
-
-def value_text(value: Any) -> str:
-    """A config's value as YAML has it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def rank_ranges(ranks: list[int]) -> str:

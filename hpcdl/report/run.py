@@ -109,7 +109,10 @@ def _before(run: RunDir) -> dict[str, Any]:
     texts = {key: sample[key] for key in ("prompt", "before", "after") if isinstance(sample.get(key), str)}
     said = None
     if len(texts) == 3:
-        said = {key: text if key == "prompt" else text.removeprefix(texts["prompt"]) for key, text in texts.items()}
+        said = {
+            key: text if key == "prompt" else text.removeprefix(texts["prompt"])
+            for key, text in texts.items()
+        }
     return {"eval_loss": series.number(result.get("eval_loss_before")), "sample": said}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 BYTES = "bytes"
 BYTES_PER_S = "bytes/s"
@@ -28,6 +30,17 @@ def written(value: float, unit: str = "") -> str:
     if unit == "step":
         return f"{value:,.0f}"
     return _si(value)
+
+
+def value(given: Any) -> str:
+    """A config's value as YAML has it."""
+    if given is None:
+        return "null"
+    if isinstance(given, bool):
+        return str(given).lower()
+    if isinstance(given, float):
+        return f"{given:g}"
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 def _size(count: float) -> str:

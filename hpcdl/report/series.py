@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hpcdl.runs.private import open_to_read
 
@@ -57,33 +58,42 @@ def sampled(path: Path, count: int) -> list[dict[str, Any]]:
     """
     try:
         with open_to_read(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= WHOLE_BYTES:
-                lines = file.read().rstrip(b"\n").split(b"\n")
-                chosen = {place * (len(lines) - 1) // (count - 1) for place in range(count)}
-                return [record for place in sorted(chosen) for record in _records(lines[place])]
-            found = []
-            for place in range(count):
-                file.seek(
-                    max(0, min(place * size // (count - 1), size) - (_WINDOW if place == count - 1 else 0))
-                )
-                window = file.read(_WINDOW)
-                whole = window if place == 0 else window.partition(b"\n")[2]
-                records = list(_records(whole[: whole.rfind(b"\n") + 1], None if place == count - 1 else 1))
-                found += records[-1:]
+            lines = _some_lines(file, count)
     except OSError:
         return []
-    return [line for number, line in enumerate(found) if number == 0 or line != found[number - 1]]
+    return [record for record in _parsed(lines) if isinstance(record, dict)]
 
 
-def _records(data: bytes, most: int | None = None) -> Iterator[dict[str, Any]]:
-    for line in data.split(b"\n")[:most]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
+def _some_lines(file: IO[bytes], count: int) -> list[bytes]:
+    size = os.fstat(file.fileno()).st_size
+    if size <= WHOLE_BYTES:
+        lines = file.read().rpartition(b"\n")[0].split(b"\n")
+        chosen = {place * (len(lines) - 1) // (count - 1) for place in range(count)}
+        return [lines[place] for place in sorted(chosen)]
+    found: list[bytes] = []
+    for place in range(count):
+        file.seek(place * size // count)
+        window = file.read(_WINDOW)
+        first = (window if place == 0 else window.partition(b"\n")[2]).partition(b"\n")
+        found += [first[0]] if first[1] else []
+    file.seek(-_WINDOW, os.SEEK_END)
+    found.append(file.read().rpartition(b"\n")[0].rpartition(b"\n")[2])
+    return list(dict.fromkeys(found))
+
+
+def _parsed(lines: Sequence[bytes]) -> list[Any]:
+    """Each line's value, all at once where each is whole: that takes half the time."""
+    try:
+        together = json.loads(b"[%s]" % b",".join(lines))
+    except ValueError:
+        together = []
+    if len(together) == len(lines):
+        return list(together)
+    values = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            values.append(json.loads(line))
+    return values
 
 
 def quantiles(

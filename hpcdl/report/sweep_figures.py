@@ -151,10 +151,10 @@ def _against(rows: Rows, key: str, metric: str, label: str) -> dict[str, Any] | 
     values = [_number(value) for value in given]
     names: list[str] = []
     if any(value is None for value in values):
-        names = sorted({_word(value) for value in given})
+        names = sorted({scale.value(value) for value in given})
         if not 2 <= len(names) <= MOST_WORDS:
             return None
-        values = [float(names.index(_word(value))) for value in given]
+        values = [float(names.index(scale.value(value))) for value in given]
     places = [value for value in values if value is not None]
     if len(set(places)) < 2:
         return None
@@ -190,10 +190,6 @@ def _number(value: Any) -> float | None:
         except ValueError:
             return None
     return number(value)
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def curves(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -234,7 +230,7 @@ def curves(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _told(row: Mapping[str, Any], keys: Sequence[str]) -> str:
     """What tells a run from the others, in a few words."""
-    parts = [f"{key.rpartition('.')[2]}={_word(row['config'].get(key))}" for key in keys[:4]]
+    parts = [f"{key.rpartition('.')[2]}={scale.value(row['config'].get(key))}" for key in keys[:4]]
     return " ".join(parts)[:60]
 
 

@@ -32,7 +32,7 @@ def test_a_few_lines_of_a_long_file_are_read(tmp_path: Path) -> None:
         out.write('{"step": 20001, "lo')  # its writer was killed
     assert file.stat().st_size > series.WHOLE_BYTES
     steps = [line["step"] for line in series.sampled(file, 40)]
-    assert 35 <= len(steps) <= 40 and steps == sorted(set(steps))
+    assert 35 <= len(steps) <= 41 and steps == sorted(set(steps))
     assert steps[0] == 1 and steps[-1] == 20_000
     assert max(b - a for a, b in itertools.pairwise(steps)) < 1000
     assert series.sampled(tmp_path / "none.jsonl", 40) == []
