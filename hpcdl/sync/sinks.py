@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +14,10 @@ from typing import Any, Protocol
 from hpcdl.spec.plain import dump_yaml
 from hpcdl.sync.story import DIGEST, Head, Row
 
+PREFIX = "hpcdl-sync-"
+"""How the folders begin that wandb writes into while it sends."""
+OLD_S = 86400.0
+"""Such a folder in which nothing was written for so long was left by a process that was killed."""
 VERIFY_S = 30.0
 """How long the server may take until it shows what it was sent."""
 
@@ -70,7 +76,8 @@ class Wandb:
         self._after = -1 if after is None else after
         self._limit_s = limit_s
         self._head = head
-        self._folder = tempfile.TemporaryDirectory(prefix="hpcdl-sync-", ignore_cleanup_errors=True)
+        remove_old(Path(tempfile.gettempdir()))
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
         self._run = wandb.init(
             project=head.project,
             entity=head.entity,
@@ -146,6 +153,15 @@ class Wandb:
     def close(self) -> None:
         """Removes the folder that wandb wrote into meanwhile."""
         self._folder.cleanup()
+
+
+def remove_old(folder: Path) -> None:
+    """Removes what senders that were killed have left."""
+    for left in folder.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or removed meanwhile
+            newest = max(path.lstat().st_mtime for path in (left, *left.rglob("*")))
+            if left.lstat().st_uid == os.getuid() and time.time() - newest > OLD_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def digest_on_server(path: str, limit_s: float) -> str | None:

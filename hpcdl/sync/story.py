@@ -47,6 +47,8 @@ OF_NODE: dict[str, Fold] = {
     "memory_available_bytes": min,
     "net_sent_bytes": last,
     "net_received_bytes": last,
+    "rdma_sent_bytes": last,
+    "rdma_received_bytes": last,
 }
 """What of a node is shown, and how the samples of one row become one number."""
 OF_RANK: dict[str, Fold] = {

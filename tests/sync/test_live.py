@@ -84,6 +84,37 @@ def test_event_files_of_any_run(runs_dir: Path, tmp_path: Path, capsys: pytest.C
     assert scalars(folder, "loss") == as_written(run) and len(list(folder.iterdir())) == 1
 
 
+def test_it_goes_on_while_a_run_does(
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    run = tracked(runs_dir, state="RUNNING")
+    train(run, range(1, 4))
+
+    sleep = time.sleep
+
+    def meanwhile(seconds: float) -> None:
+        if seconds < 60:
+            sleep(seconds)
+            return
+        train(run, range(4, 6))
+        ends(run, "COMPLETED")
+
+    monkeypatch.setattr("time.sleep", meanwhile)
+    words = [
+        "sync",
+        "--runs-dir",
+        str(runs_dir),
+        "--follow",
+        "--tensorboard",
+        str(tmp_path / "tb"),
+        run.path.name,
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert ["sent: 3 rows" in said[0], "sent: 5 rows" in said[1], len(said)] == [True, True, 2]
+
+
 # --- wandb -------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +159,19 @@ def test_a_server_that_hangs_is_nothing_to_the_training(runs_dir: Path, server: 
     assert (
         event["message"] == "tracker wandb: no answer within 0.5 s; `hpcdl sync aaaa11112222` sends the run"
     )
+
+
+def test_what_killed_senders_left_is_removed(tmp_path: Path) -> None:
+    from hpcdl.sync import sinks
+
+    old, new = tmp_path / "hpcdl-sync-old", tmp_path / "hpcdl-sync-new"
+    for folder in (old, new):
+        (folder / "wandb").mkdir(parents=True)
+        for path in (folder, folder / "wandb"):
+            os.utime(path, (0, 0))
+    (new / "wandb" / "run.wandb").write_text("")
+    sinks.remove_old(tmp_path)
+    assert not old.exists() and new.exists()
 
 
 def test_a_tracker_that_can_not_start_is_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
