@@ -224,11 +224,11 @@ def of_exit(
             killed_by_kernel=starved,
             traceback="\n".join(said),
         )
-    message = f"the worker ended with code {code}: {why}" if why else f"the worker ended with code {code}"
+    message = f"the worker ended with code {code}" + (f": {why}" if why else " and said nothing")
     return Cause(
         time=time,
         type="ExitCode",
-        message=message if said else f"{message} and said nothing",
+        message=message,
         node=node,
         rank=rank,
         by_torchrun=True,

@@ -1,6 +1,6 @@
 """How long this rank waits for others, in a few steps now and then: what tells a slow rank from its victims.
 
-A look takes some steps in a row, the same on all ranks, and costs 0.6 ms on a CPU: torch's profiler with nothing but
+A look takes some steps in a row, the same on all ranks, and costs 1 ms on a CPU: torch's profiler with nothing but
 `USER_SCOPE`, where each collective says from when to when it was under way (`gloo:<kind>`) while the operators
 between them aren't recorded. What a rank has waited is then the lesser of
 

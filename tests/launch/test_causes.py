@@ -8,6 +8,7 @@ import pytest
 
 from hpcdl.launch import causes, memory
 from hpcdl.launch.causes import Cause
+from hpcdl.runs import first
 from hpcdl.runs.store import RunDir
 
 # As torchrun 2.13 prints it.
@@ -180,6 +181,33 @@ def test_another_nodes_kill_by_the_kernel_counts(tmp_path: Path) -> None:
     run = make(tmp_path)
     causes.record(run, "0.0", 1, causes.from_torchrun(report(), "c2", killed_by_kernel=True))
     assert causes.find(run, "0.0", ["the store is gone"], "c1").out_of_memory
+
+
+def test_what_a_dead_worker_printed_last_is_why(tmp_path: Path) -> None:
+    """C code's words before an abort, Python's before hpcdl is there: no error file says them."""
+    aborted = ["step 3", "terminate called after throwing an instance of 'E'", "  what():  boom"]
+    found = causes.find(make(tmp_path), "0.0", report(code=-6), "c2", last={2: aborted, 3: ["x"]})
+    assert (
+        found.reason == "SIGABRT: terminate called after throwing an instance of 'E': boom (rank 2, node c2)"
+    )
+    assert found.traceback.splitlines() == aborted
+    lines = ["Traceback (most recent call last):", "ModuleNotFoundError: No module named 'x'"]
+    found = causes.from_torchrun(report(code=1), "c2", last={2: lines})
+    assert found.message == "the worker ended with code 1: ModuleNotFoundError: No module named 'x'"
+    found = causes.from_torchrun(
+        report(code=-9), "c2", last={2: ["RuntimeError: caught, before it was killed"]}
+    )
+    assert found.message == "killed; by the kernel if memory ran out"
+
+
+def test_what_it_comes_from_is_written_down(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    put(run, "try0.0-restart0-rank1", rank=1, message="Connection closed by peer")
+    causes.decided(run, "0.0", causes.from_torchrun(report(), "c2", last={2: ["last words"]}))
+    found = first.of_run(run)
+    assert found is not None
+    assert (found.failure.rank, found.failure.type, found.failure.traceback) == (2, "SIGKILL", "last words")
+    assert found.others == (("E: Connection closed by peer", (1,)),)
 
 
 @pytest.mark.parametrize(
