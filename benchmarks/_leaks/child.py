@@ -15,7 +15,9 @@ from work import Loop
 
 from hpcdl.runs import beats
 
-CASES = {**healthy.HEALTHY, **healthy.HELD_OUT, **leaking.LEAKS, **leaking.HELD_OUT}
+CASES = {
+    **healthy.HEALTHY, **healthy.HELD_OUT, **healthy.FRESH, **leaking.LEAKS, **leaking.HELD_OUT, **leaking.FRESH
+}  # fmt: skip
 
 if __name__ == "__main__":
     name, folder, steps, pace_s = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])

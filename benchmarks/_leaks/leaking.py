@@ -1,6 +1,7 @@
 """Runs that leak. A generator each: what a step does, up to its yield. `RATES`: bytes a step, as they are meant.
 
-The first list was looked at while the detector was made; the second one (HELD_OUT) only when it was done.
+The first list was looked at while the detector was made; the second one (HELD_OUT) when it was done, and one rule
+came of that; the third one (FRESH) was written after that rule, and changed nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import ctypes
 import functools
 import gc
 import io
+import logging
+import logging.handlers
 import mmap
 import queue
 import random
@@ -20,10 +23,12 @@ from work import KIB, MIB, Loop, fill, worker
 STEPS = 2000
 LEAKS: dict[str, Callable[[Loop], Iterator[None]]] = {}
 HELD_OUT: dict[str, Callable[[Loop], Iterator[None]]] = {}
+FRESH: dict[str, Callable[[Loop], Iterator[None]]] = {}
 RATES: dict[str, float] = {}
 _libc = ctypes.CDLL(None)
 _libc.malloc.restype = ctypes.c_void_p
 _libc.malloc.argtypes = [ctypes.c_size_t]
+_libc.strdup.restype = ctypes.c_void_p
 _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
 
@@ -208,7 +213,7 @@ def queue_that_nobody_reads(loop):
 def text_that_grows(loop):
     log = io.StringIO()
     while True:
-        log.write("é" * 768)  # LEAK
+        log.write(f"{loop.step:06}" * 512)  # LEAK
         yield
 
 
@@ -343,4 +348,65 @@ def fast(loop):
     kept = []
     while True:
         kept.append(fill(200 * KIB))  # LEAK
+        yield
+
+
+@case(FRESH, 6.3 * KIB)
+def records_never_flushed(loop):
+    handler = logging.handlers.MemoryHandler(capacity=10**9, flushLevel=logging.CRITICAL + 1)
+    while True:
+        record = logging.LogRecord("x", logging.INFO, "x", 1, f"{loop.step:05}" * 1100, (), None)  # LEAK
+        handler.emit(record)
+        yield
+
+
+@case(FRESH, 40 * KIB)
+def views_of_large_arrays(loop):
+    import numpy as np
+
+    kept = []
+    while True:
+        kept.append(np.full(5 * KIB, 1.5)[:10])  # LEAK
+        yield
+
+
+@case(FRESH, 3 * KIB)
+def strdup_in_c(loop):
+    while True:
+        _libc.strdup(b"x" * 3 * KIB)
+        yield
+
+
+@case(FRESH, 8.5 * KIB)
+def hooks_on_a_parameter(loop):
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    while True:
+        buffer = bytearray(8 * KIB)  # LEAK
+        weight.register_hook(lambda grad, buffer=buffer: grad)
+        yield
+
+
+@case(FRESH, 10.3 * KIB)
+def generators_left_open(loop):
+    started = []
+
+    def reads():
+        buffer = bytearray(10 * KIB)  # LEAK
+        while True:
+            yield len(buffer)
+
+    while True:
+        started.append(reads())
+        next(started[-1])
+        yield
+
+
+@case(FRESH, 4 * KIB)
+def sets_of_numbers(loop):
+    seen = set()
+    while True:
+        for number in range(64):
+            seen.add(1000 * loop.step + number)  # LEAK
         yield

@@ -206,9 +206,10 @@ class Watcher:
         if case.answer is None and waits and not late:
             return
         held = held_free(who, case.growth, case.answer) if case.answer else ""
+        doubted = case.looks == 1 and case.answer is not None and grows_no_more(case.growth, case.answer)
         if held:
             self._say(f"{who.words} grows by {size(case.growth.bytes_per_step)} a step, but {held}: no leak")
-        else:
+        elif not doubted:  # else it is told once it has been proved anew
             self._tell(who, case)
         # The look has left its traces in the process's memory: what follows is a series of its own.
         self._gathered.forget(who)
@@ -312,6 +313,15 @@ def held_free(who: Who, growth: Growth, answer: Answer) -> str:
     if used is None or free is None or free < least or used > _IN_USE * growth.bytes_per_step:
         return ""
     return f"{whose} holds it free for later ({size(free)} a step; in use {size(max(0.0, used))})"
+
+
+def grows_no_more(growth: Growth, answer: Answer) -> bool:
+    """Whether nothing has grown while the process looked: the growth has ended, or comes in jumps."""
+    if answer.note or answer.malloc_used is None:
+        return False
+    found = [answer.resident, answer.malloc_used, answer.python, answer.cuda_allocated, answer.cuda_reserved]
+    found.append(sum(each.bytes_per_step for each in answer.growing))
+    return max(each or 0.0 for each in found) < _IN_USE * growth.bytes_per_step
 
 
 def parts(who: Who, growth: Growth, answer: Answer | None) -> tuple[Growing, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import linecache
-import os
+import re
 import sys
 import sysconfig
 import tracemalloc
@@ -16,6 +16,7 @@ from typing import Any
 
 NUMBERS = ("resident", "malloc_used", "malloc_free", "cuda_allocated", "cuda_reserved")
 """What `numbers` reads, in bytes; -1: can't be read here."""
+_NO_FILE = re.compile(rb"Rss(?:Anon|Shmem):\s+(\d+) kB")
 _CALLERS = 3
 """Frames that are told, the line itself included."""
 _PACKAGES = ("/site-packages/", "/dist-packages/", "<frozen", f"{sysconfig.get_paths()['stdlib']}/")
@@ -61,11 +62,10 @@ def numbers() -> tuple[float, ...]:
 
 
 def _anonymous_bytes() -> float:
-    """Resident memory less mapped files' pages."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 a quicker one
-        fields = file.read().split()
-    return float((int(fields[1]) - int(fields[2])) * page)
+    """Resident memory less mapped files' pages; memory that is shared with other processes counts."""
+    with open("/proc/self/status", "rb") as file:  # noqa: PTH123 a quicker one
+        text = file.read()
+    return 1024.0 * sum(int(found) for found in _NO_FILE.findall(text))
 
 
 def _cuda_bytes() -> tuple[float, float]:

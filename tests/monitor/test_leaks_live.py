@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hpcdl.monitor import leaks
 from hpcdl.runs import feed
-from hpcdl.runs.store import RunDir
 from hpcdl.spec import ClusterSpec
 from hpcdl.spec.plain import dump_yaml, to_plain
 from tests.factory import tiny_spec
