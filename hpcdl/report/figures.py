@@ -38,6 +38,13 @@ def training(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             unit="%",
             from_zero=True,
         ),
+        Plot(
+            title="Own time of the ranks",
+            x=STEPS,
+            y=Axis(label="of a step, without waiting for others", unit=scale.SECONDS, from_zero=True),
+            lines=plots.many([(f"rank {each['rank']}", each["points"]) for each in report["own_s"]], "ranks"),
+            events=faults,
+        ),
         _by_step(
             "Gradient norm",
             "norm before clipping",
@@ -58,15 +65,18 @@ def system(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     faults = _fault_times(report)
     memory = report["memory"]
     planned, limit = memory.get("planned_peak_bytes"), memory.get("limit_bytes")
+    level = [(planned, f"planned peak of rank 0: {scale.written(planned, scale.BYTES)}")] if planned else []
+    on_gpu = memory.get("device") == "cuda"
     kinds: tuple[tuple[str, str, str, bool, str, list[tuple[float, str]]], ...] = (
         ("Memory of the ranks", "resident memory", "rss_bytes", True, scale.BYTES,
-         [(planned, f"planned peak of rank 0: {scale.written(planned, scale.BYTES)}")] if planned else []),
+         [] if on_gpu else level),
         ("Memory of the nodes", "resident memory, all processes", "rss_bytes", False, scale.BYTES,
          [(limit, f"cluster.mem_gb: {scale.written(limit, scale.BYTES)}")] if limit else []),
         ("CPU of the ranks", "of one core", "cpu_percent", True, "%", []),
         ("CPU of the nodes", "of one core, all processes", "cpu_percent", False, "%", []),
         ("GPU use", "share of time with a kernel running", "gpu_percent", False, "%", []),
-        ("GPU memory", "highest of the node's GPUs", "gpu_memory_bytes", False, scale.BYTES, []),
+        ("GPU memory", "highest of the node's GPUs", "gpu_memory_bytes", False, scale.BYTES,
+         level if on_gpu else []),
         ("Network", "sent and received", "net_bytes_per_s", False, scale.BYTES_PER_S, []),
     )  # fmt: skip
     return _drawn(

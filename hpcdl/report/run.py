@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hpcdl import __version__
+from hpcdl.monitor import stragglers
 from hpcdl.report import clean, cost, nodes, series, timeline
 from hpcdl.report.cost import Prices
 from hpcdl.report.timeline import FAULTS, NOTES, Try
@@ -72,6 +73,16 @@ def collect(view: View, prices: Prices) -> dict[str, Any]:
         "tries": [_try(each) for each in tries],
         "nodes": [dataclasses.asdict(node) for node in map_],
         "system": [dataclasses.asdict(curve) for curve in curves],
+        "ranks": [
+            {
+                "rank": row.rank,
+                "node": row.node,
+                "wait_share": row.wait_share,
+                **dataclasses.asdict(row.times),
+            }
+            for row in stragglers.of_run(run)
+        ],
+        "own_s": _own_times(run),
         "faults": _told(events, FAULTS),
         "warnings": _told(events, tuple(NOTES)),
         "cost": _cost(tries, cluster, prices),
@@ -100,6 +111,15 @@ def _speed(view: View, spec: Mapping[str, Any], steps: Sequence[Mapping[str, Any
     keys = ("strategy", "degrees", "processes_per_node", "processes", "tokens_per_s", "step_s", "peak_memory_bytes",
             "node_memory_bytes", "comm_s", "comm_bytes", "comm_share", "loss", "eval_loss")  # fmt: skip
     return {**{key: getattr(row, key) for key in keys}, "mfu": sum(mfu) / len(mfu) if mfu else None}
+
+
+def _own_times(run: RunDir) -> list[dict[str, Any]]:
+    """Each rank's seconds a step without its waiting for others, by step."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for step, rows in stragglers.history(run):
+        for row in rows:
+            found.setdefault(row.rank, []).append((step, row.times.own_s))
+    return [{"rank": rank, "points": series.thin(points)} for rank, points in sorted(found.items())]
 
 
 def _before(run: RunDir) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpcdl.runs import words
+from hpcdl.runs.status import straggler
 
 FAULTS = ("restarting", "requeued", "failed", "lost", "hang")
 """Events that tell of something that went wrong."""
@@ -281,6 +282,8 @@ def said(event: Mapping[str, Any]) -> str:
     """What an event says, in one line."""
     kind = str(event.get("event", ""))
     text = str(event.get("message") or event.get("reason") or "")
+    if kind == "straggler" and not text:
+        text = straggler([dict(event)])
     more = str(event.get("why") or "") if kind in ("restarting", "requeued") else ""
     name = NOTES.get(kind, kind) if kind not in ("warning", "restarting") else ""
     step = event.get("step")

@@ -9,6 +9,7 @@ from typing import Any
 
 from hpcdl.monitor import records
 from hpcdl.monitor.records import GpuSample, NodeSample, ProcessSample
+from hpcdl.monitor.stragglers import COLUMNS
 from hpcdl.runs.files import append_line, write_json
 from hpcdl.runs.query import SWEEPS
 from hpcdl.runs.store import RunDir
@@ -41,6 +42,14 @@ FAULT = {
     "node": "c2",
     "then": "requeue",
 }
+STRAGGLER = {
+    "rank": 1,
+    "node": "c1",
+    "slower_by": 1.8,
+    "cause": "delay",
+    "since_step": 12,
+    "why": "waits for a processor",
+}
 STORY: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (0, "submitted", {"attempt": 0, "submission": "tok1"}),
     (60, "started", {"try": "0.0", "nodes": 2, "node_list": ["c1", "c2"], "job_id": "7"}),
@@ -50,7 +59,7 @@ STORY: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (168, "started", {"try": "0.1", "nodes": 2, "node_list": ["c1", "c3"], "job_id": "7"}),
     (178, "loaded", {"seconds": 1.0}),
     (178, "resumed", {"step": 10}),
-    (190, "straggler", {"message": "rank 1 is 1.8 times as slow as the others", "rank": 1}),
+    (190, "straggler", STRAGGLER),
     (198, "checkpoint", {"step": 20, "seconds": 1.0}),
     (200, "finished", {"step": 20}),
 )
@@ -88,6 +97,7 @@ def full_run(
     for node in ("c1", "c3"):
         samples(run, node)
     write_memory(run)
+    write_ranks(run)
     sample = {"prompt": word or "The", "before": f"The{word}xx", "after": f"The{word} statement"}
     write_json(run.result_file, {"eval_loss_before": 5.0, "eval_loss_after": 3.0, "sample": sample})
     return run
@@ -127,6 +137,16 @@ def samples(run: RunDir, node: str) -> None:
             processes=tuple(ranks), gpus=tuple(gpus),
         )  # fmt: skip
         append_line(run.path / f"system-{node}.jsonl", records.as_line(sample))
+
+
+def write_ranks(run: RunDir) -> None:
+    """Each rank's times in two windows; rank 1 is slow."""
+    append_line(
+        run.path / "ranks.jsonl", {"time": at(180), "nodes": ["c1", "c1", "c3", "c3"], "work": [1.0] * 4}
+    )
+    for step in (10, 20):
+        times = {name: [0.01] * 4 for name in COLUMNS} | {"step_s": [0.5] * 4, "wait_s": [0.2, 0.0, 0.2, 0.2]}
+        append_line(run.path / "ranks.jsonl", {"time": at(180 + step), "step": step, **times})
 
 
 def write_memory(run: RunDir) -> None:

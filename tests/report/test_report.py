@@ -71,6 +71,7 @@ def test_a_run_has_its_parts(runs_dir: Path, capsys: pytest.CaptureFixture[str])
     for title in (
         "Loss",
         "Throughput",
+        "Own time of the ranks",
         "Memory of the ranks",
         "Memory of the nodes",
         "CPU of the nodes",
@@ -78,8 +79,15 @@ def test_a_run_has_its_parts(runs_dir: Path, capsys: pytest.CaptureFixture[str])
         "Network",
     ):
         assert any(each.startswith(f"{title} (") for each in titles), title
-    for words in ("rank 1 is 1.8 times as slow", "SIGKILL: killed (rank 3, node c2)", "#SBATCH --nodes=2",
-                  "--config-name spec", "planned peak of rank 0: 260 MiB", "GPU-hours", "H100"):  # fmt: skip
+    for words in (
+        "rank 1, node c1: 1.80 times the others' own time",
+        "SIGKILL: killed (rank 3, node c2)",
+        "#SBATCH --nodes=2",
+        "--config-name spec",
+        "planned peak of rank 0: 260 MiB",
+        "GPU-hours",
+        "H100",
+    ):
         assert words in "".join(page.texts), words
     assert all(attrs.get("scope") for tag, attrs in page.tags if tag == "th")
     assert page.count("h1") == 1 and page.count("h2") >= 8
@@ -93,7 +101,9 @@ def test_the_numbers_of_a_run(runs_dir: Path) -> None:
     nodes = {node["node"]: node for node in made["nodes"]}
     assert nodes["c2"]["lost"] and not nodes["c2"]["in_last_try"] and nodes["c2"]["samples"] == 0
     assert nodes["c1"]["ranks"] == [0, 1] and nodes["c3"]["ranks"] == [2, 3] and nodes["c3"]["gpus"] == 2
-    assert nodes["c1"]["warnings"] == ["straggler: rank 1 is 1.8 times as slow as the others"]
+    assert nodes["c1"]["warnings"] == [
+        "straggler: rank 1, node c1: 1.80 times the others' own time since step 12: delay (waits for a processor)"
+    ]
     rows = {row["name"]: row for row in made["memory"]["rows"]}
     assert rows["activations"]["planned_bytes"] < rows["activations"]["measured_bytes"]
     assert made["spec"]["cluster.nodes"] == 2
