@@ -84,6 +84,7 @@ def test_event_files_of_any_run(runs_dir: Path, tmp_path: Path, capsys: pytest.C
     assert scalars(folder, "loss") == as_written(run) and len(list(folder.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_it_goes_on_while_a_run_does(
     runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
