@@ -188,9 +188,10 @@ def filled(parallel: Mapping[str, Any], world_size: int) -> dict[str, int]:
 def _peak(run: RunDir, steps: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> int | None:
     """The most that any rank has held; where memory ran out, what it had come to."""
     cause = failure.root_cause(run)
-    known = [_number(line.get("peak_memory_bytes")) for line in (*steps, result)]
-    known.append(cause.peak_memory_bytes if cause else None)
-    return int(max(value for value in known if value is not None)) if any(known) else None
+    known = [number for line in (*steps, result) if (number := _number(line.get("peak_memory_bytes")))]
+    if cause and cause.peak_memory_bytes:
+        known.append(cause.peak_memory_bytes)
+    return int(max(known)) if known else None
 
 
 def _node_peak(run: RunDir) -> int | None:

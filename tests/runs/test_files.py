@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from hpcdl.runs import files
-from hpcdl.runs.files import append_line, read_lines, unwritten, write_atomic, write_json
+from hpcdl.runs.files import append_line, last_line, read_lines, unwritten, write_atomic, write_json
+from hpcdl.runs.private import read_text
 from tests import disks
 
 
@@ -21,7 +22,7 @@ def names(folder: Path) -> list[str]:
 
 def test_lines_wait_until_there_is_room(tmp_path: Path) -> None:
     code = """
-from hpcdl.runs.files import append_line, read_lines, unwritten
+from hpcdl.runs.files import append_line, last_line, read_lines, unwritten
 file = folder / "events.jsonl"
 append_line(file, {"n": 1})
 limit(20)
@@ -113,3 +114,48 @@ def test_the_state_is_told_on_a_full_disk(tmp_path: Path) -> None:
         write_json(file, {"state": "FAILED", "reason": "x" * 1000}, into_own_block=True)
         assert json.loads(file.read_text())["state"] == "FAILED"
         assert names(folder) == ["filler", "state.json"]
+
+
+def test_the_last_line_may_lie_far_from_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        '{"loss": 1}\n' + "".join(f'{{"other": "{"x" * 300}"}}\n' for _ in range(50)) + '{"torn": '
+    )
+    assert last_line(file, having="loss") == {"loss": 1}
+    assert last_line(file) == {"other": "x" * 300}
+    assert last_line(file, having="loss", window=3000) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ("", []),
+        ('{"a": 1}\n\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        ('{"a": 1}\n{"a": 2', [{"a": 1}]),
+        ('{"a": 1}\n{"b": 1}, {"c": 1}\n', [{"a": 1}]),
+        ('{"a": "\u2028"}\n7\n', [{"a": "\u2028"}]),
+    ],
+)
+def test_lines_are_told_apart_whatever_stands_between_them(
+    tmp_path: Path, text: str, records: list[dict[str, int]]
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(text)
+    assert read_lines(file) == records
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "state.json"
+    file.write_text("{}")
+    fstat = os.fstat
+
+    def before_it_grew(descriptor: int) -> os.stat_result:
+        found = fstat(descriptor)
+        with file.open("a") as more:
+            more.write(" " * 5000 + "!")
+        return found
+
+    monkeypatch.setattr(os, "fstat", before_it_grew)
+    assert read_text(file) == "{}" + " " * 5000 + "!"
