@@ -251,8 +251,9 @@ def own_output(run: RunDir, state: RunState) -> Path | None:
     return next(iter(exact or [path for path in files if task and path.stem.endswith(f"_{task}")]), None)
 
 
+_FATAL, _TERMINATE = "Fatal Python error: ", "terminate called "
 _TELLING = (
-    r"terminate called .*",
+    r".*terminate called .*",
     r"\s*what\(\): .*",
     r".*Fatal Python error: .*",
     r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?",
@@ -269,17 +270,21 @@ def telling(lines: Sequence[str]) -> str:
 
     C++ says it in two (`terminate called …`, `what(): …`), Python in the line after its traceback.
     """
-    said = [line.strip() for line in lines if _TELLS.fullmatch(line.rstrip())]
+    said = [_less_before(line.strip()) for line in lines if _TELLS.fullmatch(line.rstrip())]
     if not said:
         return ""
     last = said[-1]
-    if "Fatal Python error: " in last:
-        # faulthandler only says that there was a signal; it may have come into the middle of a line.
-        last = said[-2] if len(said) > 1 else last[last.index("Fatal Python error: ") :]
+    if last.startswith(_FATAL) and len(said) > 1:
+        last = said[-2]  # faulthandler only says that there was a signal
     if last.startswith("what():") and len(said) > 1:
         before = [line for line in said if line.startswith("terminate called")]
         return f"{before[-1]}: {last.removeprefix('what():').strip()}" if before else last
     return last
+
+
+def _less_before(line: str) -> str:
+    """Such a line without what stood on it before: nobody had ended it."""
+    return next((line[line.index(begin) :] for begin in (_FATAL, _TERMINATE) if begin in line), line)
 
 
 def last_words(path: Path | None, window: int = 8192) -> str:

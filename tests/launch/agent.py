@@ -16,4 +16,8 @@ hang.LOOK_EVERY_S, hang.TORCHRUN_LIMIT_S = 0.1, 1.0
 if os.environ.get("SLURMD_NODENAME", "") == os.environ.get("UNFIT"):
     preflight.available_bytes = lambda: 0
 
-sys.exit(job.main(sys.argv[1:], worker=(str(Path(__file__).with_name("tiny_worker.py")),)))
+sys.exit(
+    job.main(
+        sys.argv[1:], worker=(str(Path(__file__).with_name(os.environ.get("WORKER", "tiny_worker.py"))),)
+    )
+)

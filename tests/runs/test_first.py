@@ -124,7 +124,7 @@ def test_a_broken_connection_alone_is_what_went_wrong(run: RunDir) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["terminate called after throwing an instance of 'E'", "  what():  boom", "Fatal Python error: Aborted"],
+        (["no endterminate called after throwing an instance of 'E'", "  what():  boom", "Fatal Python error: Aborted"],
          "terminate called after throwing an instance of 'E': boom"),
         (["Traceback (most recent call last):", "ModuleNotFoundError: No module named 'x'"],
          "ModuleNotFoundError: No module named 'x'"),
