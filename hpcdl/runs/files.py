@@ -174,14 +174,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _parsed(text: str) -> list[Any]:
     """The lines' JSON, all at once, which is quicker; one by one where one of them is none."""
     whole = text.strip("\n")
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
         records: list[Any] = json.loads(f"[{whole.replace(chr(10), ',')}]")
         if len(records) == whole.count("\n") + 1:
             return records
     records = []
     # Not splitlines(): a text in a record may hold what that takes for a line's end.
     for line in whole.split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return records
 

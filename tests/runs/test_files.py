@@ -159,3 +159,10 @@ def test_a_file_that_grows_while_it_is_read_is_read_to_its_end(
 
     monkeypatch.setattr(os, "fstat", before_it_grew)
     assert read_text(file) == "{}" + " " * 5000 + "!"
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 10_000, '{"half": '], ids=["deep", "long", "torn"])
+def test_a_line_that_no_parser_takes_is_passed_over(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text(f'{{"n": 1}}\n{line}\n{{"n": 2}}\n')
+    assert [record["n"] for record in read_lines(file)] == [1, 2]
