@@ -69,7 +69,7 @@ def test_a_nodes_lines(run: RunDir) -> None:
     assert found[-1].rss_bytes == me.rss_bytes and found[-1].pss_bytes == me.pss_bytes != me.rss_bytes
     assert (found[-1].memory_limit_bytes or 0) > (found[-1].memory_available_bytes or 0) > 0
     assert found[-1].node_cpu_percent is None or 0 <= found[-1].node_cpu_percent <= 100
-    assert (found[-1].attempt, found[-1].node, found[-1].next_s) == ("0.1", "n1", 0.0)
+    assert (found[-1].attempt, found[-1].node) == ("0.1", "n1") and 0 <= (found[-1].next_s or 0) < 5
     assert max(sample.rss_bytes or 0 for sample in found) == found[-1].peak_rss_bytes
     assert warnings(run) == []
     assert "monitor" not in [thread.name for thread in threading.enumerate()]
