@@ -186,7 +186,7 @@ def record(cases: list[Case], path: Path) -> None:
     """Thinned series for the tests: `{name, leaks, group, last_step, points: [[step, phase, KiB, loaders…]]}`."""
     rows = []
     for case in cases:
-        thin = case.samples[:: max(1, len(case.samples) // 150)]
+        thin = case.samples[:: max(1, -(-len(case.samples) // 110))]
         points = []
         for sample in thin:
             rank = sample.processes[0]

@@ -30,6 +30,8 @@ _LONGEST_S = 120.0
 _SHOWN = 6
 _REPLACED = 0.2
 """Share of what was traced that has stayed, below which it has taken the place of older things."""
+_SMALL = 512
+"""Bytes of an object up to which Python takes it from its own blocks, not from malloc."""
 _LEAST = 0.01
 """Share of the largest below which a line is not named."""
 
@@ -182,9 +184,9 @@ class _Look:
             return []
         last = self._points[-1]
         steps = max(1, last.step - self._points[0].step)
-        lines = _rising([point.lines for point in self._points])
-        if self._kept() < _REPLACED and (rates["malloc_used"] or 0.0) < 0.3 * sum(lines.values()) / steps:
-            lines = {}
+        lines = self._not_replaced(
+            _rising([point.lines for point in self._points]), rates["malloc_used"], steps
+        )
         tensors = _rising([point.tensors.bytes for point in self._points])
         graphs = _rising([point.tensors.graphs for point in self._points])
         made_at = {key: last.tensors.line[key] or self._line_by_count(key, lines) for key in tensors}
@@ -205,6 +207,21 @@ class _Look:
             for what, where, rise in found[:_SHOWN]
             if rise >= least
         ]
+
+    def _not_replaced(
+        self, lines: dict[str, float], malloc_used: float | None, steps: int
+    ) -> dict[str, float]:
+        """Without what only takes the place of older things, by what is in use: Python's blocks, malloc's bytes."""
+        first, last = self._points[0], self._points[-1]
+        large = {
+            where: rise
+            for where, rise in lines.items()
+            if malloc_used is not None and rise > _SMALL * (last.counts[where] - first.counts.get(where, 0.0))
+        }
+        small = {where: rise for where, rise in lines.items() if where not in large}
+        if malloc_used is not None and malloc_used < 0.3 * sum(large.values()) / steps:
+            large = {}
+        return large | (small if self._kept() >= _REPLACED else {})
 
     def _line_by_count(self, key: str, lines: Mapping[str, float]) -> str:
         """The line of Python that has made about as many new objects as there are new tensors of a kind."""
