@@ -268,23 +268,32 @@ def fitting(
 ) -> tuple[list[Column], list[Column]]:
     """The columns that a terminal of this width can show, and those that it can't.
 
-    A column in which no run has anything is left out first, then by `gives_way`.
+    A column in which no run has anything is left out first, then by `gives_way`; and before a column that tells runs
+    apart, one that never gives way elsewhere and says the same of all of them.
     """
     cells = [[column.cell(group) for group in groups] for column in columns]
     widths = [
         max(map(len, (*folded(column.header, width), *texts)))
         for column, texts in zip(columns, cells, strict=True)
     ]
-    empty = [all(text == "-" for text in texts) for texts in cells]
+    order = [_gives_way(column, texts) for column, texts in zip(columns, cells, strict=True)]
     shown = list(range(len(columns)))
     while sum(widths[i] for i in shown) + gap(width) * (len(shown) - 1) > width:
-        able = [i for i in shown if columns[i].gives_way]
+        able = [i for i in shown if order[i]]
         if not able:
             break
         # Of several that give way alike the last one goes first.
-        nothing = [i for i in able if empty[i]]
-        shown.remove(max(reversed(nothing or able), key=lambda i: columns[i].gives_way))
+        shown.remove(max(reversed(able), key=order.__getitem__))
     return [columns[i] for i in shown], [c for i, c in enumerate(columns) if i not in shown]
+
+
+def _gives_way(column: Column, texts: Sequence[str]) -> float:
+    """When it is left out, the highest first; 0: never."""
+    if column.gives_way and all(text == "-" for text in texts):
+        return 10 + column.gives_way
+    if not column.gives_way and len(texts) > 1 and len(set(texts)) == 1:
+        return 1.5
+    return column.gives_way
 
 
 def folded(header: str, width: int) -> list[str]:

@@ -141,16 +141,22 @@ def match(job_ids: Iterable[str], records: Iterable[Record]) -> dict[str, Job]:
             tasks.setdefault(base, []).append((ranges, job))
         else:
             plain[base] = job
+    asked: dict[str, dict[int, str]] = {}
     known = {}
     for job_id in job_ids:
         base, _, task = job_id.partition("_")
         if base in tasks and task:
-            index = int(task)
-            jobs = [job for ranges, job in tasks[base] if any(index in r for r in ranges)]
-            # A task may stand in a line of its own and, for a moment, still in its array's range.
-            known.update({job_id: jobs[-1]} if jobs else {})
+            asked.setdefault(base, {})[int(task)] = job_id
         elif base in plain:
             known[job_id] = plain[base]
+    for base, ids in asked.items():
+        # A task may stand in a line of its own and, for a moment, still in its array's range: the last line holds.
+        for ranges, job in tasks[base]:
+            for each in ranges:
+                # Lines of one task are many, ranges are few.
+                for index in each if len(each) == 1 else [index for index in ids if index in each]:
+                    if index in ids:
+                        known[ids[index]] = job
     return known
 
 
