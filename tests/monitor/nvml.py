@@ -55,7 +55,7 @@ class Driver:
     """
 
     def __init__(self, *gpus: dict[str, Any], init: int | None = None) -> None:
-        self.gpus = gpus
+        self.gpus = [dict(gpu) for gpu in gpus]
         self.events: list[tuple[int, int]] = []
         """GPUs and their Xid errors, to be heard of."""
         self.asked: list[str] = []

@@ -124,8 +124,8 @@ def test_xid_errors_are_told() -> None:
 
 def test_a_gpu_that_is_lost() -> None:
     """At the start, and in the middle of a run: the others are still sampled."""
-    gone = dict(DATACENTER)
-    gpus = Gpus(None, Driver({"lost": True}, gone, CONSUMER))
+    driver = Driver({"lost": True}, DATACENTER, CONSUMER)
+    gpus, gone = Gpus(None, driver), driver.gpus[1]
     assert gpus.news == ["GPU 0 can't be read: error 15"]
     for name in gone:
         gone[name] = NVMLError(nvml.NVML_ERROR_GPU_IS_LOST)

@@ -82,6 +82,7 @@ def ticks(pid: int) -> int:
 
 
 def test_every_process_has_its_role_and_what_it_uses(running: Running, tmp_path: Path) -> None:
+    until(lambda: ticks(running.loaders[0]) > 10, "a loader that has run for longer than a moment")
     processes, ticks_then = Processes(running.torchrun.pid, tmp_path), ticks(running.loaders[0])
     before = by_pid(processes.sample())
     until(lambda: ticks(running.loaders[0]) > ticks_then + 5, "CPU time to count")
