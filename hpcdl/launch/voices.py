@@ -66,10 +66,8 @@ class Voices:
         while text:
             own = _RECORD.search(text) if self._speaker else None
             line, end, after = text.partition(b"\n")
-            if (
-                (own is not None
-                and 0 < own.start() < len(line))
-                or (own and not own.start() and self._is_open())
+            if (own is not None and 0 < own.start() < len(line)) or (
+                own and not own.start() and self._is_open()
             ):
                 self._add(text[: own.start()])
                 self._speaker, text = b"", text[own.start() :]
