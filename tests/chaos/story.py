@@ -112,7 +112,7 @@ class Story:
             words = (*COMMON, *trainee.words, *hook, "trainer.keep_last=3", "cluster.partition=low")
             self.runs.append(self.cluster.launch_one(*words, f"trainer.max_steps={self.max_steps}"))
         for run in self.runs:
-            self.cluster.wait_step(run, EVERY + 2)
+            self._wait_beyond(run, EVERY + 1)
 
     def _pace(self) -> None:
         self._set_pace(f"{PACE_S} {AHEAD_S} {STEPS_A_FAULT * (len(self.told) + 1)}")

@@ -38,18 +38,17 @@ def _disk(path: str) -> None:
 
 
 def write(descriptor, data):  # type: ignore[no-untyped-def]
-    """As os.write. A step's line also waits as the file `pace` says: training lasts as long as the faults.
+    """As os.write. A step's line first waits as the file `pace` says: training lasts as long as the faults.
 
     `pace` has seconds a step, and seconds a step beyond the one that stands third: nobody gets far ahead of the faults.
     """
     path = _path(descriptor)
-    _disk(path)
-    done = _write(descriptor, data)
-    if path.endswith("/metrics.jsonl") and _told("pace"):
+    if path.endswith("/metrics.jsonl") and _told("pace"):  # also while the disk is full
         usual, ahead, until = (float(word) for word in (CONTROL / "pace").read_text().split())
         step = STEP.search(data)
         time.sleep(ahead if step and int(step[1]) > until else usual)
-    return done
+    _disk(path)
+    return _write(descriptor, data)
 
 
 def fsync(file):  # type: ignore[no-untyped-def]
