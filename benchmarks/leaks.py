@@ -183,15 +183,19 @@ def totals(cases: list[Case]) -> tuple[float, float]:
 
 
 def record(cases: list[Case], path: Path) -> None:
-    """Thinned series for the tests: `{name, leaks, group, last_step, points: [[step, phase, KiB, loaders…]]}`."""
+    """Thinned series for the tests: `{name, leaks, group, last_step, points: [[step, phase, KiB, loaders…]]}`.
+
+    Step and KiB are told as what they are more than before.
+    """
     rows = []
     for case in cases:
-        thin = case.samples[:: max(1, -(-len(case.samples) // 110))]
-        points = []
+        thin = case.samples[:: max(1, -(-len(case.samples) // 220))]
+        points, step, own = [], 0, 0
         for sample in thin:
             rank = sample.processes[0]
             kib = [round((each.rss_bytes - each.file_bytes) / 1024) for each in sample.processes]
-            points.append([rank.step, beats.PHASES.index(rank.phase), *kib])
+            points.append([rank.step - step, beats.PHASES.index(rank.phase), kib[0] - own, *kib[1:]])
+            step, own = rank.step, kib[0]
         rows.append(json.dumps({"name": case.name, "leaks": case.leaks, "group": case.group,
                                 "last_step": case.steps, "points": points}, separators=(",", ":")))  # fmt: skip
     path.write_text("\n".join(sorted(rows)) + "\n")

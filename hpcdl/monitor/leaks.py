@@ -52,6 +52,8 @@ class Rules:
     """A floor may lie below an earlier one by this share of the growth."""
     jumps: float = 0.2
     """Jumps of like size, a block, that would make the growth."""
+    least_jumps: float = 5.0
+    """The same, in all."""
     steady: float = 0.35
     """Each third's slope is this share of the whole's at least."""
     lately: float = 0.65
@@ -238,7 +240,7 @@ def _against(floors: Sequence[Point], trend: Trend, growth: float, rules: Rules)
         return f"grows by less than {least / MIB:.1f} MiB"
     if _largest_fall(levels) > rules.falls * growth:
         return "falls again"
-    if _jumps(levels) < rules.jumps * len(levels):
+    if _jumps(levels) < max(rules.least_jumps, rules.jumps * len(levels)):
         return "grows in a few jumps"
     third = len(floors) // 3
     parts = (floors[:third], floors[third:-third], floors[-third:])

@@ -295,7 +295,9 @@ def replay(case: dict[str, Any], folder: Path) -> bool:
     """Whether the recorded samples are called a leak; nobody answers questions."""
     folder.mkdir()
     told = Told(folder, last_step=case["last_step"])
-    for step, phase, size, *workers in case["points"]:
+    step = size = 0
+    for steps, phase, more, *workers in case["points"]:
+        step, size = step + steps, size + more
         loaders = [
             ProcessSample(pid=100 + n, role="loader", rank=0, rss_bytes=kib * 1024)
             for n, kib in enumerate(workers)
