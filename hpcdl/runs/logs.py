@@ -165,9 +165,12 @@ class Stream:
         for path in _files(self._run, self._wanted):
             self._tails.setdefault(path, Tail(path))
         several = len(self._tails) > 1
-        fresh = [self._take(path, line) for path, tail in self._tails.items() for line in tail.lines()]
+        before = self._count
+        for path, tail in self._tails.items():
+            for line in tail.lines():
+                self._take(path, line)
         self._print(until=ripe if several else None)
-        return bool(fresh)
+        return self._count > before
 
     def end(self) -> None:
         """Prints what is left, and lines that have no end: their writer was killed."""

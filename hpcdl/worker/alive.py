@@ -103,7 +103,7 @@ def shown(where: str) -> str:
 
 def text_of(where: str) -> str:
     """The source line there, and where it was called from; empty where there is no source."""
-    texts = []
+    texts: list[str] = []
     for place in where.split(" < ") if where else ():
         path, _, line = place.rpartition(":")
         text = linecache.getline(path, int(line)).strip()[:100]
