@@ -13,5 +13,5 @@ loop.py           steps, evaluation, metrics, stop               evaluate.py    
 checkpoint.py     atomic save, in the background (staging.py)    resume.py      which checkpoint to go on from
 metrics.py        metrics.jsonl, throughput, MFU                 trackers.py    wandb, tensorboard
 communication.py  calls, bytes, seconds in collectives           result.py      result.json, card, plot, adapter
-check_adapter.py  the same loss in plain peft?
+check_adapter.py  the same loss in plain peft?   growth.py       what grows in this process (alive.py)
 """
