@@ -88,7 +88,9 @@ def test_the_accounting_answers_for_an_absent_controller(fake: FakeSlurm) -> Non
 
 
 @pytest.mark.parametrize("word", ["NODE_FAIL", "PREEMPTED"])
-def test_what_slurm_may_queue_again_is_no_end_while_the_controller_is_away(fake: FakeSlurm, word: str) -> None:
+def test_what_slurm_may_queue_again_is_no_end_while_the_controller_is_away(
+    fake: FakeSlurm, word: str
+) -> None:
     """As it was with a node that was cut off: slurmdbd has the try's end before the job is in the queue again."""
     fake.away, fake.accounting = True, True
     fake.jobs["4"] = [FakeJob(word, "0", nodes="c3")]
