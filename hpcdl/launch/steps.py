@@ -28,7 +28,7 @@ from pathlib import Path
 
 from hpcdl import secrets
 from hpcdl.errors import HpcdlError, SupersededError, UsageError
-from hpcdl.launch import closing, network, nodes, peers, progress, torchrun
+from hpcdl.launch import causes, closing, network, nodes, peers, progress, torchrun
 from hpcdl.launch.causes import Cause
 from hpcdl.launch.child import started_at
 from hpcdl.launch.job import run_path
@@ -130,6 +130,9 @@ class Steps:
             return (decided, code) if decided is not None else self._speak(state, attempt, code)
         if not started and state.state in ACTIVE and (silent := nodes.silent(self.place.nodes)):
             return self._speak(state, attempt, code, silent)  # srun could not even start all agents
+        if not started and state.state in ACTIVE and causes.of_nodes(self.run, attempt):
+            # Another node's agent has given up so soon that srun ended the first one before it could listen.
+            return self._tell(attempt, self._left(code))
         if not started and state.state in ACTIVE and self.place.again:
             return self._no_step(attempt, code)
         return (), code
@@ -138,9 +141,8 @@ class Steps:
         """Slurm has refused another step in this job: the queue is left."""
         words = f"srun could not start the next try (exit code {code})"
         cause = Cause(time=now(), type="ExitCode", message=words, node=self.place.name, code=code)
-        place = replace(self.place, again=None)
-        end = closing.Closing(self.run, place, attempt, torchrun.resources(self.run), _say)
-        return (), end.first(closing.Left(code=code, speechless=True, cause=cause))
+        self.place = replace(self.place, again=None)
+        return self._tell(attempt, self._left(code, cause))
 
     def _decided(self, attempt: str) -> tuple[str, ...] | None:
         """The nodes of the next step, if the first node's agent has said that there is one."""
@@ -161,14 +163,14 @@ class Steps:
             cause = peers.node_lost(name, now(), why)
         else:
             cause = peers.agent_killed(state.node_list[0] if state.node_list else self.place.name, now())
+        return self._tell(attempt, self._left(code, cause, tuple(silent)))
+
+    def _left(self, code: int, cause: Cause | None = None, lost: tuple[str, ...] = ()) -> closing.Left:
+        return closing.Left(code=code, signals=tuple(self._signals), speechless=True, cause=cause, lost=lost)
+
+    def _tell(self, attempt: str, left: closing.Left) -> tuple[tuple[str, ...], int]:
         end = closing.Closing(self.run, self.place, attempt, torchrun.resources(self.run), _say)
-        left = closing.Left(
-            code=code,
-            signals=tuple(self._signals),
-            speechless=True,
-            cause=cause,
-            lost=tuple(silent),
-        )
+        code = left.code
         try:
             code = end.first(left)
         except SupersededError as error:

@@ -160,9 +160,15 @@ def test_a_user_who_cancels_a_waiting_run_is_told_so(
 # --- a dependent that Slurm has let start looks at the runs themselves
 
 
-def begins(child: RunDir, job: int = 2, node: int = 0) -> int | None:
+def begins(child: RunDir, job: int = 2, node: int = 0, restarts: int = 0) -> int | None:
     state = child.read_state()
-    names = {"JOB_ID": job, "ARRAY_JOB_ID": job, "ARRAY_TASK_ID": 0, "NODEID": node}
+    names = {
+        "JOB_ID": job,
+        "ARRAY_JOB_ID": job,
+        "ARRAY_TASK_ID": 0,
+        "NODEID": node,
+        "RESTART_COUNT": restarts,
+    }
     environment = {f"SLURM_{name}": str(value) for name, value in names.items()}
     runs_file = child.runs_dir / ".submissions" / str(state.submission) / "runs.txt"
     return begin.nothing_to_do(child, place.find(runs_file, None, environment))
@@ -197,7 +203,7 @@ def test_it_goes_back_while_they_go_on_in_another_job(
     assert slurm.task("2_0")["restarts"] == 1, "in the queue again"
     assert begins(child, node=1) is None, "the first node's agent decides"
     slurm.set(requeue_refused="Job is not requeueable")
-    assert begins(child) == 130
+    assert begins(child, restarts=1) == 130
     assert "can't go back into the queue: Job is not requeueable" in child.read_state().reason
 
 

@@ -325,6 +325,7 @@ def test_requeue_of_an_array_task(agents: Agents, slurm: FakeSlurm) -> None:
     # Never the task's own job id: for one of the tasks it is the whole array's.
     assert [c["argv"] for c in slurm.calls("scontrol")] == [
         ["show", "job", "-o", "12_0"],
+        ["show", "job", "-o", "12_0"],  # right before: somebody may have cancelled it meanwhile
         ["requeue", "12_0"],
     ]
     state = run.read_state()

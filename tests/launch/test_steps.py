@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hpcdl.launch import nodes, steps
+from hpcdl.launch import causes, nodes, steps
+from hpcdl.runs.store import now
 from tests.fake_slurm import FakeSlurm
 from tests.launch.making import ANSWERS, SILENT, Agents, alive, events, job_show, until
 
@@ -193,6 +194,19 @@ def test_a_node_on_which_srun_can_start_nothing(agents: Agents, cluster: FakeSlu
     assert run.read_state().state == "PENDING"
     (event,) = events(agents, "requeued")
     assert (event["node"], event["exclude"]) == ("n4", ["n4"])
+
+
+def test_srun_ends_the_first_agent_before_it_has_begun(agents: Agents, cluster: FakeSlurm) -> None:
+    """--kill-on-bad-exit: another node's agent has ended at once, and what it said is all that there is."""
+    agents.cluster = {"kind": "slurm", "nodes": 2, "processes_per_node": 1, "requeue": "requeue"}
+    run = agents.make("hang")
+    unfit = causes.Cause(time=now(), type="NotFitError", message="no memory", node="n2", told="node")
+    causes.record(run, "0.0", 1, unfit)
+    cluster.set(srun_exit=1, addresses={"n1": ANSWERS, "n2": ANSWERS})
+    agents.end(agents.job(2))
+    assert run.read_state().state == "PENDING"
+    (event,) = events(agents, "requeued")
+    assert (event["kind"], event["node"], event["exclude"]) == ("node", "n2", ["n2"])
 
 
 def test_a_step_that_slurm_refuses(agents: Agents, cluster: FakeSlurm) -> None:
