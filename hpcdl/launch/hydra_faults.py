@@ -143,15 +143,26 @@ def _what_is_odd(value: str) -> str:
     return f"{' '.join(odd)} must stand in quotes" if odd else ""
 
 
+def _exists(config: str, loader: ConfigLoaderImpl) -> bool:
+    try:
+        return bool(loader.repository.config_exists(config))
+    except OSError:  # a name that no file can have
+        return False
+
+
 def wrong_choice(override: Override, loader: ConfigLoaderImpl) -> Fault | None:
     """A group's option that has no file, or an experiment without its plus."""
     group, value = override.key_or_group, override.value()
     if override.is_delete() or override.is_hydra_override():
         return None
+    if not group:
+        said = words.typed(value)
+        fix = "name the key that is meant, or leave it out (--cfg job shows all)"
+        return Fault(key="=", value=said, problem="there is no key before it", fix=fix)
     options = loader.repository.get_group_options(group, results_filter=ObjectType.CONFIG)
     chosen = value if isinstance(value, list) else [value]
     for option in chosen:
-        if not isinstance(option, str) or not loader.repository.config_exists(f"{group}/{option}"):
+        if not isinstance(option, str) or not _exists(f"{group}/{option}", loader):
             near = nearest_name(str(option), options)
             plus = "+" if override.is_add() or group == "experiment" else ""
             return Fault(
@@ -339,6 +350,9 @@ def unfit(override: Override, config: DictConfig, error: Exception) -> Fault:
         problem = "can't be added: the config has it already"
         return Fault(key=f"+{key}", value=value, problem=problem, fix=words.shell(line.lstrip("+")))
     told = in_one_line(str(error.__cause__ or error))
+    if "Incompatible key type" in told:
+        problem, fix = "null can't be a key in {…}", "quote it: 'null', or leave it out"
+        return Fault(key=key, value=value, problem=problem, allowed="text, numbers, true, false", fix=fix)
     return Fault(key=key, value=value, problem=f"can't be set: {told}", fix="see the config with --cfg job")
 
 
