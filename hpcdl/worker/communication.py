@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from hpcdl.worker import control
 from hpcdl.worker.metrics import Peak
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ class Measurement:
         if self._device.type == "cuda" and error is None:
             self._torch.cuda.synchronize(self._device)
         step_s = time.perf_counter() - self._started
+        if error is None:
+            control.settle()
         Peak.hold()
         self._profile.__exit__(kind, error, trace)
         if error is None:

@@ -261,6 +261,7 @@ class _Meter:
             return [self._seconds / steps, math.nan, 0.0, 0.0, 0.0, 0.0, time.perf_counter() - started]
         from torch._C._autograd import _disable_profiler
 
+        control.settle()
         events = _disable_profiler().events()
         waited = exposed(events) if self._gpu else under_way(events)
         wait_s = overlap(union(waited), union(self.windows)) / 1e9
