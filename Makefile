@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Counting lines makes Python's own part of the tests half as quick: `make test COVERAGE=` leaves it out.
+COVERAGE ?= --cov --cov-report=term
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
 include docker/cluster.mk
@@ -51,7 +53,7 @@ format: $(READY) ## let ruff rewrite the code
 # The tests in tests/slurm start the cluster where Docker is; HPCDL_REQUIRE_CLUSTER=1 makes its absence a failure.
 test: lint ## all set-up, then every check and test, the Slurm cluster's included
 	@$(BIN)/coverage erase
-	@$(BIN)/python -m pytest --cov --cov-report=term
+	@$(BIN)/python -m pytest $(COVERAGE)
 
 test-fast: $(READY) ## logic only: seconds, no torch processes, no cluster
 	@$(BIN)/python -m pytest -q -m "not torch and not slurm"

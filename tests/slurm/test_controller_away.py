@@ -72,6 +72,7 @@ def the_run(out: str) -> Launched:
     return Launched(*line.split("\t"))
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_frozen_takes_a_job_once(cluster: Cluster, controller: None) -> None:
     """sbatch's request lies in the socket of a stopped slurmctld, which takes it when it goes on."""
     known = cluster.launch_one(*HELD, "seed=1")

@@ -65,6 +65,7 @@ def test_a_dependent_waits_for_a_run_that_goes_on(way: str, cluster: Cluster) ->
     assert first["requeues"] == 1 and first["ended"] <= second["started"]
 
 
+@pytest.mark.slow
 def test_a_dependent_of_a_sweep(cluster: Cluster) -> None:
     """Every point of the second launch waits for all of the first, of which one is cancelled while pending.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import pytest
+
 from tests.slurm.cluster import Cluster, Launched
 from tests.slurm.test_runs import TINY
 
@@ -23,6 +25,7 @@ def own_name_on_the_loopback(cluster: Cluster, node: str) -> Iterator[None]:
         cluster.root(node, f"cp /tmp/hosts.old /tmp/hosts; {hosts}")
 
 
+@pytest.mark.slow
 def test_two_jobs_meet_on_the_same_two_nodes(cluster: Cluster) -> None:
     """Facts 7 (--export=NONE), 8 (CPUs of the step), 13 (loopback) and 14 (ports), which don't disturb each other."""
     words = (

@@ -51,6 +51,7 @@ def test_a_list_that_grows_is_named_by_its_line(tmp_path: Path) -> None:
     assert found.python == pytest.approx(50_000, rel=0.1) and found.took_s > 0
 
 
+@pytest.mark.slow
 def test_a_full_ring_is_not_named(tmp_path: Path) -> None:
     ring: collections.deque[bytearray] = collections.deque(
         (bytearray(50_000) for _ in range(300)), maxlen=300
@@ -59,6 +60,7 @@ def test_a_full_ring_is_not_named(tmp_path: Path) -> None:
     assert [part for part in found.growing if part.bytes_per_step > 5_000] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(alive._malloc is None, reason="no mallinfo2: glibc 2.33 and later")
 def test_memory_that_c_keeps_is_in_use_and_nobodys(tmp_path: Path) -> None:
     found = look(tmp_path, lambda number: _libc.malloc(40_000))
@@ -86,6 +88,7 @@ def test_a_look_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert found is not None and found.note == "RuntimeError: not this one" and not tracemalloc.is_tracing()
 
 
+@pytest.mark.slow
 def test_a_loaders_worker_counts_what_it_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCDL_BEATS", str(tmp_path))
     monkeypatch.setattr(growth, "_loader", growth.Watched())

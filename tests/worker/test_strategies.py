@@ -122,11 +122,13 @@ CASES = [
 ]  # fmt: skip
 EACH = {"ddp", "fsdp", "tp", "pp", "cp_allgather", "fsdp_tp"}
 """Quick tests show these with LoRA on answers of uneven length too; the others with their first variant only."""
+LATER = {"hsdp_tp", "cp_tp"}
+"""Eight and four processes for what `pp_fsdp_tp`, `hsdp` and `cp_fsdp` show as well: among the slow tests."""
 
 
 def points() -> Iterator[Any]:
     for c in CASES:
-        quick = {c.variants[0]} | ({"lora_uneven"} if c.name in EACH else set())
+        quick = set() if c.name in LATER else {c.variants[0]} | ({"lora_uneven"} if c.name in EACH else set())
         for variant in c.variants:
             marks = () if variant in quick else (pytest.mark.slow,)
             yield pytest.param(c, variant, id=f"{c.name}-{variant}", marks=marks)
