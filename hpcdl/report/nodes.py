@@ -97,10 +97,11 @@ def _of_tries(tries: Sequence[Try], per_node: int) -> dict[str, Node]:
     nodes: dict[str, Node] = {}
     started = [each for each in tries if each.started]
     for each in started:
-        for place, name in enumerate(each.node_list):
+        for name in each.node_list:
             node = nodes.setdefault(name, Node(node=name))
             node.tries.append(each.number)
-            node.ranks = list(range(place * per_node, (place + 1) * per_node))
+            # Of several nodes torchrun numbers the ranks as they come: only samples know.
+            node.ranks = list(range(per_node)) if len(each.node_list) == 1 else []
             node.in_last_try = each is started[-1]
     return nodes
 
@@ -122,15 +123,15 @@ def _summarise(node: Node, samples: Sequence[NodeSample]) -> None:
     node.received_bytes = _most(_sum(each.net_received_bytes, each.rdma_received_bytes) for each in samples)
     ranks: dict[int, list[records.ProcessSample]] = {}
     for each in samples:
-        for process in each.ranks:
-            ranks.setdefault(process.rank or 0, []).append(process)
+        if each.attempt == samples[-1].attempt:  # another try may have placed them otherwise
+            for process in each.ranks:
+                ranks.setdefault(process.rank or 0, []).append(process)
     for rank, seen in sorted(ranks.items()):
         if (most := _most(process.rss_bytes for process in seen)) is not None:
             node.rank_rss_bytes[rank] = most
         if (mean := _mean(process.cpu_percent for process in seen)) is not None:
             node.rank_cpu_percent[rank] = mean
-    if not node.ranks:
-        node.ranks = sorted(ranks)
+    node.ranks = sorted(ranks) or node.ranks
 
 
 _OF_NODE: dict[str, Callable[[NodeSample], float | None]] = {

@@ -109,6 +109,17 @@ def test_the_numbers_of_a_run(runs_dir: Path) -> None:
     assert made["spec"]["cluster.nodes"] == 2
 
 
+def test_ranks_are_on_the_nodes_where_they_were_seen(runs_dir: Path) -> None:
+    """Torchrun numbers them as the nodes' agents come to its rendezvous, not as the job lists the nodes."""
+    run = full_run(runs_dir)
+    files = [run.path / f"system-{node}.jsonl" for node in ("c1", "c3")]
+    texts = [file.read_text() for file in files]
+    for file, text in zip(files, reversed(texts), strict=True):
+        file.write_text(re.sub('"node": "c[13]"', f'"node": "{file.stem[-2:]}"', text))
+    nodes = {node["node"]: node["ranks"] for node in as_json(runs_dir, run.path.name)["nodes"]}
+    assert (nodes["c1"], nodes["c3"], nodes["c2"]) == ([2, 3], [0, 1], [])
+
+
 def test_a_run_in_the_queue_and_one_with_nothing_in_it(runs_dir: Path) -> None:
     run = make_run(runs_dir, kind="local", submission=None, state="FAILED", reason="never started")
     text, _ = page_of(runs_dir, run.path.name)
