@@ -11,6 +11,7 @@ showed became a rule, and `fresh` cases were written after it.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -26,9 +27,11 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_leaks"))
 
+import fresh  # noqa: E402
 import healthy  # noqa: E402
 import leaking  # noqa: E402
 import psutil  # noqa: E402
+import work  # noqa: E402
 
 from hpcdl.monitor.records import NodeSample, ProcessSample  # noqa: E402
 from hpcdl.monitor.watching import Settings, Watcher  # noqa: E402
@@ -120,16 +123,14 @@ class Case:
     @property
     def names_the_line(self) -> bool | None:
         """Whether the line that leaks stands among those that grow; None where no line of Python does."""
-        lines = Path(leaking.__file__).read_text().splitlines()
-        source = {**leaking.LEAKS, **leaking.HELD_OUT, **leaking.FRESH}.get(self.name)
-        if self.found is None or source is None:
+        step = {**leaking.LEAKS, **leaking.HELD_OUT, **fresh.LEAKS}.get(self.name)
+        if self.found is None or step is None:
             return None
+        file = Path(inspect.getfile(step)).name
         told = " ".join(f"{part['where']} {part['what']}" for part in self.found["growing"])
-        numbers = [int(number) for number in re.findall(r"leaking\.py:(\d+)", told)]
-        first = source.__code__.co_firstlineno
-        end = next((n for n in range(first + 1, len(lines)) if lines[n].startswith("@case")), len(lines))
-        own = {number for number in range(first, end + 1) if "# LEAK" in lines[number - 1]}
-        return bool(own & set(numbers)) if own else None
+        lines, first = inspect.getsourcelines(step)
+        own = {f"{file}:{first + at}" for at, line in enumerate(lines) if "# LEAK" in line}
+        return bool(own & set(re.findall(rf"{re.escape(file)}:\d+", told))) if own else None
 
 
 def memory_of(pid: int) -> tuple[int, int] | None:
@@ -161,7 +162,7 @@ def run_all(cases: list[Case], at_once: int) -> None:
 
 def line(case: Case) -> str:
     """A row of the table."""
-    true = leaking.RATES.get(case.name)
+    true = work.RATES.get(case.name)
     found = case.found
     told = f"{found['bytes_per_step']:,.0f}" if found else "-"
     step = f"{found['step']}" if found else "-"
@@ -206,13 +207,13 @@ def main() -> int:
     parser.add_argument("--only", choices=GROUPS, help="these cases")
     parser.add_argument("--case", action="append", help="this case (again for more)")
     parser.add_argument("--at-once", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=leaking.STEPS)
+    parser.add_argument("--steps", type=int, default=work.STEPS)
     parser.add_argument("--record", type=Path, help="where to leave the series")
     args = parser.parse_args()
     tables = (
         (leaking.LEAKS, True, "seen"), (healthy.HEALTHY, False, "seen"),
         (leaking.HELD_OUT, True, "held out"), (healthy.HELD_OUT, False, "held out"),
-        (leaking.FRESH, True, "fresh"), (healthy.FRESH, False, "fresh"),
+        (fresh.LEAKS, True, "fresh"), (fresh.HEALTHY, False, "fresh"),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="hpcdl-leaks-") as place:
         cases = []

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import fresh
 import healthy
 import leaking
 from work import Loop
@@ -16,7 +17,7 @@ from work import Loop
 from hpcdl.runs import beats
 
 CASES = {
-    **healthy.HEALTHY, **healthy.HELD_OUT, **healthy.FRESH, **leaking.LEAKS, **leaking.HELD_OUT, **leaking.FRESH
+    **healthy.HEALTHY, **healthy.HELD_OUT, **leaking.LEAKS, **leaking.HELD_OUT, **fresh.HEALTHY, **fresh.LEAKS
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Runs whose memory looks suspicious, and that don't leak. A generator each: what a step does, up to its yield.
 
 The first list was looked at while the detector was made; the second one (HELD_OUT) when it was done, and one rule
-came of that; the third one (FRESH) was written after that rule, and changed nothing.
+came of that. A third one is in fresh.py.
 """
 
 from __future__ import annotations
@@ -9,33 +9,17 @@ from __future__ import annotations
 import collections
 import functools
 import gc
-import heapq
 import math
 import mmap
 import os
 import random
-import subprocess
 import tempfile
 import threading
-import zlib
-from collections.abc import Callable, Iterator
 
-from work import KIB, MIB, Loop, fill, worker
+from work import KIB, MIB, STEPS, Cases, case, fill, worker
 
-STEPS = 2000
-HEALTHY: dict[str, Callable[[Loop], Iterator[None]]] = {}
-HELD_OUT: dict[str, Callable[[Loop], Iterator[None]]] = {}
-FRESH: dict[str, Callable[[Loop], Iterator[None]]] = {}
-
-
-def case(
-    table: dict[str, Callable[[Loop], Iterator[None]]],
-) -> Callable[..., Callable[[Loop], Iterator[None]]]:
-    def put(function: Callable[[Loop], Iterator[None]]) -> Callable[[Loop], Iterator[None]]:
-        table[function.__name__] = function
-        return function
-
-    return put
+HEALTHY: Cases = {}
+HELD_OUT: Cases = {}
 
 
 @case(HEALTHY)
@@ -360,61 +344,4 @@ def slow_waves(loop):
         while len(queue) < wanted:
             queue.append(fill(100 * KIB))
         del queue[wanted:]
-        yield
-
-
-@case(FRESH)
-def compression(loop):
-    noise = random.randbytes(2 * MIB)
-    while True:
-        zlib.compress(noise[: random.randrange(1000, 60_000)], 1)
-        yield
-
-
-@case(FRESH)
-def lines_written_to_a_file(loop):
-    with tempfile.TemporaryFile(dir=os.environ.get("LEAKS_TMP")) as file:
-        while True:
-            file.write(b"x" * 8 * KIB)
-            yield
-
-
-@case(FRESH)
-def best_of_all(loop):
-    best = []
-    while True:
-        heapq.heappush(best, (random.random(), loop.step, fill(60 * KIB)))
-        if len(best) > 300:
-            heapq.heappop(best)
-        yield
-
-
-@case(FRESH)
-def batches_that_grow_for_a_third(loop):
-    while True:
-        kept = [fill(100 * KIB) for _ in range(1 + int(200 * min(1.0, 3 * loop.step / STEPS)))]
-        del kept
-        yield
-
-
-@case(FRESH)
-def programs_now_and_then(loop):
-    while True:
-        if loop.step % 200 == 0:
-            subprocess.run(["true"], check=True)
-        fill(MIB // 2)
-        yield
-
-
-@case(FRESH)
-def gradients_over_some_steps(loop):
-    import torch
-
-    weight = torch.nn.Parameter(torch.ones(256, 256))
-    total = torch.zeros(())
-    while True:
-        total = total + (torch.randn(8, 256) @ weight).tanh().sum()
-        if loop.step % 16 == 0:
-            total.backward()
-            weight.grad, total = None, torch.zeros(())
         yield

@@ -1,7 +1,7 @@
-"""Runs that leak. A generator each: what a step does, up to its yield. `RATES`: bytes a step, as they are meant.
+"""Runs that leak. A generator each: what a step does, up to its yield.
 
 The first list was looked at while the detector was made; the second one (HELD_OUT) when it was done, and one rule
-came of that; the third one (FRESH) was written after that rule, and changed nothing.
+came of that. A third one is in fresh.py.
 """
 
 from __future__ import annotations
@@ -11,39 +11,24 @@ import ctypes
 import functools
 import gc
 import io
-import logging
-import logging.handlers
 import mmap
 import queue
 import random
-from collections.abc import Callable, Iterator
 
-from work import KIB, MIB, Loop, fill, worker
+from work import KIB, MIB, STEPS, Cases, case, fill, worker
 
-STEPS = 2000
-LEAKS: dict[str, Callable[[Loop], Iterator[None]]] = {}
-HELD_OUT: dict[str, Callable[[Loop], Iterator[None]]] = {}
-FRESH: dict[str, Callable[[Loop], Iterator[None]]] = {}
-RATES: dict[str, float] = {}
-_libc = ctypes.CDLL(None)
-_libc.malloc.restype = ctypes.c_void_p
-_libc.malloc.argtypes = [ctypes.c_size_t]
-_libc.strdup.restype = ctypes.c_void_p
-_libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-
-
-def case(table: dict[str, Callable[[Loop], Iterator[None]]], rate: float) -> Callable[..., object]:
-    def put(function: Callable[[Loop], Iterator[None]]) -> Callable[[Loop], Iterator[None]]:
-        table[function.__name__] = function
-        RATES[function.__name__] = rate
-        return function
-
-    return put
+LEAKS: Cases = {}
+HELD_OUT: Cases = {}
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.strdup.restype = ctypes.c_void_p
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
 
 def c_bytes(size: int) -> None:
     """Nobody will free them."""
-    _libc.memset(_libc.malloc(size), 1, size)
+    libc.memset(libc.malloc(size), 1, size)
 
 
 @case(LEAKS, 3.9 * KIB)
@@ -348,65 +333,4 @@ def fast(loop):
     kept = []
     while True:
         kept.append(fill(200 * KIB))  # LEAK
-        yield
-
-
-@case(FRESH, 6.3 * KIB)
-def records_never_flushed(loop):
-    handler = logging.handlers.MemoryHandler(capacity=10**9, flushLevel=logging.CRITICAL + 1)
-    while True:
-        record = logging.LogRecord("x", logging.INFO, "x", 1, f"{loop.step:05}" * 1100, (), None)  # LEAK
-        handler.emit(record)
-        yield
-
-
-@case(FRESH, 40 * KIB)
-def views_of_large_arrays(loop):
-    import numpy as np
-
-    kept = []
-    while True:
-        kept.append(np.full(5 * KIB, 1.5)[:10])  # LEAK
-        yield
-
-
-@case(FRESH, 3 * KIB)
-def strdup_in_c(loop):
-    while True:
-        _libc.strdup(b"x" * 3 * KIB)
-        yield
-
-
-@case(FRESH, 8.5 * KIB)
-def hooks_on_a_parameter(loop):
-    import torch
-
-    weight = torch.nn.Parameter(torch.ones(8, 8))
-    while True:
-        buffer = bytearray(8 * KIB)  # LEAK
-        weight.register_hook(lambda grad, buffer=buffer: grad)
-        yield
-
-
-@case(FRESH, 10.3 * KIB)
-def generators_left_open(loop):
-    started = []
-
-    def reads():
-        buffer = bytearray(10 * KIB)  # LEAK
-        while True:
-            yield len(buffer)
-
-    while True:
-        started.append(reads())
-        next(started[-1])
-        yield
-
-
-@case(FRESH, 4 * KIB)
-def sets_of_numbers(loop):
-    seen = set()
-    while True:
-        for number in range(64):
-            seen.add(1000 * loop.step + number)  # LEAK
         yield

@@ -13,6 +13,9 @@ from hpcdl.runs import beats
 from hpcdl.worker import growth
 
 KIB, MIB = 1 << 10, 1 << 20
+STEPS = 2000
+RATES: dict[str, float] = {}
+"""Bytes a step of the cases that leak, as they are meant."""
 
 
 def fill(size: int) -> bytearray:
@@ -46,6 +49,28 @@ class Loop:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+Work = Callable[[Loop], Iterator[None]]
+"""What a step does, up to its yield."""
+Cases = dict[str, Work]
+
+
+def case(table: Cases, rate: float | None = None) -> Callable[[Work], Work]:
+    """Puts a case into a table, by its name.
+
+    Args:
+        table: which.
+        rate: bytes a step that it leaks; None: it doesn't.
+    """
+
+    def put(work: Work) -> Work:
+        table[work.__name__] = work
+        if rate is not None:
+            RATES[work.__name__] = rate
+        return work
+
+    return put
 
 
 class Worker:

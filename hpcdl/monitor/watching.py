@@ -238,17 +238,13 @@ class Watcher:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leak:
+class Leak(leaks.Verdict):
     """A leak that is told of."""
 
-    node: str
-    attempt: str
-    who: Who
-    growth: Growth
-    steps_until_full: float | None
-    step_s: float | None
     growing: tuple[Growing, ...]
+    """What grows, the most first."""
     look: Answer | None
+    """What the process has said; None: it wasn't asked, or hasn't answered."""
 
     @property
     def full_at(self) -> str | None:

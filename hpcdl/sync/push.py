@@ -101,11 +101,15 @@ class Push:
 
     def plan(self, runs: Iterable[RunDir]) -> None:
         """Says what would be sent, and sends nothing."""
+        self._each(runs, self._plan_one)
+
+    def _each(self, runs: Iterable[RunDir], act: Callable[[RunDir], None]) -> None:
+        """Does it to all that may have news; one that can't be read is told, and the others go on."""
         for run in runs:
             if self._passed_over(run):
                 continue
             try:
-                self._plan_one(run)
+                act(run)
             except (UsageError, OSError) as error:
                 self._fail(run, run.path.parent.name, str(error))
 
@@ -130,13 +134,7 @@ class Push:
             ServerError: the server doesn't answer, or doesn't take what it is sent.
         """
         try:
-            for run in runs:
-                if self._passed_over(run):
-                    continue
-                try:
-                    self._one(run)
-                except (UsageError, OSError) as error:
-                    self._fail(run, run.path.parent.name, str(error))
+            self._each(runs, self._one)
         finally:
             if self._courier is not None and not self._borrowed:
                 self._courier.close()
