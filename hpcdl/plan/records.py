@@ -86,7 +86,7 @@ class Hardware:
     nodes: int
     """Nodes."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Where each figure comes from, in words: a config key, `scontrol show node c1`, a table, `hpcdl plan --calibrate`."""
+    """Where each figure comes from, in words: a config key, `scontrol show node`, a table, a calibration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
