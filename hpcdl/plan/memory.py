@@ -18,6 +18,7 @@ from functools import cached_property
 from hpcdl import compress, tasks
 from hpcdl.compress import offload, quant
 from hpcdl.parallel._mesh import MeshConfig
+from hpcdl.plan.records import RankMemory
 from hpcdl.spec import ExperimentSpec, ModelShape
 from hpcdl.spec.layout import Held, Matrix, head_dim, matrices
 from hpcdl.spec.parallel import ParallelDims
@@ -395,3 +396,48 @@ class _Step:
         """Buffers that are there in the loss too: those that nobody makes anew for each matrix."""
         blocks = [matrix for matrix, _ in self.matrices if matrix.role == "block"]
         return self.buffers - max(self.held(matrix).whole for matrix in blocks) / self.dims.tp
+
+
+# --- per stage (issue 7) --------------------------------------------------------------------------------------
+
+
+def ranks(
+    spec: ExperimentSpec, device: str = "cpu", world_size: int | None = None
+) -> tuple[RankMemory, ...] | None:
+    """What the ranks of each pipeline stage hold; None where no closed form is known (`why_unknown` says why).
+
+    Args:
+        spec: the experiment, validated.
+        device: `cpu` or `cuda`.
+        world_size: ranks, where they are others than the cluster section says.
+    """
+    found = memory(spec, device, world_size)
+    if found is None:
+        return None
+    dims = ParallelDims.fill(spec.parallel, world_size or spec.cluster.world_size)
+    whole = {name: found[name] for name in CATEGORIES}
+    scale = found["tensors"] / max(1, sum(whole.values()))
+    at_peak = {name: int(scale * size) for name, size in whole.items()}
+    at_peak["temporary"] += found["tensors"] - sum(at_peak.values())
+    return tuple(
+        RankMemory(
+            stage=stage,
+            ranks=dims.world_size // dims.pp,
+            bytes=whole,
+            at_peak=at_peak,
+            tensors=found["tensors"],
+            moment="backward",
+            allocator=0,
+            runtime=found["runtime"],
+        )
+        for stage in range(dims.pp)
+    )
+
+
+def why_unknown(spec: ExperimentSpec) -> str | None:
+    """Why no closed form is known, in words; None where one is."""
+    if spec.model.shape is None:
+        return "the model's dimensions are told by its weights alone: set model.shape"
+    if memory(spec) is None:
+        return "no closed form is known for this strategy, optimizer, task or attention"
+    return None
