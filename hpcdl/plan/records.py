@@ -57,6 +57,11 @@ class Device:
     """By precision: the share of `peak_flops` that large matrix products reach."""
     memory_bytes_per_s: float
     """Bandwidth of the memory, as reached."""
+    operation_s: float = 0.0
+    """Of Python and torch for one operation: on a CPU beside its computing, on a GPU the host's to launch a kernel."""
+    share: float = 1.0
+    """Of all rates, what is left to a rank while its node's other ranks compute too: below 1 where ranks on CPUs
+    are more than cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
