@@ -20,6 +20,7 @@ from hpcdl.spec import (
     OptimSpec,
     ParallelSpec,
     PeftSpec,
+    TaskSpec,
     TrainerSpec,
 )
 from hpcdl.spec.parallel import ParallelDims
@@ -29,7 +30,9 @@ BYTE_VOCABULARY = 260
 
 
 def broken(parts: dict[str, Any]) -> list[Fault]:
-    """Faults of every rule whose sections are in `parts`."""
+    """Faults of every rule whose sections are in `parts`; a strategy that is still to be chosen is as good as none."""
+    if is_open(parts.get("parallel")):
+        parts = {name: part for name, part in parts.items() if name != "parallel"}
     return [
         fault
         for needs, rule in RULES
@@ -48,10 +51,23 @@ def malformed(parts: dict[str, Any]) -> bool:
     )
 
 
+def is_open(parallel: ParallelSpec | None) -> bool:
+    """Whether the strategy is still to be chosen (parallel=auto): what others say of it would be of no strategy."""
+    return bool(getattr(parallel, "OPEN", False))
+
+
 def refused(spec: ExperimentSpec) -> Iterator[Fault]:
     """What the strategy, the methods, the scheme and the task say of the experiment, at all sizes that it may have."""
+    if is_open(spec.parallel):
+        yield from parallel.get(spec.parallel.name).check(spec.parallel, spec)
+        return
     yield from _refused(spec)
     yield from elastic.sizes(spec, _judged)
+
+
+def faults(spec: ExperimentSpec) -> list[Fault]:
+    """All that any rule says of an experiment whose sections are right by themselves."""
+    return [*_judged(spec), *elastic.sizes(spec, _judged)]
 
 
 def _judged(spec: ExperimentSpec) -> Iterator[Fault]:
@@ -98,7 +114,7 @@ def runs_dir_is_a_folder(runs_dir: str) -> Iterator[Fault]:
 
 def model_has_a_source(model: ModelSpec) -> Iterator[Fault]:
     """Random weights need a shape; everything else brings its own."""
-    if model.source == "random" and model.shape is None:
+    if model.source == "random" and model.shape is None and model.mlp is None:
         yield Fault(
             key="model",
             value=model.name,
@@ -216,6 +232,28 @@ def data_has_a_source(data: DataSpec) -> Iterator[Fault]:
         )
 
 
+def task_has_what_it_takes(task: TaskSpec, data: DataSpec, model: ModelSpec) -> Iterator[Fault]:
+    """Text for all tasks that read some, and for them no network that plays."""
+    if not getattr(tasks.get(task.name), "READS_TEXT", True):
+        return  # says itself what it needs
+    if data.kind == "none":
+        yield Fault(
+            key="data",
+            value="none",
+            problem=f"task={task.name} reads text",
+            allowed="pydoc, text, jsonl, hf, synthetic",
+            fix="data=pydoc",
+        )
+    if model.mlp is not None:
+        yield Fault(
+            key="model",
+            value=model.name,
+            problem=f"task={task.name} is for language models, and this network plays an environment",
+            allowed="another model; or task=policy_gradient",
+            fix="task=policy_gradient",
+        )
+
+
 def full_trains_all(train: str, peft: PeftSpec) -> Iterator[Fault]:
     """`train=full` leaves nothing frozen."""
     if train == "full" and peft.name != "none":
@@ -324,6 +362,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model",), random_weights_have_a_tokenizer),
     (("data", "model"), sequence_fits_the_model),
     (("data",), data_has_a_source),
+    (("task", "data", "model"), task_has_what_it_takes),
     (("train", "peft"), full_trains_all),
     (("optim", "trainer"), warm_up_ends),
     (("trainer", "seed"), resuming.goes_on),
