@@ -144,7 +144,11 @@ def draw(rows: list[Row], patterns: list[str], path: Path) -> None:
         mine = {row.pattern: row.perplexity for row in rows if row.method == method}
         places = [k + (number - (len(methods) - 1) / 2) * 0.2 for k in range(len(patterns))]
         bars = axis.bar(places, [mine[p] for p in patterns], 0.19, label=method)
-        axis.bar_label(bars, fmt="%.3g", fontsize=8)
+        axis.bar_label(
+            bars,
+            labels=[f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in bars.datavalues],
+            fontsize=8,
+        )
     axis.axhline(rows[0].perplexity, color="k", linestyle="--", label=f"dense, {rows[0].perplexity:.2f}")
     axis.set_yscale("log")
     axis.set_xticks(
