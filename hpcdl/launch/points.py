@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hpcdl.errors import UsageError
 from hpcdl.experiment.resolve import absolute
-from hpcdl.launch import frozen
+from hpcdl.launch import auto, frozen
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.slurm import chunks, throttles
 from hpcdl.launch.sweep import Point
@@ -43,6 +43,8 @@ class Planned:
     action: Action
     view: View | None = None
     """The run as it stands; None for a new one."""
+    notes: tuple[str, ...] = ()
+    """How parallel=auto came to the strategy, a line each; empty where it was given."""
 
     @property
     def attempt(self) -> int:
@@ -91,6 +93,7 @@ def plan(points: Sequence[Point], options: LaunchOptions) -> list[Planned]:
         number = max(tries.get(key, {0})) + 1 if action == "new" else 1
         run = RunDir(folder / key[0] / _run_id(key[1], number)) if action == "new" else found[key]
         labels = tuple(point.label for point in same)
+        notes = next((auto.told(point.found) for point in same if point.found), [])
         planned.append(
             Planned(
                 spec=same[0].spec,
@@ -98,6 +101,7 @@ def plan(points: Sequence[Point], options: LaunchOptions) -> list[Planned]:
                 labels=labels,
                 action=action,
                 view=None if action == "new" else view,
+                notes=tuple(notes),
             )
         )
     return planned
@@ -191,7 +195,8 @@ def as_if_forced(
 ) -> tuple[list[Batch], list[str]]:
     """What a dry run shows: the submissions, or where all runs are there already, what force=true would send."""
     there = [item for item in planned if not item.launches]
-    notes = [
+    notes = [f"{item.run.path.name}: {note}" for item in planned for note in item.notes]
+    notes += [
         f"{item.run.path.name} is {item.view.state.state}: launching would find it and submit nothing for it"
         for item in there
         if item.view is not None

@@ -80,6 +80,8 @@ def _one(item: Planned, options: LaunchOptions) -> None:
     print(f"run        {state.run_id}  {state.name}  ({first})")
     print(f"job        {_job(item)}  {_resources(item.spec.cluster)}")
     print(f"directory  {item.run.path}")
+    for label, note in zip(("chosen", *[""] * len(item.notes)), item.notes, strict=False):
+        print(f"{label:<10} {note.removeprefix('parallel=auto chose ')}")
     if item.action == "done":
         print_result(item)
         print("force=true makes a new run of the same experiment")
@@ -121,6 +123,8 @@ def _many(planned: Sequence[Planned], asked: Asked, sweep: str) -> None:
         print(
             f"  {item.run.path.name:<15} {_job(item):<12} {WORDS[item.action]:<13} {'; '.join(item.labels)}"
         )
+        if item.notes:
+            print(f"    {item.notes[0]}")
     if len(planned) > SHOWN:
         print(f"  … and {len(planned) - SHOWN} more: hpcdl status {sweep or '--all'}")
     _left_out(asked.refused, sweep)

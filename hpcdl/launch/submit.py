@@ -183,7 +183,8 @@ class SpecTexts:
     def text(self, item: Planned) -> str:
         """The content of spec.yaml: the same as the whole spec's in one go."""
         spec = dataclasses.replace(item.spec, code=frozen.identity())
-        return "".join(self._section(f.name, getattr(spec, f.name)) for f in dataclasses.fields(spec))
+        head = "".join(f"# {note}\n" for note in item.notes)
+        return head + "".join(self._section(f.name, getattr(spec, f.name)) for f in dataclasses.fields(spec))
 
     def _section(self, name: str, value: object) -> str:
         if not dataclasses.is_dataclass(value):

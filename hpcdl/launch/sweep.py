@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.types import RunMode
@@ -15,9 +16,12 @@ from omegaconf import OmegaConf
 from hpcdl import experiment
 from hpcdl.errors import ConfigError, Fault
 from hpcdl.experiment import sections, words
-from hpcdl.launch import after
+from hpcdl.launch import after, auto
 from hpcdl.launch.compose import Composer
 from hpcdl.spec import ExperimentSpec, LaunchOptions
+
+if TYPE_CHECKING:
+    from hpcdl.plan.found import Found
 
 MOST = 100_000
 """Points of one sweep: more are a slip of the pen, and would fill the memory of the login node."""
@@ -34,6 +38,8 @@ class Point:
     """Digest of the experiment."""
     number: int = 0
     """Its place among all points that were asked for, from 0."""
+    found: Found | None = None
+    """How parallel=auto came to its strategy; None where it was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +101,20 @@ def read(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Asked:
     checked = [_check(composer, point, faults) for point in expanded]
     swept_options = _swept_options([c.options for c in checked if c.options])
     if faults or swept_options or _are_wrong(checked):
-        found = zip(labels, (c.faults for c in checked), strict=True)
-        raise ConfigError((*faults, *experiment.merge_faults(found), *swept_options))
-    return _sorted_out(labels, checked)
+        raise ConfigError((*faults, *_merged(labels, checked), *swept_options))
+    chooser = auto.Chooser()
+    chosen = [
+        chooser.choose(item, {override.key_or_group for override in point})
+        for item, point in zip(checked, expanded, strict=True)
+    ]
+    checked = [item for item, _ in chosen]
+    if _are_wrong(checked):
+        raise ConfigError(_merged(labels, checked))
+    return _sorted_out(labels, checked, [found for _, found in chosen])
+
+
+def _merged(labels: Sequence[str], checked: Sequence[experiment.Checked]) -> tuple[Fault, ...]:
+    return experiment.merge_faults(zip(labels, (item.faults for item in checked), strict=True))
 
 
 def _are_wrong(checked: Sequence[experiment.Checked]) -> bool:
@@ -109,16 +126,18 @@ def _are_wrong(checked: Sequence[experiment.Checked]) -> bool:
     )
 
 
-def _sorted_out(labels: Sequence[str], checked: Sequence[experiment.Checked]) -> Asked:
+def _sorted_out(
+    labels: Sequence[str], checked: Sequence[experiment.Checked], searched: Sequence[Found | None]
+) -> Asked:
     made, refused = [], []
-    for number, (label, item) in enumerate(zip(labels, checked, strict=True)):
+    for number, (label, item, found) in enumerate(zip(labels, checked, searched, strict=True)):
         if item.spec is None:
             # First what was swept: of the rest, nobody has asked for anything new.
             faults = sorted(item.faults, key=lambda fault: f"{fault.key}=" not in label)
             refused.append(Refused(label=label, faults=tuple(faults), number=number))
         else:
             run_id = experiment.digest(item.spec)
-            made.append(Point(label=label, spec=item.spec, run_id=run_id, number=number))
+            made.append(Point(label=label, spec=item.spec, run_id=run_id, number=number, found=found))
     options = checked[0].options
     assert options is not None
     return Asked(points=tuple(made), refused=tuple(refused), options=options)

@@ -1,0 +1,367 @@
+"""The quickest way to train that fits: over meshes, micro-batches, schedules, recomputation and offload.
+
+Each mesh is asked for its leanest way first: where even that doesn't fit, nothing of the mesh is looked at. Of the
+others a way without recomputation, resharding and offload bounds from below how long a step must take; they are
+taken in this order, each made leaner until it fits, and once the bound is above what was found, all that are left
+are slower (branch and bound: Land and Doig, "An Automatic Method of Solving Discrete Programming Problems", 1960).
+What costs much (host memory, tensor parallel between nodes) is tried only where nothing fits without.
+
+Similar searches: Zheng et al., "Alpa", OSDI 2022; Miao et al., "Galvatron", VLDB 2022, which have finer choices a
+layer and need profiles; here are the choices that a config has, and closed forms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from hpcdl.errors import Fault
+from hpcdl.parallel import auto
+from hpcdl.plan import found as words
+from hpcdl.plan import memory, time
+from hpcdl.plan.found import Found, Judged, Lost
+from hpcdl.plan.records import Hardware, RankMemory, StepTime
+from hpcdl.plan.search_remedies import Asked, remedies
+from hpcdl.plan.search_space import Choice, Space, space
+from hpcdl.spec import ExperimentSpec
+
+ALLOWED = auto.Config(name="auto").allow
+"""What may be chosen besides degrees, where nobody says."""
+SHARE = auto.Config(name="auto").memory_share
+"""How much of a rank's memory the choice may fill, where nobody says."""
+EQUAL = 0.01
+"""Two step times that differ by less than this share are equal: the simpler choice wins."""
+MOST = 6000
+"""Choices that are looked at, at most; a bound on time, which has never been reached."""
+RUNNERS_UP = 5
+LEAN = 10
+"""Meshes that need least memory, whose time is worked out for the front."""
+
+
+def search(
+    spec: ExperimentSpec,
+    hardware: Hardware,
+    *,
+    allow: Collection[str] = ALLOWED,
+    keep: Collection[str] = (),
+    memory_bytes: int | None = None,
+    memory_share: float = SHARE,
+) -> Found:
+    """The quickest way to train this on that hardware.
+
+    Args:
+        spec: the experiment, with any strategy; under parallel=auto its degrees above 0 stay.
+        hardware: what it shall run on; nodes and processes are the cluster section's.
+        allow: what may be chosen besides degrees (hpcdl.parallel.auto.ALLOWED).
+        keep: dotted keys that stay as they are in any case.
+        memory_bytes: what a rank may hold; None: what its device has.
+        memory_share: the share of that which the choice may fill.
+    """
+    room = memory_bytes or hardware.device.memory_bytes
+    asked = Asked(spec=spec, hardware=hardware, allow=frozenset(allow), room=room, share=memory_share)
+    found = _asked(asked, keep).run()
+    if found.nearest is None:
+        return found
+    return dataclasses.replace(found, remedies=remedies(asked, lambda other: _asked(other, keep).leanest()))
+
+
+def _asked(asked: Asked, keep: Collection[str]) -> _Search:
+    hardware = asked.hardware
+    ways = space(
+        asked.spec,
+        hardware.ranks_per_node,
+        gpus=hardware.device.kind == "cuda",
+        allow=asked.allow,
+        keep=keep,
+    )
+    limit = None if asked.room is None else int(asked.room * asked.share)
+    return _Search(ways=ways, hardware=hardware, limit=limit)
+
+
+@dataclass(kw_only=True)
+class _Search:
+    """One search: what was asked already is remembered."""
+
+    ways: Space
+    hardware: Hardware
+    limit: int | None
+    peaks: dict[Choice, tuple[RankMemory, ...] | None] = field(default_factory=dict)
+    times: dict[Choice, StepTime | None] = field(default_factory=dict)
+    specs: dict[Choice, ExperimentSpec] = field(default_factory=dict)
+    possible: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    """Of the first mesh that rules refuse."""
+    unknown: str = ""
+
+    # --- what a choice costs ----------------------------------------------------------------------------------
+
+    def spec(self, choice: Choice) -> ExperimentSpec:
+        if choice not in self.specs:
+            self.specs[choice] = self.ways.applied(choice)
+        return self.specs[choice]
+
+    def held(self, choice: Choice) -> tuple[RankMemory, ...] | None:
+        """Bytes of each stage's ranks; None: unknown, and `unknown` says why."""
+        if choice not in self.peaks:
+            spec = self.spec(choice)
+            kind, cluster = self.hardware.device.kind, spec.cluster
+            self.peaks[choice] = memory.ranks(spec, kind)
+            if cluster.min_nodes is not None and self.peaks[choice] is not None:
+                # fewer ranks share the same: what must fit is the smallest run that there may be
+                self.peaks[choice] = memory.ranks(spec, kind, cluster.min_nodes * cluster.processes_per_node)
+            if self.peaks[choice] is None:
+                self.unknown = (
+                    self.unknown or memory.why_unknown(spec) or "no closed form of its memory is known"
+                )
+        return self.peaks[choice]
+
+    def peak(self, choice: Choice) -> float:
+        """Of the rank that holds most; infinite where it is unknown."""
+        held = self.held(choice)
+        return max(rank.peak for rank in held) if held else float("inf")
+
+    def fits(self, choice: Choice) -> bool:
+        peak = self.peak(choice)
+        return peak < float("inf") and (self.limit is None or peak <= self.limit)
+
+    def step(self, choice: Choice) -> StepTime | None:
+        if choice not in self.times:
+            self.times[choice] = time.step(self.spec(choice), self.hardware)
+            if self.times[choice] is None:
+                self.unknown = self.unknown or "no closed form of its step time is known"
+        return self.times[choice]
+
+    def seconds(self, choice: Choice) -> float:
+        """Of a step; infinite where that is unknown."""
+        step = self.step(choice)
+        return step.step_s if step else float("inf")
+
+    def judged(self, choice: Choice) -> Judged | None:
+        """Both, where both are known."""
+        held, step = self.held(choice), self.step(choice)
+        if held is None or step is None:
+            return None
+        return Judged(choice=choice, spec=self.spec(choice), memory=held, time=step, limit_bytes=self.limit)
+
+    # --- the search -------------------------------------------------------------------------------------------
+
+    def run(self) -> Found:
+        fitting: list[Choice] = []
+        for wide, offload in ((False, False), (False, True), (True, False), (True, True)):
+            fitting = self._pass(wide=wide, offload=offload)
+            if fitting:
+                break
+        return self._found(fitting)
+
+    def leanest(self) -> tuple[Choice, float] | None:
+        """The choice that holds least, and what it holds; None where none is known, or possible."""
+        found: list[tuple[Choice, float]] = []
+        for wide in (False, True):
+            for mesh in self._meshes(wide=wide):
+                lean = self._lean(mesh)
+                found += [(one, self.peak(one)) for one in (lean, *self._offloaded(lean))]
+        return min(found, key=lambda one: one[1], default=None)
+
+    def _lean(self, mesh: Choice) -> Choice:
+        recomputed = self.ways.checkpointings()[-1]
+        return dataclasses.replace(mesh, checkpointing=recomputed, reshard=self.ways.reshards(mesh)[-1])
+
+    def _pass(self, *, wide: bool, offload: bool) -> list[Choice]:
+        """The best choice of each mesh that could be among the best, in no order."""
+        queue: list[tuple[float, int, Choice]] = []
+        for mesh in self._meshes(wide=wide):
+            for start in self._starts(mesh, offload=offload):
+                bound = self.seconds(start)
+                if bound < float("inf"):
+                    queue.append((bound, len(queue), start))
+        heapq.heapify(queue)
+        best: dict[tuple[object, ...], tuple[float, Choice]] = {}
+        while queue and len(self.peaks) < MOST:
+            bound, _, start = heapq.heappop(queue)
+            slowest = sorted(value for value, _ in best.values())[:RUNNERS_UP]
+            if len(slowest) == RUNNERS_UP and bound > slowest[-1]:
+                break
+            for choice in self._leaner(start, offload=offload):
+                took = self.seconds(choice)
+                if took < best.get(choice.mesh, (float("inf"),))[0]:
+                    best[choice.mesh] = (took, choice)
+        return [choice for _, choice in best.values()]
+
+    def _meshes(self, *, wide: bool) -> Iterator[Choice]:
+        """Those that no rule refuses, in every scheme that is allowed."""
+        others: Iterable[Choice] = () if wide else self.ways.off_the_mesh()
+        for mesh in (*self.ways.meshes(wide=wide), *others):
+            for scheme in self.ways.schemes():
+                choice = dataclasses.replace(mesh, quant=scheme)
+                faults = self.ways.refusals(choice)
+                if not faults:
+                    yield choice
+                elif not self.faults:
+                    self.faults = faults
+
+    def _starts(self, mesh: Choice, *, offload: bool) -> Iterator[Choice]:
+        """The quickest way of each micro-batch and schedule, memory left aside; none where the leanest doesn't fit."""
+        recomputing = self.ways.checkpointings()
+        lean = self._lean(mesh)
+        sizes = self.ways.micro_batches(mesh.data_ranks)
+        schedules = self.ways.schedules(mesh)
+        self.possible += len(recomputing) * len(self.ways.reshards(mesh)) * len(sizes) * len(schedules)
+        if not self._any_fits(lean, offload=offload):
+            return
+        for size in sizes:
+            leaner = dataclasses.replace(lean, micro_batch_size=size)
+            if mesh.pp > 1 and self.ways.pipeline_refuses(leaner):
+                continue  # too few to fill it
+            if not self._any_fits(leaner, offload=offload):
+                break  # larger ones hold more
+            for schedule in schedules:
+                start = dataclasses.replace(
+                    leaner,
+                    checkpointing=recomputing[0],
+                    reshard=self.ways.reshards(mesh)[0],
+                    schedule=schedule,
+                )
+                if mesh.pp == 1 or not self.ways.pipeline_refuses(start):
+                    yield start
+
+    def _any_fits(self, lean: Choice, *, offload: bool) -> bool:
+        return any(self.fits(one) for one in (self._offloaded(lean) if offload else (lean,)))
+
+    def _offloaded(self, choice: Choice) -> Iterator[Choice]:
+        for one in self.ways.offloads(choice):
+            if not one.cpu_offload or not self.ways.refusals(one):
+                yield one
+
+    def _leaner(self, start: Choice, *, offload: bool) -> Iterator[Choice]:
+        """From the quickest on what fits, as long as something leaner may still be the quicker one."""
+        if offload:
+            for one in self._offloaded(dataclasses.replace(start, reshard=self.ways.reshards(start)[-1])):
+                if self.fits(one):
+                    yield one
+                    return
+            return
+        for recomputed in self.ways.checkpointings():
+            for reshard in self.ways.reshards(start):
+                choice = dataclasses.replace(start, checkpointing=recomputed, reshard=reshard)
+                if self.fits(choice):
+                    yield choice
+                    if reshard == self.ways.reshards(start)[0]:
+                        return  # what recomputes more is slower
+                    break
+
+    # --- what is told -----------------------------------------------------------------------------------------
+
+    def _found(self, fitting: list[Choice]) -> Found:
+        if not fitting:
+            return self._nothing()
+        quickest = min(self.seconds(choice) for choice in fitting)
+        equal = [choice for choice in fitting if self.seconds(choice) <= (1 + EQUAL) * quickest]
+        best = min(equal, key=lambda choice: (choice.effort, self.seconds(choice), self.peak(choice)))
+        self._lean_ends()
+        changes = self._changes(best)
+        chosen = self.judged(best)
+        assert chosen is not None
+        everything = [one for choice in self.peaks if choice in self.times and (one := self.judged(choice))]
+        front = words.front(everything)
+        return Found(
+            chosen=chosen,
+            reasons=tuple(self._reasons(chosen, everything)),
+            runners_up=tuple(self._runners_up(chosen, fitting, everything)),
+            changes=tuple(changes),
+            front=front,
+            others=tuple(one for one in everything if one not in front),
+            nearest=None,
+            limit_bytes=self.limit,
+            possible=self.possible,
+            looked_at=len({*self.peaks, *self.times}),
+        )
+
+    def _lean_ends(self) -> None:
+        """Times of the leanest choices, for the front's other end."""
+        lean = sorted((c for c in self.peaks if self.fits(c)), key=self.peak)
+        meshes: dict[tuple[object, ...], Choice] = {}
+        for choice in lean:
+            meshes.setdefault(choice.mesh, choice)
+        for choice in list(meshes.values())[:LEAN]:
+            self.seconds(choice)
+
+    def _changes(self, best: Choice) -> list[Lost]:
+        """The chosen one with one thing changed, each way that there is."""
+        changed: list[Choice] = []
+        for recomputed in self.ways.checkpointings():
+            changed.append(dataclasses.replace(best, checkpointing=recomputed))
+        for reshard in self.ways.reshards(best):
+            changed.append(dataclasses.replace(best, reshard=reshard))
+        for schedule in self.ways.schedules(best):
+            changed.append(dataclasses.replace(best, schedule=schedule))
+        for size in self.ways.micro_batches(best.data_ranks):
+            if size in (best.micro_batch_size // 2, best.micro_batch_size * 2):
+                changed.append(dataclasses.replace(best, micro_batch_size=size))
+        own, found = self.judged(best), []
+        assert own is not None
+        for choice in dict.fromkeys(changed):
+            one = None if choice == best or self.ways.refusals(choice) else self.judged(choice)
+            if one is not None:
+                found.append(Lost(judged=one, why=words.why_lost(one, own)))
+        return found
+
+    def _runners_up(self, chosen: Judged, fitting: list[Choice], everything: list[Judged]) -> Iterator[Lost]:
+        """The next best of other meshes, and before them what would be quicker if it fitted."""
+        large = sorted((one for one in everything if not one.fits), key=lambda one: one.over_bytes)
+        better = [one for one in large if one.step_s < 0.99 * chosen.step_s]
+        others = [choice for choice in fitting if choice.mesh != chosen.choice.mesh]
+        slower = [self.judged(choice) for choice in sorted(others, key=self.seconds)[:RUNNERS_UP]]
+        seen = {chosen.choice.mesh}
+        for one in (*better, *slower):
+            if one is None or one.choice.mesh in seen or (not one.fits and len(seen) > 2):
+                continue
+            seen.add(one.choice.mesh)
+            yield Lost(judged=one, why=words.why_lost(one, chosen))
+
+    def _reasons(self, chosen: Judged, everything: list[Judged]) -> Iterator[str]:
+        fitting = sum(one.fits for one in everything)
+        limit = "" if self.limit is None else f" into {words.gib(self.limit)} a process"
+        yield (
+            f"the quickest of {fitting} that were worked out and fit{limit}; of {self.possible} possible ones the"
+            " others don't fit or can't be quicker"
+        )
+        if self.limit is None:
+            yield "nobody has said what memory a process has: whether it fits was not asked"
+        choice = chosen.choice
+        if choice.cpu_offload or choice.activation_offload != "none":
+            yield "without host memory nothing fits"
+        if self.hardware.ranks_per_node % choice.tp:
+            yield "tensor parallel goes over several nodes, because nothing fits otherwise"
+        quicker = [one for one in everything if one.fits and one.step_s < chosen.step_s]
+        if quicker:
+            yield f"{words.name(quicker[0].choice)} is no more than {EQUAL:.0%} quicker, and less simple"
+
+    def _nothing(self) -> Found:
+        """Nothing fits, or nothing can be said: what comes nearest."""
+        known = [choice for choice, held in self.peaks.items() if held]
+        near = self.judged(min(known, key=self.peak)) if known else None
+        if near is not None and near.over_bytes:
+            way = f"{words.name(near.choice)} with {words.details(near.choice)}"
+            reasons = [
+                f"nothing fits into {words.gib(self.limit or 0)} a process: the leanest, {way}, is"
+                f" {words.gib(near.over_bytes)} too large"
+            ]
+        elif self.unknown:
+            reasons = [self.unknown]
+        else:
+            reasons = [f"{fault.key} = {fault.value}: {fault.problem}" for fault in self.faults[:3]]
+        return Found(
+            chosen=None,
+            reasons=tuple(reasons),
+            runners_up=(),
+            changes=(),
+            front=(),
+            others=(),
+            nearest=near,
+            limit_bytes=self.limit,
+            possible=self.possible,
+            looked_at=len({*self.peaks, *self.times}),
+            unknown=self.unknown if near is None else "",
+        )
