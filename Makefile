@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Counting lines makes Python's own part of the tests half as quick: `make test COVERAGE=` leaves it out.
-COVERAGE ?= --cov --cov-report=term
+COVERAGE ?= --coverage
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
 include docker/cluster.mk
@@ -53,7 +53,8 @@ format: $(READY) ## let ruff rewrite the code
 # The tests in tests/slurm start the cluster where Docker is; HPCDL_REQUIRE_CLUSTER=1 makes its absence a failure.
 test: lint ## all set-up, then every check and test, the Slurm cluster's included
 	@$(BIN)/coverage erase
-	@$(BIN)/python -m pytest $(COVERAGE)
+	@rm -f .coverage-*
+	@tests/lanes $(BIN)/python $(COVERAGE)
 
 test-fast: $(READY) ## logic only: seconds, no torch processes, no cluster
 	@$(BIN)/python -m pytest -q -m "not torch and not slurm"
@@ -82,4 +83,4 @@ wheel: $(READY) ## build the wheel into dist/
 	@$(BIN)/pip wheel -q --no-deps -w dist .
 
 clean: ## remove .venv and caches (run directories stay)
-	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .coverage-*
