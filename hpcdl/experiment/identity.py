@@ -21,6 +21,8 @@ LEFT_OUT = {
             "reservation",
             "time_min",
             "mem_gb",
+            "gpu",
+            "gpu_mem_gb",
             "signal",
         ),
         *("setup", "teardown", "extra", "srun_args", "python", "partitions"),

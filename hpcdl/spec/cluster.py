@@ -20,6 +20,10 @@ class PartitionLimits:
     """Memory of a node, in GiB."""
     gpus_per_node: Annotated[int, Ge(0)] | None = None
     """GPUs of a node."""
+    gpu: str | None = None
+    """Which GPUs they are, as hpcdl.plan.devices names them (`h100`); null: Slurm is asked (gres types)."""
+    gpu_mem_gb: Annotated[float, Gt(0)] | None = None
+    """Memory of one GPU, in GiB; null: what `gpu` says."""
     time_min: Annotated[int, Ge(1)] | None = None
     """Longest time limit, in minutes."""
 
@@ -41,6 +45,10 @@ class ClusterSpec:
     """CPUs of each worker; a node's task gets processes_per_node times as many (--cpus-per-task)."""
     gpus_per_node: Annotated[int, Ge(0)] = 0
     """GPUs on each node (--gpus-per-node); 0: train on the CPU with gloo."""
+    gpu: str | None = None
+    """Which GPUs they are (`h100`), for the plan; null: what the partition, --gres or Slurm say."""
+    gpu_mem_gb: Annotated[float, Gt(0)] | None = None
+    """Memory of one GPU, in GiB, for the plan; null: what is known of such a GPU."""
     mem_gb: Annotated[float, Gt(0)] | None = None
     """Memory of each node, in GiB (--mem)."""
     time_min: Annotated[int, Ge(1)] | None = None

@@ -62,6 +62,8 @@ class LaunchOptions:
     """Follow a submitted job to its end and exit as it does."""
     force: bool = False
     """Make a new run even where the same experiment has one."""
+    force_fit: bool = False
+    """Submit also what by its plan can't fit into memory (hpcdl.launch.planning)."""
     parsable: bool = False
     """Print one line a run: run_id, job_id, run_dir, tab-separated."""
     after: str | None = None
