@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hpcdl.monitor.cgroups import CGROUPS, MEMBERSHIP, of_memory
+from hpcdl.plan.cgroups import CGROUPS, MEMBERSHIP, of_memory
 
 
 def kills(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcdl.monitor.cgroups import CGROUPS, MEMBERSHIP, Groups, of_memory
+from hpcdl.plan.cgroups import CGROUPS, MEMBERSHIP, Groups, of_memory
 from hpcdl.monitor.processes import read
 
 _LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hpcdl.monitor.cgroups import of_memory
+from hpcdl.plan.cgroups import of_memory
 from hpcdl.monitor.network import Network
 from hpcdl.monitor.node import Memory, Node
 
