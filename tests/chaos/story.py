@@ -129,6 +129,7 @@ class Story:
                 Told(fault.name, TRAINEES[chapter.trainee].name, 0.0, 0, ["not tried: it was over"])
             )
             return
+        self._wait_training(run)
         self._wait_checkpoints(run, fault.checkpoints)
         if fault.at_checkpoint:
             self._wait_near_checkpoint(run)
@@ -142,7 +143,8 @@ class Story:
                 told = self._wait_event(run, fault.event, seen[chapter.trainee])
                 reached[chapter.trainee] = max(reached[chapter.trainee], told.get("step", 0))
             for each, step in zip(self.runs, reached, strict=True):
-                self._wait_beyond(each, step)
+                self._wait_training(each)
+                self._wait_beyond(each, max(step, self._step(each)))
             took = time.monotonic() - begun
         new = [self._events(each)[len(old) :] for each, old in zip(self.runs, seen, strict=True)]
         lost = sum(_done_twice(events) for events in new)
@@ -197,6 +199,18 @@ class Story:
     def _over(self, run: Launched) -> bool:
         return self._state(run) == "COMPLETED"
 
+    def _wait_training(self, run: Launched) -> None:
+        """Until the try that Slurm has started last is the one that trains: a run that is told to stop does a few
+        more steps, and its job's nodes are then those of nobody."""
+
+        def trains() -> bool | None:
+            if self._over(run):
+                return True
+            life = [event["event"] for event in self._events(run) if event["event"] in (*BEGUN, *ENDED)]
+            return True if life and life[-1] in BEGUN else None
+
+        self.cluster.until(trains, f"{run.run_id} trains", RECOVERS_S, lambda: self.cluster.story(run.run_id))
+
     def _wait_beyond(self, run: Launched, step: int) -> None:
         def reached() -> bool | None:
             return True if self._step(run) > step or self._over(run) else None
@@ -230,6 +244,7 @@ class Story:
 
 NEAR = range(EVERY - 6, EVERY - 1)
 """Steps after the last checkpoint: the next one comes while the disk is full, at either pace, and not before."""
+BEGUN = ("started", "resumed")
 ENDED = ("restarting", "requeued", "lost", "stopping")
 TOLD = ("restarting", "requeued", "lost", "checkpoint_failed", "warning", "hang")
 
