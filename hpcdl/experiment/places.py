@@ -3,7 +3,8 @@
 A method's or a task's file says which of its keys do, in `PLACES`: `{"teacher": "model"}`. What is recorded
 
 - for an `adapter`: the absolute path of a folder with adapter_config.json;
-- for a `model`: such a folder, one with config.json, `package:NAME`, or an id of the hub.
+- for a `model`: such a folder, one with config.json, `package:NAME`, or an id of the hub;
+- for `code`: the name of a file of hpcdl's, or the absolute path of a .py.
 """
 
 from __future__ import annotations
@@ -78,7 +79,17 @@ def model(key: str, given: str, runs_dir: Path) -> str | Fault:
     return _nothing_in(key, given, folder, "model", allowed)
 
 
-PLACE: dict[str, Callable[[str, str, Path], str | Fault]] = {"adapter": adapter, "model": model}
+def code(key: str, given: str, runs_dir: Path) -> str | Fault:
+    """A file of yours, where it is a path; else a name, which the task looks up."""
+    if not given.endswith(".py"):
+        return given
+    path = Path(os.path.abspath(os.path.expanduser(given)))  # noqa: PTH100, PTH111
+    if path.is_file():
+        return str(path)
+    return _no_folder(key, given, path, "a name, or the path of a .py", "file")
+
+
+PLACE: dict[str, Callable[[str, str, Path], str | Fault]] = {"adapter": adapter, "code": code, "model": model}
 
 
 def _option(key: str, given: str, allowed: str) -> str | Fault:
@@ -123,7 +134,7 @@ def run_folder(key: str, given: str, runs_dir: Path, allowed: str) -> Path | Fau
     return _several(key, given, fitting) if fitting else _not_found(key, given, runs_dir, runs, allowed)
 
 
-def _no_folder(key: str, given: str, path: Path, allowed: str) -> Fault:
+def _no_folder(key: str, given: str, path: Path, allowed: str, kind: str = "folder") -> Fault:
     try:
         beside = [entry.name for entry in path.parent.iterdir()]
     except OSError:
@@ -131,7 +142,7 @@ def _no_folder(key: str, given: str, path: Path, allowed: str) -> Fault:
     near = nearest_name(path.name, beside)
     fix = f"{key}={path.parent / near}" if near else f"{key}=null"
     return Fault(
-        key=key, value=given, problem="there is no such folder", allowed=allowed, nearest=near, fix=fix
+        key=key, value=given, problem=f"there is no such {kind}", allowed=allowed, nearest=near, fix=fix
     )
 
 

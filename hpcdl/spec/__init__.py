@@ -4,7 +4,7 @@ from hpcdl.spec.cluster import ClusterSpec, PartitionLimits
 from hpcdl.spec.compress import OffloadSpec, PeftSpec, PruneSpec, QuantSpec
 from hpcdl.spec.data import DataSpec
 from hpcdl.spec.experiment import ExperimentSpec, LaunchOptions
-from hpcdl.spec.model import ModelShape, ModelSpec
+from hpcdl.spec.model import MlpShape, ModelShape, ModelSpec
 from hpcdl.spec.parallel import ParallelSpec
 from hpcdl.spec.train import OptimSpec, TaskSpec, TrainerSpec
 from hpcdl.spec.watch import MonitorSpec, PreflightSpec, TrackerSpec
@@ -14,6 +14,7 @@ __all__ = [
     "DataSpec",
     "ExperimentSpec",
     "LaunchOptions",
+    "MlpShape",
     "ModelShape",
     "ModelSpec",
     "MonitorSpec",

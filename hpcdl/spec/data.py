@@ -12,9 +12,10 @@ from annotated_types import Ge, Interval
 class DataSpec:
     """A source of text; the position in it is (seed, epoch, global sample index), whatever the rank count."""
 
-    kind: Literal["pydoc", "text", "jsonl", "hf", "synthetic"]
+    kind: Literal["pydoc", "text", "jsonl", "hf", "synthetic", "none"]
     """`pydoc`: the reference text that every Python ships; `text`: files; `jsonl`: conversations or
-    prompt/answer pairs; `hf`: a datasets name or folder; `synthetic`: random tokens with structure."""
+    prompt/answer pairs; `hf`: a datasets name or folder; `synthetic`: random tokens with structure; `none`: no
+    text, the task makes its own samples."""
     paths: tuple[str, ...] = ()
     """Files or globs, for `text` and `jsonl`."""
     dataset: str | None = None

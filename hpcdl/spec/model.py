@@ -47,8 +47,18 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MlpShape:
+    """A policy for environments: layers between an observation and the actions, and as many of its own for the value."""
+
+    widths: tuple[Annotated[int, Ge(1)], ...] = (64, 64)
+    """Units of each hidden layer."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """After each hidden layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Where the weights come from: `path`, else `hub_id`, else `package`, else random from `shape`."""
+    """Where the weights come from: `path`, else `hub_id`, else `package`, else random from `shape` (or `mlp`)."""
 
     name: str
     """Name of the model, for tables and plots."""
@@ -66,6 +76,8 @@ class ModelSpec:
     """Attention implementation, in transformers' words."""
     shape: ModelShape | None = None
     """Dimensions; needed where the weights are random, used for planning elsewhere."""
+    mlp: MlpShape | None = None
+    """No language model, but a small network for an environment (task=policy_gradient); null for none."""
 
     @property
     def source(self) -> Literal["path", "hub", "package", "random"]:
