@@ -4,6 +4,7 @@ A strategy's file holds
 
 - `Config`: a frozen dataclass below `ParallelSpec` with the strategy's own keys;
 - `check(config, spec) -> Iterator[Fault]`: what it can't do, told before submission;
+- `traffic(config, sizes) -> Iterator[Sent]`: what ranks send one another in a step;
 - `build(config, model, grid, job) -> Engine`: the model under the strategy, on the worker.
 
 These files are read on the login node too: torch, and hpcdl.distributed, are imported inside functions.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hpcdl.byname import Folder
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
     from hpcdl.distributed.engine import Engine
@@ -31,6 +33,10 @@ class Strategy(Protocol):
 
     def check(self, config: Any, spec: ExperimentSpec) -> Iterator[Fault]:
         """Faults of this strategy with this experiment."""
+        ...
+
+    def traffic(self, config: Any, sizes: Sizes) -> Iterator[Sent]:
+        """What ranks send one another in a step, beside the numbers that the loop gathers."""
         ...
 
     def build(self, config: Any, model: Any, grid: Grid, job: Job) -> Engine:

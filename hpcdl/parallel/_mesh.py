@@ -15,6 +15,7 @@ from annotated_types import Ge
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, ParallelSpec
 from hpcdl.spec.parallel import ParallelDims
+from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
     from hpcdl.distributed.engine import Engine
@@ -57,6 +58,19 @@ def check(config: MeshConfig, spec: ExperimentSpec) -> Iterator[Fault]:
         return
     for part in (tp, cp, pp):
         yield from part.faults(config, dims, spec)
+
+
+def traffic(config: MeshConfig, sizes: Sizes) -> Iterator[Sent]:
+    """Of every dimension that is in use."""
+    from hpcdl.parallel import cp, ddp, fsdp, hsdp, pp, tp
+
+    for part in (tp, cp, pp, fsdp, hsdp, ddp):
+        yield from part.sent(config, sizes)
+
+
+def shards(config: MeshConfig, dims: ParallelDims) -> bool:
+    """Whether FSDP wraps the blocks: under tensor parallel copies too (hpcdl.distributed.data_parallel)."""
+    return dims.dp_shard > 1 or config.cpu_offload or (dims.tp > 1 and dims.gradient_ranks > 1)
 
 
 def does_not_divide(name: str, degree: int, what: str, have: int, shown: str = "") -> Fault:

@@ -7,6 +7,7 @@ heads around the attention (Jacobs et al., "DeepSpeed Ulysses", 2023).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from hpcdl.errors import Fault
@@ -14,9 +15,11 @@ from hpcdl.parallel import _mesh
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.model import MOVING_ROPE
 from hpcdl.spec.parallel import ParallelDims
+from hpcdl.spec.traffic import Sent, Sizes
 
 Config = _mesh.MeshConfig
 check = _mesh.check
+traffic = _mesh.traffic
 build = _mesh.build
 
 
@@ -43,3 +46,41 @@ def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -
             allowed="1, or a scaling that is the same for all positions (linear, llama3, yarn)",
             fix="parallel.cp=1",
         )
+
+
+def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
+    """Keys and values of the whole sequence, and on the way back their gradients in fp32; or heads for tokens."""
+    dims, calls = sizes.dims, sizes.blocks * sizes.micro_batches
+    if dims.cp == 1:
+        return
+    group = {"dimension": "cp", "ranks": dims.cp, "stride": dims.tp}
+    if config.cp_method == "ulysses":
+        repeats = math.lcm(dims.cp, max(1, sizes.kv_heads)) // max(1, sizes.kv_heads)
+        there = sizes.query_width + sizes.kv_width * repeats
+        for what, numbers in (
+            ("queries, keys and values", there),
+            ("attention's results", sizes.query_width),
+        ):
+            yield Sent(
+                what=f"all-to-all of {what}",
+                kind="all_to_all",
+                calls=calls * (sizes.passes + 1),
+                size=sizes.tokens * numbers * sizes.compute,
+                **group,  # type: ignore[arg-type]
+            )
+        return
+    whole = sizes.tokens * dims.cp * sizes.kv_width
+    yield Sent(
+        what="all-gather of keys and values",
+        kind="all_gather",
+        calls=calls * sizes.passes,
+        size=whole * sizes.compute,
+        **group,  # type: ignore[arg-type]
+    )
+    yield Sent(
+        what="reduce-scatter of their gradients",
+        kind="reduce_scatter",
+        calls=calls,
+        size=whole * 4,
+        **group,  # type: ignore[arg-type]
+    )

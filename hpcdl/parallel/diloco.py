@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Interval
 from hpcdl.errors import Fault
 from hpcdl.parallel import _copies
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
     from hpcdl.distributed.engine import Engine
@@ -42,6 +43,11 @@ class Config(ParallelSpec):
 def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     """Copies only."""
     yield from _copies.whole_models_only(config)
+
+
+def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
+    """How far the copies went, now and then."""
+    yield from _copies.average("progress", sizes.trained, config.sync_every, sizes)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

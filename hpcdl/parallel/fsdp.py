@@ -6,12 +6,15 @@ Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Paramet
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge
 
+from hpcdl.distributed.stages import SCHEDULES
 from hpcdl.parallel import _mesh
+from hpcdl.spec.traffic import Sent, Sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,4 +28,47 @@ class Config(_mesh.MeshConfig):
 
 
 check = _mesh.check
+traffic = _mesh.traffic
 build = _mesh.build
+
+
+def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
+    """Each block's parameters before its forward pass, and again before its backward pass where they were let go.
+
+    A pipeline adds gradients up whole and shares them out once, after the last backward pass
+    (torch.distributed.pipelining); elsewhere each micro-batch's are shared out as they come.
+    """
+    dims, ranks = sizes.dims, sizes.dims.dp_shard * sizes.dims.cp
+    if ranks == 1 or not _mesh.shards(config, dims):
+        return
+    group = {"dimension": "dp_shard" if dims.cp == 1 else "dp_shard × cp", "ranks": ranks, "stride": dims.tp}
+    block, ends = sizes.block_weights * sizes.block_bytes, sizes.end_weights * sizes.end_bytes
+    held = dims.pp > 1 and SCHEDULES[config.schedule].splits_backward
+    blocks = sizes.blocks * sizes.micro_batches
+    for behind in ("forward", "backward"):
+        if behind == "forward" or (config.reshard_after_forward and not held):
+            yield Sent(
+                what=f"all-gather of parameters, {behind}",
+                kind="all_gather",
+                calls=blocks,
+                size=block,
+                behind=behind,  # type: ignore[arg-type]
+                **group,  # type: ignore[arg-type]
+            )
+    yield Sent(
+        what="all-gather of embedding and head",
+        kind="all_gather",
+        calls=sizes.micro_batches if ends else 0,
+        size=ends,
+        behind="forward",
+        **group,  # type: ignore[arg-type]
+    )
+    calls = (sizes.blocks + 1) * (1 if dims.pp > 1 else sizes.micro_batches)
+    yield Sent(
+        what="reduce-scatter of gradients",
+        kind="reduce_scatter",
+        calls=calls,
+        size=4 * sizes.trained / (sizes.blocks + 1),
+        behind="backward" if dims.pp == 1 else "last backward",
+        **group,  # type: ignore[arg-type]
+    )

@@ -28,6 +28,7 @@ from annotated_types import Ge
 from hpcdl.errors import Fault
 from hpcdl.parallel import _copies
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
     from hpcdl.distributed.engine import Engine
@@ -64,6 +65,11 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     elif (cluster.gres or "").startswith("gpu"):
         key, fix = "cluster.gres", "cluster.gres=null"
         yield Fault(key=key, value=str(cluster.gres), problem=problem, allowed="no GPUs", fix=fix)
+
+
+def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
+    """Nothing: all have the same memory."""
+    yield from ()
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

@@ -22,6 +22,7 @@ from annotated_types import Ge
 from hpcdl.errors import Fault
 from hpcdl.parallel import _copies
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
     from hpcdl.distributed.engine import Engine
@@ -42,6 +43,12 @@ class Config(ParallelSpec):
 def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     """Copies only."""
     yield from _copies.whole_models_only(config)
+
+
+def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
+    """Weights, and where it is asked for the optimizer's state, now and then."""
+    numbers = sizes.trained * (1 + (sizes.state if config.average_optimizer_state else 0))
+    yield from _copies.average("weights", numbers, config.sync_every, sizes)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

@@ -35,6 +35,7 @@ from annotated_types import Ge, Gt
 from hpcdl.errors import Fault
 from hpcdl.parallel import _copies
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
     from hpcdl.distributed.engine import Engine
@@ -57,6 +58,20 @@ class Config(ParallelSpec):
 def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     """Copies only."""
     yield from _copies.whole_models_only(config)
+
+
+def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
+    """Gradients to the server and weights back; workers wait for one another's at its one link."""
+    if sizes.dims.dp_replicate == 1:
+        return
+    yield Sent(
+        what="gradients and weights",
+        dimension="server",
+        kind="serve",
+        ranks=sizes.dims.dp_replicate,
+        calls=1,
+        size=2 * 4 * sizes.trained,
+    )
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

@@ -15,9 +15,11 @@ from hpcdl.errors import Fault
 from hpcdl.parallel import _mesh
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.parallel import ParallelDims
+from hpcdl.spec.traffic import Sent, Sizes
 
 Config = _mesh.MeshConfig
 check = _mesh.check
+traffic = _mesh.traffic
 build = _mesh.build
 
 
@@ -50,6 +52,36 @@ def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -
     size = spec.trainer.micro_batch_size * dims.data_ranks
     if spec.trainer.global_batch_size % size == 0:  # else a rule about the batch has something to say
         yield from _micro_batches_do_not_fit(config, dims, spec, spec.trainer.global_batch_size // size)
+
+
+def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
+    """Hidden states at every cut, and their gradients back; once a step the gradient of an embedding torn apart."""
+    dims = sizes.dims
+    if dims.pp == 1:
+        return
+    stride = dims.world_size // dims.pp
+    split = dims.tp if config.sequence_parallel else 1
+    stages = layout.stages_per_rank(config.schedule, config.stages_per_rank)
+    yield Sent(
+        what="hidden states and their gradients",
+        dimension="pp",
+        kind="send",
+        ranks=2,
+        stride=stride,
+        calls=2 * stages * sizes.micro_batches,
+        size=sizes.tokens * sizes.width * sizes.residual / split,
+        behind="forward",
+    )
+    if sizes.tied:
+        yield Sent(
+            what="gradient of the tied embedding",
+            dimension="pp",
+            kind="send",
+            ranks=2,
+            stride=stride * (dims.pp - 1),
+            calls=1,
+            size=4 * sizes.tied,
+        )
 
 
 def _too_few_blocks(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:

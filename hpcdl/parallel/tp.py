@@ -13,9 +13,11 @@ from hpcdl.errors import Fault
 from hpcdl.parallel import _mesh
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.parallel import ParallelDims
+from hpcdl.spec.traffic import Collective, Sent, Sizes
 
 Config = _mesh.MeshConfig
 check = _mesh.check
+traffic = _mesh.traffic
 build = _mesh.build
 
 
@@ -39,6 +41,36 @@ def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -
     if config.sequence_parallel and seq_len % parts and not seq_len % dims.cp:
         product = "tp" if dims.cp == 1 else f"tp × cp = {parts}"
         yield _refused(f"{product} does not divide data.seq_len {seq_len}", seq_len // dims.cp, dims)
+
+
+def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
+    """Attention's and MLP's inputs and results, in every pass; nothing can be computed meanwhile.
+
+    With sequence parallel an all-gather before and a reduce-scatter behind, and their opposites on the way back;
+    without it an all-reduce behind, and on the way back one before (Korthikanti et al., 2023, figures 4 and 5).
+    """
+    if sizes.dims.tp == 1:
+        return
+    size = float(sizes.tokens * sizes.width * sizes.compute)
+    ends = 1 / sizes.blocks if sizes.blocks else 0.0  # the embedding's result, and the head's input
+    calls = sizes.micro_batches * (sizes.blocks + ends) * 2 * (sizes.passes + 1)
+    kinds: list[tuple[str, Collective]] = [("all-reduce of activations", "all_reduce")]
+    if config.sequence_parallel:
+        kinds = [
+            ("all-gather of activations", "all_gather"),
+            ("reduce-scatter of activations", "reduce_scatter"),
+        ]
+    for what, kind in kinds:
+        yield Sent(what=what, dimension="tp", kind=kind, ranks=sizes.dims.tp, calls=calls, size=size)
+    if not config.loss_parallel:
+        yield Sent(
+            what="all-gather of the head",
+            dimension="tp",
+            kind="all_gather",
+            ranks=sizes.dims.tp,
+            calls=sizes.micro_batches,
+            size=sizes.end_weights * sizes.dims.tp * sizes.compute,
+        )
 
 
 def _refused(problem: str, common: int, dims: ParallelDims) -> Fault:

@@ -105,7 +105,7 @@ GPUS = (
     # DGX B200's sheet: 1.44 TB for 8. Shapes of language models: 1,448–1,562 TFLOP/s (arXiv:2604.23466)
     Gpu(name="B200", mib=183359, fp32=75e12, bf16=2250e12, reached=0.67, bandwidth=7700 * GB, inside=900 * GB,
         between=50 * GB),
-    # AMD: instinct.amd.com data sheets; reached: ROCm blog, "Measuring Max-Achievable FLOPs, Part 2", 2025: 708 of 1,307
+    # AMD's data sheets; reached: ROCm blog, "Measuring Max-Achievable FLOPs, Part 2", 2025: 708 of 1,307
     Gpu(name="MI250", mib=65536, fp32=45.3e12, bf16=181e12, reached=0.75, bandwidth=1638 * GB, inside=50 * GB,
         between=12.5 * GB),
     Gpu(name="MI300X", mib=196592, fp32=163e12, bf16=1307e12, reached=0.5, bandwidth=5300 * GB, inside=64 * GB,

@@ -1,0 +1,424 @@
+"""What a rank has to do in one micro-batch: operations on numbers, bytes moved, and torch operations started.
+
+Read off transformers' Llama (modeling_llama.py, 5.23), hpcdl.distributed.losses and torch's optimizers. FLOPs of
+matrices: 2 a weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight (Kaplan et al.,
+2020; Narayanan et al., 2021, appendix). Bytes: each operation's inputs and output once, as eager torch runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from hpcdl import compress
+from hpcdl.compress import quant
+from hpcdl.distributed import stages
+from hpcdl.parallel._mesh import MeshConfig, shards
+from hpcdl.plan.records import Device
+from hpcdl.spec import ExperimentSpec, ModelShape
+from hpcdl.spec.layout import Beside, Held, Matrix, head_dim, matrices
+from hpcdl.spec.parallel import ParallelDims
+from hpcdl.spec.traffic import Sizes
+
+STATE_NUMBERS = {"adamw": 2.0, "adamw8bit": 0.5, "sgd": 1.0}
+"""Of optimizer state a trained number, in fp32 numbers."""
+OPTIMIZER_BYTES = {"adamw": 28, "sgd": 20, "adamw8bit": 30}
+"""Moved a trained number: weight, gradient and state read, weight and state written (fused kernels)."""
+SLOW_8BIT = {"cpu": 20.0, "cuda": 1.5}
+"""bitsandbytes' steps against torch's fused AdamW: measured on 2 cores of a Zen 4; on GPUs not measured here."""
+DEQUANTIZE = {"cpu": 6.0, "cuda": 1.6}
+"""Bytes as if moved for each byte read and written by what makes 4-bit weights whole: it looks values up. On a CPU
+bitsandbytes makes 58.7M weights in 0.09–0.16 s."""
+FUSED = 0.4
+"""Of the bytes that elementwise operations move, what is left where torch.compile has fused them."""
+CLIP_BYTES = {False: 4, True: 12}
+"""For the norm of the gradients, and for clipping them too."""
+
+OPERATIONS = {"block": 62, "backward": 90, "adapter": 14, "head": 20, "edge": 40, "tensor": 3}
+"""torch operations started: of a block forward, and backward; for each adapted matrix; of a chunk of the loss; of
+embedding, mask, rotary angles and last norm; for each trained tensor of an optimizer's step."""
+WRAPPED = {"fsdp": 110, "tp": 330, "cp": 60, "pp": 380, "ddp": 2}
+"""The same of what strategies do besides, in Python: FSDP a block and pass, DTensors a block and pass, context parallel
+a block and pass, a pipeline's schedule a stage, micro-batch and pass, DDP's hooks a tensor. Counted as time on one core
+over the time of an operation."""
+STEP_OPERATIONS = 300
+"""Of a step besides: loader, gathering and writing numbers, learning rate, signals."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """A share of one micro-batch."""
+
+    flops: float = 0.0
+    """Seconds of matrix products and attention."""
+    moved: float = 0.0
+    """Seconds of what moves memory."""
+    operations: float = 0.0
+    """Started."""
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(
+            flops=self.flops + other.flops,
+            moved=self.moved + other.moved,
+            operations=self.operations + other.operations,
+        )
+
+    def __mul__(self, times: float) -> Pass:
+        return Pass(flops=self.flops * times, moved=self.moved * times, operations=self.operations * times)
+
+    @property
+    def device_s(self) -> float:
+        """Seconds of the device."""
+        return self.flops + self.moved
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rank's share of a step; seconds where nothing is said."""
+
+    spec: ExperimentSpec
+    shape: ModelShape
+    dims: ParallelDims
+    device: Device
+
+    # --- what the config says -----------------------------------------------------------------------------
+
+    @cached_property
+    def frozen(self) -> bool:
+        """Whether only adapters are trained."""
+        return compress.freezes_base(self.spec)
+
+    @cached_property
+    def compute(self) -> int:
+        """Bytes of a number in a pass."""
+        return 2 if self.spec.trainer.precision == "bf16" else 4
+
+    @cached_property
+    def residual(self) -> int:
+        """Bytes of a number of the residual stream."""
+        mesh = isinstance(self.spec.parallel, MeshConfig) and shards(self.spec.parallel, self.dims)
+        return 2 if self.compute == 2 and (self.frozen or mesh) else 4
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of a micro-batch on this rank."""
+        return max(1, self.spec.trainer.micro_batch_size * self.spec.data.seq_len // self.dims.cp)
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """Of a step on this rank."""
+        trainer = self.spec.trainer
+        return max(1, trainer.global_batch_size // (trainer.micro_batch_size * self.dims.data_ranks))
+
+    @cached_property
+    def passes(self) -> float:
+        """Forward passes of a block a micro-batch, on average."""
+        return {"none": 1.0, "selective": 1.5, "full": 2.0}[self.spec.trainer.activation_checkpointing]
+
+    @cached_property
+    def _rate(self) -> float:
+        precision = self.spec.trainer.precision
+        return self.device.peak_flops[precision] * self.device.efficiency[precision] * self.device.share
+
+    @cached_property
+    def _bandwidth(self) -> float:
+        return self.device.memory_bytes_per_s * self.device.share
+
+    def _product(self, tokens: float, rows: float, columns: float) -> float:
+        """Seconds of a matrix product: of its operations, or of its operands where they take longer (roofline)."""
+        moved = self.compute * (tokens * (rows + columns) + rows * columns)
+        return max(2 * tokens * rows * columns / self._rate, moved / self._bandwidth)
+
+    # --- a block ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _matrices(self) -> list[tuple[Matrix, Beside, Held]]:
+        method, scheme = compress.get(self.spec.peft.name), quant.get(self.spec.quant.scheme)
+        plain = 2 if self.frozen and self.compute == 2 else 4
+        return [
+            (m, method.memory(self.spec.peft, m), scheme.memory(self.spec.quant, m, plain, self.compute))
+            for m in matrices(self.shape)
+        ]
+
+    @cached_property
+    def _of_block(self) -> list[tuple[Matrix, Beside, Held]]:
+        return [found for found in self._matrices if found[0].role == "block"]
+
+    @property
+    def heads_width(self) -> tuple[float, float]:
+        """Numbers a token of queries, and of keys and values together, of this rank's heads."""
+        each = head_dim(self.shape) / self.dims.tp
+        return self.shape.num_attention_heads * each, 2 * self.shape.num_key_value_heads * each
+
+    @cached_property
+    def _attention(self) -> float:
+        """Seconds of attention forward; half where a kernel knows that it is causal and skips the rest."""
+        spec = self.spec
+        masked = spec.data.packing or self.dims.cp > 1 or spec.model.attention == "eager"
+        queries = self.heads_width[0]
+        flops = 4.0 * self.tokens * spec.data.seq_len * queries * (1.0 if masked else 0.5)
+        moved = 4 * self.compute * self.tokens * queries
+        heads = self.shape.num_attention_heads / self.dims.tp
+        scores = self.tokens * spec.data.seq_len * heads
+        if spec.model.attention == "eager":  # scores are written, masked, cast, normalised and read
+            moved += scores * 30
+        # softmax is no matrix product: a number a score, some 10 operations each, hidden on GPUs in part
+        return flops / (self._rate * ATTENTION_REACHED[self.device.kind]) + moved / self._bandwidth
+
+    @cached_property
+    def _elementwise(self) -> float:
+        """Bytes that a block's norms, rotary embedding, activation, sums and casts move forward."""
+        tokens, width, e, r = self.tokens, self.shape.hidden_size, self.compute, self.residual
+        stream = tokens * width
+        if self.dims.tp > 1 and getattr(self.spec.parallel, "sequence_parallel", False):
+            stream /= self.dims.tp
+        queries, keys = self.heads_width
+        inner = self.shape.intermediate_size / self.dims.tp
+        norms = 2 * (28 + 4 * r) * stream
+        sums = 2 * 3 * r * stream
+        casts = 5 * (r + e) * tokens * width if r != e else 0
+        rotary = 10 * e * tokens * (queries + keys / 2)
+        repeated = 2 * e * tokens * (queries + keys) if self.spec.data.packing else 0
+        mlp = 5 * e * tokens * inner
+        return norms + sums + casts + rotary + repeated + mlp
+
+    @cached_property
+    def _adapters(self) -> tuple[float, float, int]:
+        """Of a block: seconds of products forward, bytes moved forward, and how many matrices are adapted."""
+        rank = getattr(self.spec.peft, "rank", 0)
+        seconds = moved = 0.0
+        count = 0
+        for matrix, beside, _ in self._of_block:
+            if not beside.parameters:
+                continue
+            count += 1
+            rows, columns = matrix.rows / self.dims.tp, matrix.columns
+            seconds += self._product(self.tokens, rank, columns) + self._product(self.tokens, rows, rank)
+            moved += self.tokens * ((4 + self.compute) * columns + 4 * self.compute * rows)
+        return seconds, moved, count
+
+    @cached_property
+    def _whole(self) -> float:
+        """Seconds to make a block's quantized weights whole once."""
+        factor = DEQUANTIZE[self.device.kind] / self._bandwidth
+        return sum(
+            factor * (held.bytes + self.compute * matrix.numel)
+            for matrix, _, held in self._of_block
+            if held.whole
+        )
+
+    @cached_property
+    def _products(self) -> float:
+        """Seconds of a block's own matrices forward; backward as much for each of the two gradients."""
+        tp = self.dims.tp
+        return sum(
+            self._product(self.tokens, matrix.rows / tp, matrix.columns) for matrix, *_ in self._of_block
+        )
+
+    @cached_property
+    def _wrapped(self) -> float:
+        """Operations that strategies add to each pass of a block."""
+        config, found = self.spec.parallel, 0.0
+        if isinstance(config, MeshConfig):
+            found += WRAPPED["fsdp"] * shards(config, self.dims)
+            found += WRAPPED["tp"] * (self.dims.tp > 1) + WRAPPED["cp"] * (self.dims.cp > 1)
+        return found
+
+    @cached_property
+    def forward(self) -> Pass:
+        """A block."""
+        seconds, moved, count = self._adapters
+        fused = FUSED if self.spec.trainer.compile else 1.0
+        operations = (OPERATIONS["block"] + count * OPERATIONS["adapter"]) * fused
+        return Pass(
+            flops=self._products + self._attention + seconds,
+            moved=(self._elementwise + moved) * fused / self._bandwidth + self._whole + self._parked,
+            operations=operations + self._wrapped,
+        )
+
+    @cached_property
+    def backward(self) -> Pass:
+        """A block, without its recomputation; attention computes its scores again (FlashAttention-2, 2.5 times)."""
+        seconds, moved, count = self._adapters
+        fused = FUSED if self.spec.trainer.compile else 1.0
+        times = 1 if self.frozen else 2
+        operations = (OPERATIONS["backward"] + 2 * count * OPERATIONS["adapter"]) * fused
+        return Pass(
+            flops=times * self._products + 2.5 * self._attention + 2 * seconds,
+            moved=2 * (self._elementwise + moved) * fused / self._bandwidth
+            + self._whole
+            + self._parked
+            + self._gradients,
+            operations=operations + self._wrapped,
+        )
+
+    @cached_property
+    def weights_share(self) -> float:
+        """Of a block's backward pass, what the gradients of weights take: a schedule may put it off."""
+        return 0.0 if self.frozen else self._products / max(self.backward.device_s, 1e-30)
+
+    @cached_property
+    def _gradients(self) -> float:
+        """Seconds to cast a block's weights and gradients, and to add the gradients up."""
+        numbers = sum(beside.parameters for _, beside, _ in self._of_block)
+        if not self.frozen:
+            numbers += sum(matrix.numel for matrix, *_ in self._of_block)
+        numbers /= self.dims.tp
+        moved = 12.0 * (self.micro_batches > 1) + (12.0 if self.compute == 2 else 0.0)
+        return moved * numbers / self._bandwidth
+
+    @cached_property
+    def _parked(self) -> float:
+        """Seconds in which a block's input goes to the host or the disk, or comes back."""
+        where = self.spec.trainer.activation_offload
+        if where == "none" or (where == "host" and self.device.kind == "cpu"):
+            return 0.0
+        return self.tokens * self.residual * self.shape.hidden_size / PARKING_BYTES_PER_S[where]
+
+    # --- what stands at the ends --------------------------------------------------------------------------
+
+    @cached_property
+    def head(self) -> Pass:
+        """The loss with its gradients, which its forward pass takes (hpcdl.distributed.losses)."""
+        rows = self.shape.vocab_size
+        if getattr(self.spec.parallel, "loss_parallel", False):
+            rows /= self.dims.tp
+        times = 2 if self.frozen else 3
+        chunk = CHUNK_LOGITS[self.device.kind] / rows
+        moved = self.tokens * rows * (2 * self.compute + 24) + (
+            0 if self.frozen else 8 * rows * self.shape.hidden_size
+        )
+        return Pass(
+            flops=times * self._product(self.tokens, rows, self.shape.hidden_size),
+            moved=moved / self._bandwidth,
+            operations=OPERATIONS["head"] * math.ceil(self.tokens / chunk),
+        )
+
+    @cached_property
+    def embedding(self) -> Pass:
+        """Looked up, and its gradient, which is dense."""
+        moved = 3 * self.residual * self.tokens * self.shape.hidden_size
+        if not self.frozen:
+            moved += 8 * self.shape.vocab_size * self.shape.hidden_size / self.dims.tp
+        return Pass(moved=moved / self._bandwidth, operations=OPERATIONS["edge"])
+
+    # --- stages -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def stages(self) -> list[list[int]]:
+        """Blocks of each stage, by rank of the pipeline."""
+        config, ranks, blocks = self.spec.parallel, self.dims.pp, self.shape.num_hidden_layers
+        if ranks == 1 or not isinstance(config, MeshConfig):
+            return [[blocks]]
+        schedule = stages.SCHEDULES[config.schedule]
+        count = ranks * stages.stages_per_rank(config.schedule, config.stages_per_rank)
+        head = stages.head_cost(self.shape) / stages.block_cost(self.shape, self.spec.data.seq_len)
+        parts = shares(blocks, count, head)
+        return [
+            [parts[stage] for stage in stages.held_by(schedule.placement, rank, ranks, count)]
+            for rank in range(ranks)
+        ]
+
+    # --- the optimizer ------------------------------------------------------------------------------------
+
+    @cached_property
+    def numbers(self) -> tuple[float, float, float]:
+        """Of the busiest rank before sharding over data: of a block, of what stands outside, and those trained."""
+        tp, pp = self.dims.tp, self.dims.pp
+        block = sum(matrix.numel for matrix, *_ in self._of_block) / tp + 2 * self.shape.hidden_size
+        ends = sum(m.numel / tp for m, *_ in self._matrices if m.role in ("embedding", "head"))
+        if pp > 1 and not self.shape.tie_word_embeddings:
+            ends /= 2
+        blocks = max(sum(rank) for rank in self.stages)
+        if self.frozen:
+            trained = blocks * sum(beside.parameters for _, beside, _ in self._of_block) / tp
+        else:
+            trained = blocks * block + ends
+        return block, ends, trained
+
+    @cached_property
+    def shard(self) -> int:
+        """Ranks that share each trained number."""
+        return self.dims.dp_shard * self.dims.cp if self.dims.dp_shard > 1 else 1
+
+    @cached_property
+    def optimizer_s(self) -> float:
+        """The step and clipping; with parameters in host memory the host takes it."""
+        name, own = self.spec.optim.name, self.numbers[2] / self.shard
+        moved = OPTIMIZER_BYTES[name] * (SLOW_8BIT[self.device.kind] if name == "adamw8bit" else 1.0)
+        moved += CLIP_BYTES[self.spec.trainer.max_grad_norm is not None]
+        bandwidth = self._bandwidth
+        if self.device.kind == "cuda" and getattr(self.spec.parallel, "cpu_offload", False):
+            bandwidth = HOST_BYTES_PER_S
+        return own * moved / bandwidth
+
+    @cached_property
+    def tensors(self) -> float:
+        """Trained tensors on this rank."""
+        blocks = max(sum(rank) for rank in self.stages)
+        count = sum(2 for _, beside, _ in self._of_block if beside.parameters) if self.frozen else 9
+        return blocks * count + (0 if self.frozen else 3)
+
+    # --- what strategies ask ------------------------------------------------------------------------------
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """For `traffic()` of the strategy."""
+        block, ends, trained = self.numbers
+        queries, keys = self.heads_width
+        plain = 2 if self.compute == 2 else 4
+        held = sum(held.bytes for _, _, held in self._of_block) / sum(m.numel for m, *_ in self._of_block)
+        shape = self.shape
+        tied = shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings and not self.frozen else 0
+        return Sizes(
+            dims=self.dims,
+            tokens=self.tokens,
+            micro_batches=self.micro_batches,
+            blocks=max(sum(rank) for rank in self.stages),
+            width=shape.hidden_size,
+            kv_width=keys,
+            kv_heads=max(1, shape.num_key_value_heads // self.dims.tp),
+            query_width=queries,
+            compute=self.compute,
+            residual=self.residual,
+            block_weights=block,
+            block_bytes=min(held, plain) if self.frozen else plain,
+            end_weights=ends,
+            end_bytes=plain,
+            trained=trained,
+            tied=tied / self.dims.tp if self.dims.pp > 1 else 0.0,
+            state=STATE_NUMBERS.get(self.spec.optim.name, 2.0),
+            passes=self.passes,
+        )
+
+
+ATTENTION_REACHED = {"cpu": 0.5, "cuda": 0.7}
+"""Of the rate of matrix products: SDPA's kernels (FlashAttention-2's paper, figures 4 to 6: 0.6–0.7 on an A100)."""
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+"""As hpcdl.distributed.losses has them (which imports torch); a test compares them."""
+PARKING_BYTES_PER_S = {"host": 20e9, "disk": 0.5e9}
+"""Over PCIe 4.0, as copies to pinned memory reach it, and to a disk of the node."""
+HOST_BYTES_PER_S = 40e9
+"""Of a host's memory where its cores take the optimizer's step, a GPU's share of them."""
+
+
+def shares(blocks: int, count: int, head: float) -> list[int]:
+    """Blocks of each stage, the last one with the output head: as hpcdl.distributed.stages.partition, for equal blocks.
+
+    Args:
+        blocks: of the model.
+        count: stages.
+        head: cost of the output head, in blocks.
+    """
+    if count == 1:
+        return [blocks]
+
+    def cost(last: int) -> tuple[float, float]:
+        each, more = divmod(blocks - last, count - 1)
+        others = more * (each + 1) ** 2 + (count - 1 - more) * each**2
+        return max(each + (more > 0), last + head), others + (last + head) ** 2
+
+    last = min(range(1, blocks - count + 2), key=cost)
+    each, more = divmod(blocks - last, count - 1)
+    return [*[each + (stage < more) for stage in range(count - 1)], last]
