@@ -30,13 +30,16 @@ BYTE_VOCABULARY = 260
 
 
 def broken(parts: dict[str, Any]) -> list[Fault]:
-    """Faults of every rule whose sections are in `parts`; a strategy that is still to be chosen is as good as none."""
-    if is_open(parts.get("parallel")):
-        parts = {name: part for name, part in parts.items() if name != "parallel"}
+    """Faults of every rule whose sections are in `parts`.
+
+    Of a strategy that is still to be chosen nothing is asked but its form.
+    """
+    waits = is_open(parts.get("parallel"))
     return [
         fault
         for needs, rule in RULES
         if all(need in parts for need in needs)
+        and not (waits and "parallel" in needs and rule not in OF_FORM)
         for fault in rule(*(parts[need] for need in needs))
     ]
 

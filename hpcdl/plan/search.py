@@ -352,6 +352,11 @@ class _Search:
             reasons = [self.unknown]
         else:
             reasons = [f"{fault.key} = {fault.value}: {fault.problem}" for fault in self.faults[:3]]
+            batch, world = self.ways.spec.trainer.global_batch_size, self.ways.spec.cluster.world_size
+            reasons = reasons or [
+                f"no degrees are possible: {batch} sequences a step, the model's heads, its blocks and a sequence"
+                f" can't be shared out evenly over {world} processes"
+            ]
         return Found(
             chosen=None,
             reasons=tuple(reasons),
