@@ -5,6 +5,7 @@ Plain values that a table, a plot, JSON, the search and the launcher read alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,6 +40,20 @@ class RankMemory:
     def peak(self) -> int:
         """What has to fit into the rank's share of the device's memory."""
         return self.tensors + self.allocator + self.runtime
+
+
+def of_rank(memory: Sequence[RankMemory], rank: int) -> RankMemory:
+    """What a rank holds: ranks are counted through the stages in order, since pipelines are outermost.
+
+    Raises:
+        ValueError: there are fewer ranks.
+    """
+    left = rank
+    for stage in memory:
+        if left < stage.ranks:
+            return stage
+        left -= stage.ranks
+    raise ValueError(f"no rank {rank} among {sum(stage.ranks for stage in memory)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,11 +35,41 @@ def file_of(folder: Path, rank: int) -> Path:
 
 def load(folder: Path) -> dict[str, Any] | None:
     """What the first rank has written; None where there is none, or none that can be read."""
+    return read(file_of(folder, 0))
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """What a rank has written; None where there is none, or none that can be read."""
     try:
-        record = json.loads(file_of(folder, 0).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("measured"), dict) else None
+
+
+def of_ranks(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """What each rank has written, in order; those left out that can't be read."""
+    found = (read(file_of(folder, rank)) for rank in range(ranks))
+    return [record for record in found if record is not None]
+
+
+def in_result(folder: Path, ranks: int) -> dict[str, Any] | None:
+    """Planned and measured bytes for result.json, of the rank that had the most tensors; None: not measured."""
+    records = [
+        record for record in of_ranks(folder, ranks) if isinstance(record["measured"].get("tensors"), int)
+    ]
+    if not records:
+        return None
+    fullest = max(records, key=lambda record: record["measured"]["tensors"])
+    planned, measured = fullest.get("planned") or {}, fullest["measured"]
+    return {
+        "ranks": len(records),
+        "fullest_rank": fullest.get("rank", 0),
+        "planned_tensors_bytes": planned.get("tensors"),
+        "tensors_bytes": measured["tensors"],
+        "planned_peak_bytes": planned.get("peak"),
+        "peak_bytes": measured.get("peak"),
+    }
 
 
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:

@@ -20,11 +20,12 @@ from hpcdl import compress
 from hpcdl.compress import offload
 from hpcdl.distributed.engine import Engine, prime
 from hpcdl.plan import memory as plan
+from hpcdl.plan.records import of_rank
 from hpcdl.runs import memory as report
 from hpcdl.runs.files import write_json
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.worker.metrics import resident_peak_bytes
+from hpcdl.worker.metrics import peak_memory_bytes, resident_peak_bytes
 from hpcdl.worker.process import Process
 from hpcdl.worker.storages import Storage, Tracker, Watching, tensors_of, unique
 
@@ -108,7 +109,7 @@ class Meter:
             "rank": self._who.rank,
             "world_size": self._who.world_size,
             "device": device,
-            "planned": plan.memory(self._spec, device, self._who.world_size),
+            "planned": planned(self._spec, self._who, device),
             "mapped_bytes": sum(weights[at].nbytes() for at in mapped),
             "mapped_resident_bytes": sum(mapped.values()),
             "resident": now,
@@ -122,6 +123,36 @@ class Meter:
             measured["runtime"] = max(0, now["now"] - let_go - on_host)
             measured["peak"] = now["peak"]
         return {**found, "measured": measured, "at_peak": tracker.at_peak if tracker else {}}
+
+
+def planned(spec: ExperimentSpec, who: Process, device: str) -> dict[str, Any] | None:
+    """What was planned for this rank: categories, each at its own highest, and what they come to; None: unknown."""
+    stages = plan.ranks(spec, device, who.world_size)
+    if stages is None:
+        return None
+    mine = of_rank(stages, who.rank)
+    return {
+        **mine.bytes,
+        "tensors": mine.tensors,
+        "allocator": mine.allocator,
+        "runtime": mine.runtime,
+        "peak": mine.peak,
+        "moment": mine.moment,
+        "at_peak": mine.at_peak,
+    }
+
+
+def note_end(run: RunDir, who: Process, device: torch.device) -> None:
+    """Adds to memory.json what this process had at most, checkpoints and result included: the last thing of a run."""
+    file = report.file_of(run.path, who.rank)
+    record = report.read(file)
+    if record is None:  # nobody wanted to know, or the disk was full
+        return
+    record["ended"] = {"peak": peak_memory_bytes(device), "resident_peak": resident_peak_bytes()}
+    try:
+        write_json(file, record)
+    except OSError as error:
+        print(f"memory: {error}", flush=True)
 
 
 def give_back() -> int:

@@ -82,6 +82,7 @@ def _save(finished: Finished) -> dict[str, Any]:
     weights, zeros = _save_weights(finished)
     result = {**_figures(finished), **zeros, "adapter": str(weights) if weights.name == "adapter" else None}
     result["model"] = None if result["adapter"] else str(weights)
+    result["memory"] = memory_report.in_result(finished.run.path, finished.who.world_size)
     result["sample"] = {"prompt": finished.spec.task.sample_prompt, "before": before, "after": after}
     draw_loss(
         finished.run.metrics(),

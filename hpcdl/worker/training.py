@@ -37,7 +37,7 @@ from hpcdl.worker.data.loader import Loader, Reading
 from hpcdl.worker.data.prepare import Dataset, open_dataset
 from hpcdl.worker.heartbeat import Progress
 from hpcdl.worker.keeping import Keeper
-from hpcdl.worker.memory import Meter
+from hpcdl.worker.memory import Meter, note_end
 from hpcdl.worker.process import Process, bf16_is_slow
 from hpcdl.worker.signals import Stop
 from hpcdl.worker.tokenizer import Tokenizer
@@ -81,9 +81,10 @@ def train(
     mfu_of = network.seconds_at_peak(spec, ready.size, device, who.world_size)
     reason = drive(spec, run, who, ready, lines, stop, progress, mfu_of)
     progress.end()
+    if who.is_first and reason is None:
+        finish(spec, run, who, ready, lines, mfu_of)
+    note_end(run, who, device)
     if who.is_first:
-        if reason is None:
-            finish(spec, run, who, ready, lines, mfu_of)
         write_outcome(run, who, ready.totals.step, reason)
         # Whoever stops a job gives it seconds; what the tracker lacks then is sent by the next try.
         tracker.finish(trackers.FINISH_S if reason is None else trackers.STOPPED_S)
