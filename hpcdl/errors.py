@@ -42,6 +42,8 @@ class Fault:
     """The nearest valid name, where the value or key looks like a slip of the pen."""
     fix: str = ""
     """What to type instead."""
+    fixes: tuple[str, ...] = ()
+    """Several ways out, where there are: what to type, a line each."""
     where: str = ""
     """The sweep point that it was found in; empty for a single run."""
 
@@ -137,6 +139,11 @@ def format_faults(faults: Sequence[Fault]) -> str:
         ):
             if text:
                 lines.append(f"   {label + ':':<9}{_shown(text)}")
+            if label == "fix":
+                lines += [
+                    f"   {'' if place or text else 'fix:':<9}{_shown(one)}"
+                    for place, one in enumerate(fault.fixes)
+                ]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 

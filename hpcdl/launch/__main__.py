@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from hpcdl.errors import HpcdlError
-from hpcdl.launch import after, arguments, modes, points, report, sweep
+from hpcdl.launch import after, arguments, modes, planning, points, report, sweep
 from hpcdl.launch.compose import CONFIG_NAME, Composer
 
 INTERRUPTED = 130
@@ -31,7 +31,10 @@ def _main(argv: Sequence[str]) -> int:
     asked = sweep.read(composer, flags.overrides, multirun=flags.multirun)
     options = asked.options
     parents = after.find(options, {point.spec.cluster.kind for point in asked.points})
-    planned = points.plan(asked.points, options)
+    fitting = planning.fitting(points.plan(asked.points, options), asked, composer)
+    planned, asked = fitting.planned, fitting.asked
+    for line in fitting.warnings:
+        print(f"warning: {line}", file=sys.stderr)
     batches = points.batches([item for item in planned if item.launches], options, parents)
     if options.dry_run:
         shown, notes = points.as_if_forced(planned, batches, options, parents)

@@ -27,6 +27,7 @@ from hpcdl.runs.store import RunDir
 from hpcdl.spec import ClusterSpec, ExperimentSpec, LaunchOptions
 
 if TYPE_CHECKING:
+    from hpcdl.plan.records import Plan
     from hpcdl.runs.reconcile import View
 
 Action = Literal["new", "resume", "active", "done"]
@@ -45,11 +46,22 @@ class Planned:
     """The run as it stands; None for a new one."""
     notes: tuple[str, ...] = ()
     """How parallel=auto came to the strategy, a line each; empty where it was given."""
+    plan: Plan | None = None
+    """What it will take (hpcdl.launch.planning); None: nothing is launched, or it was planned before."""
 
     @property
     def attempt(self) -> int:
         """Which launch of this run it is, from 0."""
         return self.view.state.attempt + (self.action == "resume") if self.view else 0
+
+    @property
+    def forced(self) -> dict[str, str]:
+        """For the event: what it was submitted in spite of (`force_fit=true`); empty where it fits."""
+        if self.plan is None:
+            return {}
+        from hpcdl.plan import limits
+
+        return {"force_fit": limits.against(self.plan)} if limits.verdict(self.plan) == "too big" else {}
 
     @property
     def launches(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcdl.errors import HpcdlError
-from hpcdl.launch import backends
+from hpcdl.launch import backends, expected, planning
 from hpcdl.launch.points import Batch, Planned, runs_folder
 from hpcdl.launch.sweep import Asked, Refused
 from hpcdl.launch.torchrun import preview
@@ -30,6 +30,9 @@ def dry_run(batches: Sequence[Batch], notes: Sequence[str]) -> None:
         text = backends.get(batch.request.cluster.kind).render(batch.request)
         print(text, end="" if text.endswith("\n") else "\n")
         print(f"\n# torchrun: {preview(batch.request.cluster, batch.request.python)}")
+        if plan := planning.line(batch.runs):
+            start = expected.start(text).said if batch.request.cluster.kind == "slurm" else ""
+            print(f"# plan: {plan}{start and f', starts {start}'}")
 
 
 def parsable(planned: Sequence[Planned], refused: Sequence[Refused] = ()) -> None:
@@ -79,6 +82,8 @@ def _one(item: Planned, options: LaunchOptions) -> None:
         first = "started"
     print(f"run        {state.run_id}  {state.name}  ({first})")
     print(f"job        {_job(item)}  {_resources(item.spec.cluster)}")
+    if plan := planning.line([item]):
+        print(f"plan       {plan}")
     print(f"directory  {item.run.path}")
     for label, note in zip(("chosen", *[""] * len(item.notes)), item.notes, strict=False):
         print(f"{label:<10} {note.removeprefix('parallel=auto chose ')}")
@@ -118,6 +123,8 @@ def _many(planned: Sequence[Planned], asked: Asked, sweep: str) -> None:
     print(
         f"{f'sweep      {sweep}: ' * bool(sweep)}{len(planned)} run{'s' * (len(planned) != 1)}{same}: {said}"
     )
+    if plan := planning.line(planned):
+        print(f"plan       {plan}")
     print(f"directory  {runs_folder(options) / planned[0].spec.name}")
     for item in planned[:SHOWN]:
         print(

@@ -40,6 +40,8 @@ class Point:
     """Its place among all points that were asked for, from 0."""
     found: Found | None = None
     """How parallel=auto came to its strategy; None where it was given."""
+    overrides: tuple[Override, ...] = ()
+    """What makes it, none of them a sweep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,7 @@ def read(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Asked:
     checked = [item for item, _ in chosen]
     if _are_wrong(checked):
         raise ConfigError(_merged(labels, checked))
-    return _sorted_out(labels, checked, [found for _, found in chosen])
+    return _sorted_out(labels, checked, [found for _, found in chosen], expanded)
 
 
 def _merged(labels: Sequence[str], checked: Sequence[experiment.Checked]) -> tuple[Fault, ...]:
@@ -127,7 +129,10 @@ def _are_wrong(checked: Sequence[experiment.Checked]) -> bool:
 
 
 def _sorted_out(
-    labels: Sequence[str], checked: Sequence[experiment.Checked], searched: Sequence[Found | None]
+    labels: Sequence[str],
+    checked: Sequence[experiment.Checked],
+    searched: Sequence[Found | None],
+    expanded: Sequence[tuple[Override, ...]],
 ) -> Asked:
     made, refused = [], []
     for number, (label, item, found) in enumerate(zip(labels, checked, searched, strict=True)):
@@ -137,7 +142,17 @@ def _sorted_out(
             refused.append(Refused(label=label, faults=tuple(faults), number=number))
         else:
             run_id = experiment.digest(item.spec)
-            made.append(Point(label=label, spec=item.spec, run_id=run_id, number=number, found=found))
+            overrides = expanded[number]
+            made.append(
+                Point(
+                    label=label,
+                    spec=item.spec,
+                    run_id=run_id,
+                    number=number,
+                    found=found,
+                    overrides=overrides,
+                )
+            )
     options = checked[0].options
     assert options is not None
     return Asked(points=tuple(made), refused=tuple(refused), options=options)

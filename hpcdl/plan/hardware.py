@@ -225,26 +225,30 @@ def _node_memory(cluster: ClusterSpec, ask: bool) -> Known:
     """What Slurm will give the job on a node."""
     if cluster.mem_gb is not None:
         return Known(value=round(cluster.mem_gb * GIB), source="cluster.mem_gb")
-    bounds = [
-        Known(value=round(limits.mem_gb * GIB), source=f"cluster.partitions.{name}.mem_gb")
+    known = [whole_node(cluster, ask=ask)]
+    if ask:
+        partitions = {kind.partition for kind in _kinds(cluster)[0]} or set(_partitions(cluster))
+        known += _default_memory(cluster, partitions)
+    said = [each for each in known if each.value is not None]
+    return min(said, key=lambda each: each.value or 0) if said else known[0]
+
+
+def whole_node(cluster: ClusterSpec, *, ask: bool = True) -> Known:
+    """All the memory of the smallest node that the job may get, whatever of it was asked for."""
+    told = [
+        (limits.mem_gb, name)
         for name in _partitions(cluster)
         if (limits := cluster.partitions.get(name)) is not None and limits.mem_gb is not None
     ]
-    why = ""
-    if ask:
-        kinds, why = _kinds(cluster)
-        if kinds and not bounds:
-            least = min(kinds, key=lambda kind: kind.memory_bytes)
-            bounds.append(
-                Known(value=least.memory_bytes, source=f"RealMemory of {least.partition}'s nodes (sinfo)")
-            )
-        bounds += _default_memory(cluster, {kind.partition for kind in kinds} or set(_partitions(cluster)))
-    if not bounds:
-        hint = "cluster.mem_gb=…, or cluster.partitions"
-        return Known(
-            value=None, source=f"nobody says how much memory a node has ({why or 'not asked'}): {hint}"
-        )
-    return min(bounds, key=lambda known: known.value or 0)
+    if told:
+        size, name = min(told)
+        return Known(value=round(size * GIB), source=f"cluster.partitions.{name}.mem_gb")
+    kinds, why = _kinds(cluster) if ask else ([], "not asked")
+    if kinds:
+        least = min(kinds, key=lambda kind: kind.memory_bytes)
+        return Known(value=least.memory_bytes, source=f"RealMemory of {least.partition}'s nodes (sinfo)")
+    hint = "cluster.mem_gb=…, or cluster.partitions"
+    return Known(value=None, source=f"nobody says how much memory a node has ({why}): {hint}")
 
 
 def _default_memory(cluster: ClusterSpec, partitions: set[str]) -> Iterator[Known]:

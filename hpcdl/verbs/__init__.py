@@ -12,6 +12,7 @@ from typing import Protocol
 from hpcdl.byname import Folder
 
 ORDER = (
+    "plan",
     "status",
     "top",
     "logs",
