@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 from hpcdl.errors import Fault
 from hpcdl.parallel import _mesh
@@ -53,7 +54,7 @@ def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
     dims, calls = sizes.dims, sizes.blocks * sizes.micro_batches
     if dims.cp == 1:
         return
-    group = {"dimension": "cp", "ranks": dims.cp, "stride": dims.tp}
+    message = partial(Sent, dimension="cp", ranks=dims.cp, stride=dims.tp)
     if config.cp_method == "ulysses":
         repeats = math.lcm(dims.cp, max(1, sizes.kv_heads)) // max(1, sizes.kv_heads)
         there = sizes.query_width + sizes.kv_width * repeats
@@ -61,26 +62,23 @@ def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
             ("queries, keys and values", there),
             ("attention's results", sizes.query_width),
         ):
-            yield Sent(
+            yield message(
                 what=f"all-to-all of {what}",
                 kind="all_to_all",
                 calls=calls * (sizes.passes + 1),
                 size=sizes.tokens * numbers * sizes.compute,
-                **group,  # type: ignore[arg-type]
             )
         return
     whole = sizes.tokens * dims.cp * sizes.kv_width
-    yield Sent(
+    yield message(
         what="all-gather of keys and values",
         kind="all_gather",
         calls=calls * sizes.passes,
         size=whole * sizes.compute,
-        **group,  # type: ignore[arg-type]
     )
-    yield Sent(
+    yield message(
         what="reduce-scatter of their gradients",
         kind="reduce_scatter",
         calls=calls,
         size=whole * 4,
-        **group,  # type: ignore[arg-type]
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from annotated_types import Ge
 
 from hpcdl.distributed.stages import SCHEDULES
 from hpcdl.parallel import _mesh
-from hpcdl.spec.traffic import Sent, Sizes
+from hpcdl.spec.traffic import Behind, Sent, Sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,34 +42,33 @@ def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
     dims, ranks = sizes.dims, sizes.dims.dp_shard * sizes.dims.cp
     if ranks == 1 or not _mesh.shards(config, dims):
         return
-    group = {"dimension": "dp_shard" if dims.cp == 1 else "dp_shard × cp", "ranks": ranks, "stride": dims.tp}
+    dimension = "dp_shard" if dims.cp == 1 else "dp_shard × cp"
+    message = partial(Sent, dimension=dimension, ranks=ranks, stride=dims.tp)
     block, ends = sizes.block_weights * sizes.block_bytes, sizes.end_weights * sizes.end_bytes
     held = dims.pp > 1 and SCHEDULES[config.schedule].splits_backward
     blocks = sizes.blocks * sizes.micro_batches
-    for behind in ("forward", "backward"):
+    behinds: tuple[Behind, ...] = ("forward", "backward")
+    for behind in behinds:
         if behind == "forward" or (config.reshard_after_forward and not held):
-            yield Sent(
+            yield message(
                 what=f"all-gather of parameters, {behind}",
                 kind="all_gather",
                 calls=blocks,
                 size=block,
-                behind=behind,  # type: ignore[arg-type]
-                **group,  # type: ignore[arg-type]
+                behind=behind,
             )
-    yield Sent(
+    yield message(
         what="all-gather of embedding and head",
         kind="all_gather",
         calls=sizes.micro_batches if ends else 0,
         size=ends,
         behind="forward",
-        **group,  # type: ignore[arg-type]
     )
     calls = (sizes.blocks + 1) * (1 if dims.pp > 1 else sizes.micro_batches)
-    yield Sent(
+    yield message(
         what="reduce-scatter of gradients",
         kind="reduce_scatter",
         calls=calls,
         size=4 * sizes.trained / (sizes.blocks + 1),
         behind="backward" if dims.pp == 1 else "last backward",
-        **group,  # type: ignore[arg-type]
     )

@@ -9,6 +9,7 @@ pipeline's bubble by its schedule. Roofline: Williams, Waterman and Patterson, 2
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hpcdl import compress, parallel, tasks
 from hpcdl.compress import offload
@@ -172,21 +173,19 @@ class _Step:
 
     def _outer_s(self, work: Work) -> float:
         """Of what some strategies do with the weights besides."""
-        config, bandwidth = (
-            self.spec.parallel,
-            self.hardware.device.memory_bytes_per_s * self.hardware.device.share,
-        )
-        trained, copies = 4 * work.numbers[2], self.dims.dp_replicate
+        config: Any = self.spec.parallel
+        device, trained, copies = self.hardware.device, 4 * work.numbers[2], self.dims.dp_replicate
+        moved = 0.0
         if hasattr(config, "outer_lr"):  # difference, momentum, step, copy back
-            return 10 * trained / bandwidth / config.sync_every
-        if hasattr(
+            moved = 10 * trained / config.sync_every
+        elif hasattr(
             config, "rpc_timeout_s"
         ):  # the server adds gradients up, steps, and copies weights for each answer
             updates = 1 if config.mode == "sync" else copies
-            return (copies * 5 * trained + (updates - 1) * 9 * trained) / bandwidth
-        if hasattr(config, "sync_every"):
-            return 4 * trained / bandwidth / config.sync_every
-        return 0.0
+            moved = copies * 5 * trained + (updates - 1) * 9 * trained
+        elif hasattr(config, "sync_every"):
+            moved = 4 * trained / config.sync_every
+        return moved / (device.memory_bytes_per_s * device.share)
 
     def _overhead(self, operations: float, device_s: float) -> float:
         """Of starting operations: beside computing on a CPU; on a GPU only where it would otherwise wait for them."""
