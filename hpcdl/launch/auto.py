@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hpcdl import experiment
 from hpcdl.errors import Fault
 from hpcdl.experiment import rules
-from hpcdl.spec import ExperimentSpec, OptimSpec
+from hpcdl.spec import ExperimentSpec, LaunchOptions, OptimSpec
 from hpcdl.spec.plain import to_plain
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Chooser:
         spec, kept = checked.spec, sorted(key for key in typed if "." in key or key == "quant")
         key = json.dumps([to_plain(_alike(spec)), kept], default=str)
         if key not in self._found:
-            self._found[key] = _search(spec, kept)
+            self._found[key] = _search(spec, kept, checked.options)
         found = self._found[key]
         if found.chosen is None:
             faults = (_nothing(found),)
@@ -66,14 +66,16 @@ def _alike(spec: ExperimentSpec) -> ExperimentSpec:
     return dataclasses.replace(spec, **NO_MATTER, optim=optim)
 
 
-def _search(spec: ExperimentSpec, kept: Sequence[str]) -> Found:
+def _search(spec: ExperimentSpec, kept: Sequence[str], options: LaunchOptions | None) -> Found:
+    from hpcdl.launch import calibrating
+    from hpcdl.launch.points import runs_folder  # which imports what imports this
     from hpcdl.plan import hardware, search
 
     config: Config = spec.parallel  # type: ignore[assignment]  # it is open
     memory = None if config.memory_gb is None else int(config.memory_gb * 2**30)
     return search.search(
         spec,
-        hardware.of(spec),
+        calibrating.applied(runs_folder(options or LaunchOptions()), hardware.of(spec)),
         allow=config.allow,
         keep=kept,
         memory_bytes=memory,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpcdl.errors import ConfigError
@@ -26,7 +26,7 @@ class Foreseen:
     """What a command line asks for, and its planner."""
 
     asked: Asked
-    planner: planning.Planner = field(default_factory=planning.Planner)
+    planner: planning.Planner
 
     def shown(self) -> list[Shown]:
         """Each point's plan, in the order in which they were given."""
@@ -82,4 +82,5 @@ def read(argv: Sequence[str]) -> Foreseen:
     faults = [fault for point in asked.points for fault in planning.faults_of(point.spec)]
     if faults:
         raise ConfigError(dict.fromkeys(faults))
-    return Foreseen(asked=asked)
+    planner = planning.Planner(runs_dir=runs_folder(asked.options))
+    return Foreseen(asked=asked, planner=planner)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hpcdl import experiment
 from hpcdl.errors import ConfigError, Fault
-from hpcdl.launch import changes
+from hpcdl.launch import calibrating, changes
 from hpcdl.launch.compose import Composer
-from hpcdl.launch.points import Planned
+from hpcdl.launch.points import Planned, runs_folder
 from hpcdl.launch.sweep import Asked, Refused
 from hpcdl.plan import hardware, limits, make
 from hpcdl.plan.found import gib
@@ -34,6 +35,8 @@ class Planner:
 
     ask: bool = True
     """Whether Slurm may be asked for what the config doesn't say."""
+    runs_dir: Path | None = None
+    """Folder of all runs: what its finished ones have shown is planned with; None: the planner's own constants."""
     _plans: dict[tuple[str, ...], Plan] = field(default_factory=dict)
     _hardware: dict[tuple[str, ...], Hardware] = field(default_factory=dict)
     _texts: dict[int, tuple[object, str]] = field(default_factory=dict)
@@ -49,7 +52,10 @@ class Planner:
         """What it is planned for; everything of one cluster section is asked for once."""
         key = (self._text(spec.cluster), str(spec.trainer.threads_per_process))
         if key not in self._hardware:
-            self._hardware[key] = hardware.of(spec, ask=self.ask)
+            found = hardware.of(spec, ask=self.ask)
+            self._hardware[key] = (
+                found if self.runs_dir is None else calibrating.applied(self.runs_dir, found)
+            )
         return self._hardware[key]
 
     def _texts_of(self, spec: ExperimentSpec) -> list[str]:
@@ -88,7 +94,8 @@ def fitting(planned: Sequence[Planned], asked: Asked, composer: Composer) -> Fit
     Raises:
         ConfigError: a single run can't fit, or no point of a sweep can, or one can't with `strict=true`.
     """
-    planner, points = Planner(), {point.label: point for point in asked.points}
+    planner = Planner(runs_dir=runs_folder(asked.options))
+    points = {point.label: point for point in asked.points}
     checked = [faults_of(item.spec) for item in planned if item.launches]
     if any(checked):
         raise ConfigError(experiment.merge_faults(("", faults) for faults in checked if faults))

@@ -31,6 +31,8 @@ def plan(spec: ExperimentSpec, hardware: Hardware | None = None) -> Plan:
     hardware = hardware or hardware_of.of(spec)
     world = smallest_world(spec)
     ranks = memory.ranks(spec, hardware.device.kind, world)
+    if ranks is not None:
+        ranks = hardware.device.holding(ranks)
     step = _step(spec, hardware)
     unknown = []
     if ranks is None:

@@ -5,8 +5,9 @@ Plain values that a table, a plot, JSON, the search and the launcher read alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Moment = Literal["loading", "forward", "loss", "backward", "optimizer"]
@@ -77,6 +78,23 @@ class Device:
     share: float = 1.0
     """Of all rates, what is left to a rank while its node's other ranks compute too: below 1 where ranks on CPUs
     are more than cores."""
+    allocator: float = 1.0
+    """Factor on what a plan has for the allocator, by finished runs."""
+    beside_bytes: int = 0
+    """On top of what a plan has for the process beside tensors, by finished runs; may be below 0."""
+
+    def holding(self, ranks: Sequence[RankMemory]) -> tuple[RankMemory, ...]:
+        """The plan of each stage on this device: hpcdl.plan.memory's with what finished runs have shown."""
+        if self.allocator == 1 and not self.beside_bytes:
+            return tuple(ranks)
+        return tuple(
+            replace(
+                rank,
+                allocator=math.ceil(self.allocator * rank.allocator),
+                runtime=max(0, rank.runtime + self.beside_bytes),
+            )
+            for rank in ranks
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,9 +96,11 @@ def _search(found: Foreseen, options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from hpcdl.plan import calibrate
+    from hpcdl.launch import calibrating
     from hpcdl.runs import query
 
-    for line in calibrate.calibrate(query.runs_dir(options.runs_dir)):
+    folder = query.runs_dir(options.runs_dir)
+    found = calibrating.calibrate(folder)
+    for line in calibrating.in_words(found, folder):
         say(line)
-    return 0
+    return 0 if found.memory or found.rates else 1

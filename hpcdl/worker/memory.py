@@ -148,11 +148,20 @@ def note_end(run: RunDir, who: Process, device: torch.device) -> None:
     record = report.read(file)
     if record is None:  # nobody wanted to know, or the disk was full
         return
-    record["ended"] = {"peak": peak_memory_bytes(device), "resident_peak": resident_peak_bytes()}
+    record["ended"] = {"peak": peak_memory_bytes(device), **_of_gpu(device)}
     try:
         write_json(file, record)
     except OSError as error:
         print(f"memory: {error}", flush=True)
+
+
+def _of_gpu(device: torch.device) -> dict[str, int]:
+    """What the allocator has reserved at most, and what the device holds beside it: contexts, NCCL, others' too."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    beside = total - free - torch.cuda.memory_reserved(device)
+    return {"reserved": torch.cuda.max_memory_reserved(device), "beside": max(0, beside)}
 
 
 def give_back() -> int:
