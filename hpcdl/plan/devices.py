@@ -7,6 +7,9 @@ Peaks are dense, without sparsity. Sources of a GPU's figures, unless its line s
 - matrix products reached: Stas Bekman, "Machine Learning Engineering", table of maximum achievable matmul FLOPS
   (A100 SXM 267.9 of 312 TFLOP/s, PCIe 256.4; H100 SXM 794.5 of 989; B200 1,745 of 2,250), and SemiAnalysis, "MI300X vs
   H100 vs H200 Benchmark, Part 1: Training", 2024, for shapes of language models (H100 and H200 720 TFLOP/s).
+- attention reached: Dao, "FlashAttention-2", 2023, figures 4 to 6 (A100, causal, heads of 128, 8k tokens: about 190 of 312
+  TFLOP/s forward and 165 backward), and Shah et al., "FlashAttention-3", 2024, figures 5 and 6 for FlashAttention-2 on an
+  H100 (about 340 and 300 of 989); torch's SDPA has FlashAttention-2. Others as the A100, where nobody has published.
 - bandwidth reached: 0.9 of the sheet's for long copies, the rule of `nvbandwidth` and BabelStream on HBM.
 - links reached: `busbw` of nccl-tests for large messages: about 0.8 of NVLink's one direction, 0.75 of PCIe's; between
   nodes 0.85 of the network that the maker's own servers have for a GPU (DGX A100: 200 Gb/s, DGX H100: 400 Gb/s).
@@ -40,6 +43,8 @@ class Gpu:
     """Peak FLOP/s of tensor cores; of GPUs older than Ampere fp16's."""
     reached: float
     """Of `bf16` what matrix products of a language model's shapes reach."""
+    attention: float = 0.45
+    """Of `bf16` what SDPA's causal kernels reach forward and backward together (FlashAttention-2)."""
     bandwidth: float
     """Bytes/s of the memory, as its sheet says."""
     inside: float
@@ -55,12 +60,12 @@ PCIE3, PCIE4 = 15.8 * GB, 31.5 * GB
 
 GPUS = (
     # V100 has no bf16: such products run outside its tensor cores, at fp32's rate. Data sheet, SXM2.
-    Gpu(name="V100", mib=32768, fp32=15.7e12, bf16=125e12, reached=0.11, bandwidth=900 * GB, inside=150 * GB,
+    Gpu(name="V100", attention=0.05, mib=32768, fp32=15.7e12, bf16=125e12, reached=0.11, bandwidth=900 * GB, inside=150 * GB,
         between=12.5 * GB),
-    Gpu(name="V100 16GB", mib=16160, fp32=15.7e12, bf16=125e12, reached=0.11, bandwidth=900 * GB,
+    Gpu(name="V100 16GB", attention=0.05, mib=16160, fp32=15.7e12, bf16=125e12, reached=0.11, bandwidth=900 * GB,
         inside=150 * GB, between=12.5 * GB),
     # nor has T4; 70 W: it keeps to about 4 of its 8.1 TFLOP/s
-    Gpu(name="T4", mib=15360, fp32=8.1e12, bf16=65e12, reached=0.06, bandwidth=320 * GB, inside=PCIE3,
+    Gpu(name="T4", attention=0.05, mib=15360, fp32=8.1e12, bf16=65e12, reached=0.06, bandwidth=320 * GB, inside=PCIE3,
         between=6.25 * GB),
     # AWS's A10G has 70 TFLOP/s where NVIDIA's A10 has 125 (AWS's announcement of g5, 2021; A10's data sheet)
     Gpu(name="A10G", mib=23028, fp32=31.5e12, bf16=70e12, reached=0.8, bandwidth=600 * GB, inside=PCIE4,
@@ -72,13 +77,13 @@ GPUS = (
     Gpu(name="A40", mib=46068, fp32=37.4e12, bf16=150e12, reached=0.65, bandwidth=696 * GB, inside=PCIE4,
         between=12.5 * GB),
     # An `a100` that doesn't say which is taken for the smaller: a plan must not promise what isn't there.
-    Gpu(name="A100", mib=40960, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=1555 * GB, inside=300 * GB,
+    Gpu(name="A100", attention=0.55, mib=40960, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=1555 * GB, inside=300 * GB,
         between=25 * GB),
-    Gpu(name="A100 80GB", mib=81920, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=2039 * GB,
+    Gpu(name="A100 80GB", attention=0.55, mib=81920, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=2039 * GB,
         inside=300 * GB, between=25 * GB),
-    Gpu(name="A100 PCIe", mib=40960, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1555 * GB, inside=PCIE4,
+    Gpu(name="A100 PCIe", attention=0.55, mib=40960, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1555 * GB, inside=PCIE4,
         between=12.5 * GB),
-    Gpu(name="A100 80GB PCIe", mib=81920, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1935 * GB,
+    Gpu(name="A100 80GB PCIe", attention=0.55, mib=81920, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1935 * GB,
         inside=PCIE4, between=12.5 * GB),
     Gpu(name="L4", mib=23034, fp32=30.3e12, bf16=121e12, reached=0.5, bandwidth=300 * GB, inside=PCIE4 / 2,
         between=6.25 * GB),
@@ -91,19 +96,19 @@ GPUS = (
         between=1.25 * GB),
     Gpu(name="RTX 4090", mib=24564, fp32=82.6e12, bf16=165e12, reached=0.9, bandwidth=1008 * GB, inside=PCIE4,
         between=1.25 * GB),
-    Gpu(name="H100 PCIe", mib=81559, fp32=51e12, bf16=756e12, reached=0.6, bandwidth=2000 * GB, inside=PCIE4 * 2,
+    Gpu(name="H100 PCIe", attention=0.32, mib=81559, fp32=51e12, bf16=756e12, reached=0.6, bandwidth=2000 * GB, inside=PCIE4 * 2,
         between=25 * GB),
-    Gpu(name="H100 NVL", mib=95830, fp32=60e12, bf16=835e12, reached=0.65, bandwidth=3900 * GB, inside=300 * GB,
+    Gpu(name="H100 NVL", attention=0.32, mib=95830, fp32=60e12, bf16=835e12, reached=0.65, bandwidth=3900 * GB, inside=300 * GB,
         between=25 * GB),
-    Gpu(name="H100", mib=81559, fp32=67e12, bf16=989e12, reached=0.73, bandwidth=3350 * GB, inside=450 * GB,
+    Gpu(name="H100", attention=0.32, mib=81559, fp32=67e12, bf16=989e12, reached=0.73, bandwidth=3350 * GB, inside=450 * GB,
         between=50 * GB),
-    Gpu(name="H200", mib=143771, fp32=67e12, bf16=989e12, reached=0.73, bandwidth=4800 * GB, inside=450 * GB,
+    Gpu(name="H200", attention=0.32, mib=143771, fp32=67e12, bf16=989e12, reached=0.73, bandwidth=4800 * GB, inside=450 * GB,
         between=50 * GB),
     # the 96 GB form: the smaller of two
-    Gpu(name="GH200", mib=97871, fp32=67e12, bf16=989e12, reached=0.75, bandwidth=4000 * GB, inside=450 * GB,
+    Gpu(name="GH200", attention=0.32, mib=97871, fp32=67e12, bf16=989e12, reached=0.75, bandwidth=4000 * GB, inside=450 * GB,
         between=50 * GB),
     # DGX B200's sheet: 1.44 TB for 8. Shapes of language models: 1,448–1,562 TFLOP/s (arXiv:2604.23466)
-    Gpu(name="B200", mib=183359, fp32=75e12, bf16=2250e12, reached=0.67, bandwidth=7700 * GB, inside=900 * GB,
+    Gpu(name="B200", attention=0.2, mib=183359, fp32=75e12, bf16=2250e12, reached=0.67, bandwidth=7700 * GB, inside=900 * GB,
         between=50 * GB),
     # AMD's data sheets; reached: ROCm blog, "Measuring Max-Achievable FLOPs, Part 2", 2025: 708 of 1,307
     Gpu(name="MI250", mib=65536, fp32=45.3e12, bf16=181e12, reached=0.75, bandwidth=1638 * GB, inside=50 * GB,
@@ -148,7 +153,7 @@ def of_gpu(line: Gpu, memory_bytes: int | None = None) -> Device:
         kind="cuda",
         memory_bytes=memory_bytes or line.mib * MIB,
         peak_flops={"fp32": line.fp32, "bf16": line.bf16},
-        efficiency={"fp32": FP32_REACHED, "bf16": line.reached},
+        efficiency={"fp32": FP32_REACHED, "bf16": line.reached, "attention": line.attention / line.reached},
         memory_bytes_per_s=line.bandwidth * BANDWIDTH_REACHED,
         operation_s=OPERATION_S["cuda"],
     )
@@ -186,7 +191,7 @@ class Cpu:
 
 CPU_UNITS = 2
 """Multiply-add units of a core, of 8 lanes each on AVX2; with AVX-512 as many lanes in all on Zen 4, twice on Xeons."""
-CPU_REACHED = {"fp32": 0.9, "bf16": 0.95}
+CPU_REACHED = {"fp32": 0.9, "bf16": 0.95, "attention": 0.5}
 """oneDNN's products on one core of a Zen 4 at 2.6 GHz, measured: 76–91 GFLOP/s in fp32, 170–187 in bf16."""
 CPU_BYTES_PER_S = 7 * GB
 """A core's, of operations that each make a new tensor: pages that malloc has to get anew are in it. Measured with the
@@ -280,7 +285,10 @@ def calibrated(hardware: Hardware, found: Calibration, source: str) -> Hardware:
         hardware,
         device=replace(
             device,
-            efficiency={name: value * found.flops for name, value in device.efficiency.items()},
+            efficiency={
+                name: value if name == "attention" else value * found.flops
+                for name, value in device.efficiency.items()
+            },
             memory_bytes_per_s=device.memory_bytes_per_s * found.bandwidth,
             operation_s=device.operation_s * found.operation,
         ),

@@ -70,7 +70,7 @@ class Device:
     peak_flops: dict[str, float]
     """By precision (fp32, bf16): the data sheet's dense rate, for MFU. On a CPU the measured one."""
     efficiency: dict[str, float]
-    """By precision: the share of `peak_flops` that large matrix products reach."""
+    """By precision: the share of `peak_flops` that large matrix products reach; `attention`: of that what SDPA does."""
     memory_bytes_per_s: float
     """Bandwidth of the memory, as reached."""
     operation_s: float = 0.0

@@ -16,6 +16,9 @@ from hpcdl.spec.traffic import Behind, Sent
 HOP_OPERATIONS = 12
 """Operations (Device.operation_s) that Python and torch take to begin a collective and to wait for it."""
 
+HIDDEN = 0.85
+"""Of what passes behind computing: NCCL's kernels take some of the SMs meanwhile (16 to 24 of an H100's 132)."""
+
 
 def members(ranks: int, stride: int, ranks_per_node: int) -> int:
     """Of a group how many are on the same node, at least; ranks of a node are neighbours."""
@@ -79,7 +82,7 @@ def priced(messages: Iterable[Sent], hardware: Hardware, budgets: dict[Behind, f
         total = each * sent.calls
         hidden = 0.0
         if sent.behind != "nothing" and sent.calls > 1 and _hides(sent, hardware):
-            hidden = min(total - each, max(0.0, budgets.get(sent.behind, 0.0)))
+            hidden = HIDDEN * min(total - each, max(0.0, budgets.get(sent.behind, 0.0)))
             for name in SHARED[sent.behind]:
                 budgets[name] = budgets.get(name, 0.0) - hidden
         found.append(

@@ -167,8 +167,12 @@ class Work:
         scores = self.tokens * spec.data.seq_len * heads
         if spec.model.attention == "eager":  # scores are written, masked, cast, normalised and read
             moved += scores * 30
-        # softmax is no matrix product: a number a score, some 10 operations each, hidden on GPUs in part
-        return flops / (self._rate * ATTENTION_REACHED[self.device.kind]) + moved / self._bandwidth
+        rate = self._rate * self.device.efficiency.get("attention", 0.5)
+        if (
+            masked and self.device.kind == "cuda"
+        ):  # no FlashAttention with a mask: the memory-efficient kernel
+            rate *= MASKED
+        return flops / rate + moved / self._bandwidth
 
     @cached_property
     def _elementwise(self) -> float:
@@ -397,8 +401,8 @@ class Work:
         )
 
 
-ATTENTION_REACHED = {"cpu": 0.5, "cuda": 0.7}
-"""Of the rate of matrix products: SDPA's kernels (FlashAttention-2's paper, figures 4 to 6: 0.6–0.7 on an A100)."""
+MASKED = 0.6
+"""Of FlashAttention's rate what SDPA's memory-efficient kernel reaches, which takes masks; an estimate."""
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """As hpcdl.distributed.losses has them (which imports torch); a test compares them."""
 PARKING_BYTES_PER_S = {"host": 20e9, "disk": 0.5e9}
