@@ -7,9 +7,9 @@ Peaks are dense, without sparsity. Sources of a GPU's figures, unless its line s
 - matrix products reached: Stas Bekman, "Machine Learning Engineering", table of maximum achievable matmul FLOPS
   (A100 SXM 267.9 of 312 TFLOP/s, PCIe 256.4; H100 SXM 794.5 of 989; B200 1,745 of 2,250), and SemiAnalysis, "MI300X vs
   H100 vs H200 Benchmark, Part 1: Training", 2024, for shapes of language models (H100 and H200 720 TFLOP/s).
-- attention reached: Dao, "FlashAttention-2", 2023, figures 4 to 6 (A100, causal, heads of 128, 8k tokens: about 190 of 312
-  TFLOP/s forward and 165 backward), and Shah et al., "FlashAttention-3", 2024, figures 5 and 6 for FlashAttention-2 on an
-  H100 (about 340 and 300 of 989); torch's SDPA has FlashAttention-2. Others as the A100, where nobody has published.
+- attention reached: Dao, "FlashAttention-2", 2023, figures 4 to 6 (A100, causal, heads of 128, 8k tokens: about 190 of
+  312 TFLOP/s forward and 165 backward), and Shah et al., "FlashAttention-3", 2024, figures 5 and 6, for FlashAttention-2
+  on an H100 (about 340 and 300 of 989); torch's SDPA has FlashAttention-2. For other GPUs an estimate.
 - bandwidth reached: 0.9 of the sheet's for long copies, the rule of `nvbandwidth` and BabelStream on HBM.
 - links reached: `busbw` of nccl-tests for large messages: about 0.8 of NVLink's one direction, 0.75 of PCIe's; between
   nodes 0.85 of the network that the maker's own servers have for a GPU (DGX A100: 200 Gb/s, DGX H100: 400 Gb/s).
@@ -43,8 +43,6 @@ class Gpu:
     """Peak FLOP/s of tensor cores; of GPUs older than Ampere fp16's."""
     reached: float
     """Of `bf16` what matrix products of a language model's shapes reach."""
-    attention: float = 0.45
-    """Of `bf16` what SDPA's causal kernels reach forward and backward together (FlashAttention-2)."""
     bandwidth: float
     """Bytes/s of the memory, as its sheet says."""
     inside: float
@@ -55,17 +53,27 @@ class Gpu:
 
 NVLINK_REACHED, PCIE_REACHED, NETWORK_REACHED, BANDWIDTH_REACHED = 0.8, 0.75, 0.85, 0.9
 FP32_REACHED = 0.85
+ATTENTION_REACHED = {
+    "V100": 0.05,
+    "T4": 0.05,
+    "A100": 0.55,
+    "H100": 0.32,
+    "H200": 0.32,
+    "GH200": 0.32,
+    "B200": 0.2,
+}
+"""Of the bf16 peak what SDPA's causal kernels reach, forward and backward together."""
 PCIE3, PCIE4 = 15.8 * GB, 31.5 * GB
 """x16, one direction."""
 
 GPUS = (
     # V100 has no bf16: such products run outside its tensor cores, at fp32's rate. Data sheet, SXM2.
-    Gpu(name="V100", attention=0.05, mib=32768, fp32=15.7e12, bf16=125e12, reached=0.11, bandwidth=900 * GB, inside=150 * GB,
+    Gpu(name="V100", mib=32768, fp32=15.7e12, bf16=125e12, reached=0.11, bandwidth=900 * GB, inside=150 * GB,
         between=12.5 * GB),
-    Gpu(name="V100 16GB", attention=0.05, mib=16160, fp32=15.7e12, bf16=125e12, reached=0.11, bandwidth=900 * GB,
+    Gpu(name="V100 16GB", mib=16160, fp32=15.7e12, bf16=125e12, reached=0.11, bandwidth=900 * GB,
         inside=150 * GB, between=12.5 * GB),
     # nor has T4; 70 W: it keeps to about 4 of its 8.1 TFLOP/s
-    Gpu(name="T4", attention=0.05, mib=15360, fp32=8.1e12, bf16=65e12, reached=0.06, bandwidth=320 * GB, inside=PCIE3,
+    Gpu(name="T4", mib=15360, fp32=8.1e12, bf16=65e12, reached=0.06, bandwidth=320 * GB, inside=PCIE3,
         between=6.25 * GB),
     # AWS's A10G has 70 TFLOP/s where NVIDIA's A10 has 125 (AWS's announcement of g5, 2021; A10's data sheet)
     Gpu(name="A10G", mib=23028, fp32=31.5e12, bf16=70e12, reached=0.8, bandwidth=600 * GB, inside=PCIE4,
@@ -77,13 +85,13 @@ GPUS = (
     Gpu(name="A40", mib=46068, fp32=37.4e12, bf16=150e12, reached=0.65, bandwidth=696 * GB, inside=PCIE4,
         between=12.5 * GB),
     # An `a100` that doesn't say which is taken for the smaller: a plan must not promise what isn't there.
-    Gpu(name="A100", attention=0.55, mib=40960, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=1555 * GB, inside=300 * GB,
+    Gpu(name="A100", mib=40960, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=1555 * GB, inside=300 * GB,
         between=25 * GB),
-    Gpu(name="A100 80GB", attention=0.55, mib=81920, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=2039 * GB,
+    Gpu(name="A100 80GB", mib=81920, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=2039 * GB,
         inside=300 * GB, between=25 * GB),
-    Gpu(name="A100 PCIe", attention=0.55, mib=40960, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1555 * GB, inside=PCIE4,
+    Gpu(name="A100 PCIe", mib=40960, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1555 * GB, inside=PCIE4,
         between=12.5 * GB),
-    Gpu(name="A100 80GB PCIe", attention=0.55, mib=81920, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1935 * GB,
+    Gpu(name="A100 80GB PCIe", mib=81920, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1935 * GB,
         inside=PCIE4, between=12.5 * GB),
     Gpu(name="L4", mib=23034, fp32=30.3e12, bf16=121e12, reached=0.5, bandwidth=300 * GB, inside=PCIE4 / 2,
         between=6.25 * GB),
@@ -96,19 +104,19 @@ GPUS = (
         between=1.25 * GB),
     Gpu(name="RTX 4090", mib=24564, fp32=82.6e12, bf16=165e12, reached=0.9, bandwidth=1008 * GB, inside=PCIE4,
         between=1.25 * GB),
-    Gpu(name="H100 PCIe", attention=0.32, mib=81559, fp32=51e12, bf16=756e12, reached=0.6, bandwidth=2000 * GB, inside=PCIE4 * 2,
+    Gpu(name="H100 PCIe", mib=81559, fp32=51e12, bf16=756e12, reached=0.6, bandwidth=2000 * GB, inside=PCIE4 * 2,
         between=25 * GB),
-    Gpu(name="H100 NVL", attention=0.32, mib=95830, fp32=60e12, bf16=835e12, reached=0.65, bandwidth=3900 * GB, inside=300 * GB,
+    Gpu(name="H100 NVL", mib=95830, fp32=60e12, bf16=835e12, reached=0.65, bandwidth=3900 * GB, inside=300 * GB,
         between=25 * GB),
-    Gpu(name="H100", attention=0.32, mib=81559, fp32=67e12, bf16=989e12, reached=0.73, bandwidth=3350 * GB, inside=450 * GB,
+    Gpu(name="H100", mib=81559, fp32=67e12, bf16=989e12, reached=0.73, bandwidth=3350 * GB, inside=450 * GB,
         between=50 * GB),
-    Gpu(name="H200", attention=0.32, mib=143771, fp32=67e12, bf16=989e12, reached=0.73, bandwidth=4800 * GB, inside=450 * GB,
+    Gpu(name="H200", mib=143771, fp32=67e12, bf16=989e12, reached=0.73, bandwidth=4800 * GB, inside=450 * GB,
         between=50 * GB),
     # the 96 GB form: the smaller of two
-    Gpu(name="GH200", attention=0.32, mib=97871, fp32=67e12, bf16=989e12, reached=0.75, bandwidth=4000 * GB, inside=450 * GB,
+    Gpu(name="GH200", mib=97871, fp32=67e12, bf16=989e12, reached=0.75, bandwidth=4000 * GB, inside=450 * GB,
         between=50 * GB),
     # DGX B200's sheet: 1.44 TB for 8. Shapes of language models: 1,448–1,562 TFLOP/s (arXiv:2604.23466)
-    Gpu(name="B200", attention=0.2, mib=183359, fp32=75e12, bf16=2250e12, reached=0.67, bandwidth=7700 * GB, inside=900 * GB,
+    Gpu(name="B200", mib=183359, fp32=75e12, bf16=2250e12, reached=0.67, bandwidth=7700 * GB, inside=900 * GB,
         between=50 * GB),
     # AMD's data sheets; reached: ROCm blog, "Measuring Max-Achievable FLOPs, Part 2", 2025: 708 of 1,307
     Gpu(name="MI250", mib=65536, fp32=45.3e12, bf16=181e12, reached=0.75, bandwidth=1638 * GB, inside=50 * GB,
@@ -148,12 +156,13 @@ def of_gpu(line: Gpu, memory_bytes: int | None = None) -> Device:
         line: of the table.
         memory_bytes: where somebody knows it better.
     """
+    attention = ATTENTION_REACHED.get(line.name.split()[0], 0.45)
     return Device(
         name=line.name,
         kind="cuda",
         memory_bytes=memory_bytes or line.mib * MIB,
         peak_flops={"fp32": line.fp32, "bf16": line.bf16},
-        efficiency={"fp32": FP32_REACHED, "bf16": line.reached, "attention": line.attention / line.reached},
+        efficiency={"fp32": FP32_REACHED, "bf16": line.reached, "attention": attention / line.reached},
         memory_bytes_per_s=line.bandwidth * BANDWIDTH_REACHED,
         operation_s=OPERATION_S["cuda"],
     )
