@@ -120,8 +120,8 @@ def in_words(found: Calibration, runs_dir: Path) -> list[str]:
     for kind, beside in sorted(found.memory.items()):
         lines.append(
             f"memory on {_device(kind)}, {_runs(beside.runs)}: {beside.beside / 2**20:+.0f} MiB beside tensors,"
-            f" allocator × {beside.allocator:.2f}; median error of the peak {beside.error_before:.1%} → {beside.error_after:.1%};"
-            " none of them is planned too small now"
+            f" allocator × {beside.allocator:.2f}; median error of the peak {beside.error_before:.1%} →"
+            f" {beside.error_after:.1%}; none of them is planned too small now"
         )
         if beside.runs < fit.ENOUGH:
             lines.append(f"  fewer than {fit.ENOUGH} runs: nothing is planned smaller for them")
