@@ -15,13 +15,15 @@ from hpcdl import compress, experiment
 from hpcdl.experiment import words
 from hpcdl.launch.compose import Composer
 from hpcdl.launch.sweep import Point
-from hpcdl.plan import hardware, limits
+from hpcdl.plan import hardware
 from hpcdl.plan.found import gib, seconds
 from hpcdl.plan.records import Plan
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.parallel import ParallelDims
 
 SHOWN = 3
+FILLED = 0.95
+"""Of the memory what a change that is named may fill: a plan is not exact."""
 MOST_TRIED = 60
 """Changes that are tried out, at most: the launcher answers within a second or two."""
 MOST_NODES = 1024
@@ -81,8 +83,26 @@ def found(point: Point, plan: Planner, composer: Composer) -> tuple[str, ...]:
         if one is not None:
             fit.append(one)
     chosen = sorted(fit, key=lambda one: (one.change.rank, _cost(one)))[:SHOWN]
+    chosen = [_milder(one, singles, point, plan, composer) for one in chosen]
     chosen.sort(key=lambda one: (one.change.rank == 2, _cost(one)))
     return tuple(in_words(one, before) for one in chosen)
+
+
+def _milder(one: Tried, singles: Sequence[Change], point: Point, plan: Planner, composer: Composer) -> Tried:
+    """Of several changes together each goes only as far as it must: the last step was tried first."""
+    if len(one.change.overrides) < 2:
+        return one
+    for single in singles:
+        (text, *more) = single.overrides
+        key = text.partition("=")[0]
+        if more or key not in _STEPWISE or key not in one.change.keys or text in one.change.overrides:
+            continue
+        words_ = tuple(text if each.startswith(f"{key}=") else each for each in one.change.overrides)
+        change = Change(overrides=words_, rank=one.change.rank, what=one.change.what)
+        tried = _tried(change, point, plan, composer)
+        if tried is not None:
+            return tried
+    return one
 
 
 def _cost(one: Tried) -> float:
@@ -114,7 +134,9 @@ def singles_of(spec: ExperimentSpec) -> Iterator[Change]:
     yield from _of_another_training(spec)
     length = spec.data.seq_len // 2
     while length >= SHORTEST:
-        yield Change(overrides=(f"data.seq_len={length}",), rank=2, what="shorter sequences")
+        yield Change(
+            overrides=(f"data.seq_len={length}",), rank=2, what="shorter sequences, fewer tokens a step"
+        )
         length //= 2
 
 
@@ -236,7 +258,8 @@ def _tried(change: Change, point: Point, plan: Planner, composer: Composer) -> T
     if spec is None:
         return None
     planned = plan(spec)
-    if limits.verdict(planned) != "fits":
+    peak, room = planned.peak, planned.hardware.device.memory_bytes
+    if peak is None or room is None or peak.peak > FILLED * room:
         return None
     step = planned.time
     cost = None if step is None else step.step_s * planned.world_size / step.tokens
@@ -255,4 +278,4 @@ def in_words(one: Tried, before: Plan) -> str:
 
 def _more(step_s: float, before_s: float) -> str:
     share = 100 * (step_s / before_s - 1)
-    return f", {abs(share):.0f} % {'more' if share > 0 else 'less'}"
+    return f", {abs(share):.0f} % {'more' if share > 0 else 'less'}" if abs(share) >= 0.5 else ", as quick"

@@ -147,7 +147,7 @@ def too_big(plan: Plan, fixes: Sequence[str]) -> Fault:
     return Fault(
         key="memory",
         value=f"{gib(peak.peak)} a process",
-        problem=f"doesn't fit: a process{stage} would hold {gib(peak.peak)} by its plan ({parts})",
+        problem=f"is what a process{stage} would hold at its peak by its plan, and it doesn't fit; most of it: {parts}",
         allowed=f"{gib(limit)} a process: {plan.hardware.sources.get('memory', '')}",
         fix="" if fixes else "hpcdl plan with the same words shows where the bytes go",
         fixes=(*fixes, "force_fit=true to submit it all the same"),

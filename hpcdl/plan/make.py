@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-from hpcdl.plan import checkpoint, memory
+from hpcdl.plan import checkpoint, memory, time
 from hpcdl.plan import hardware as hardware_of
 from hpcdl.plan.records import Hardware, Plan, StepTime
 from hpcdl.spec import ExperimentSpec
@@ -33,7 +31,7 @@ def plan(spec: ExperimentSpec, hardware: Hardware | None = None) -> Plan:
     ranks = memory.ranks(spec, hardware.device.kind, world)
     if ranks is not None:
         ranks = hardware.device.holding(ranks)
-    step = _step(spec, hardware)
+    step = time.step(spec, hardware)
     unknown = []
     if ranks is None:
         unknown.append(f"memory: {memory.why_unknown(spec) or 'no closed form is known'}")
@@ -53,14 +51,6 @@ def plan(spec: ExperimentSpec, hardware: Hardware | None = None) -> Plan:
         checkpoints=checkpoints(spec)[1],
         run_s=None if step is None else _run_s(spec, hardware, step, size or 0),
     )
-
-
-def _step(spec: ExperimentSpec, hardware: Hardware) -> StepTime | None:
-    if importlib.util.find_spec("hpcdl.plan.time") is None:
-        return None
-    from hpcdl.plan import time
-
-    return time.step(spec, hardware)
 
 
 def smallest_world(spec: ExperimentSpec) -> int:

@@ -27,7 +27,9 @@ class FakeSlurm:
     def set(self, **settings: Any) -> None:
         """Settings: refuse (sbatch's words), down (every command fails), run (sbatch really runs the tasks),
         addresses (NodeAddr by node), port (slurmd's), node_states, partition_nodes, job_show (text of `scontrol
-        show job`), requeue_refused (words), modes (how each call of a command behaves, in turn: away, hang, slow,
+        show job`), requeue_refused (words), node_kinds (sinfo's lines, as hpcdl.plan.nodes asks), defaults (of memory,
+        from `scontrol show config` and `partition`), starts (what `sbatch --test-only` says), modes (how each call of a
+        command behaves, in turn: away, hang, slow,
         garbage; and, once it is done: lost, killed, taken_hang, nothing, cut, failing)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "settings.json"

@@ -86,7 +86,18 @@ def ids(argv):
             yield from [word] if "_" in word else tasks_of(word)
 
 
+def test_only(text):
+    """What sbatch says of a job that it doesn't submit: on standard error, the time in this process's zone."""
+    log("test_only", script=text, timezone=os.environ.get("TZ"))
+    if words := settings().get("refuse"):
+        fail(f"allocation failure: {words}")
+    words = "Job 7 to start at 2030-01-31T12:00:00 using 2 processors on nodes n1 in partition debug"
+    print(f"sbatch: {settings().get('starts', words)}", file=sys.stderr)
+
+
 def sbatch(argv):
+    if argv[-1] == "--test-only":
+        return test_only(sys.stdin.read())
     text = Path(argv[-1]).read_text()
     log("sbatch", script=text)
     if words := settings().get("refuse"):
@@ -177,7 +188,11 @@ def scontrol(argv):
         return
     log("scontrol")
     if argv == ["-o"]:  # commands on standard input, as an answer for many jobs is asked for
-        failures = [line for line in sys.stdin.read().splitlines() if not show_jobs(line.split()[-1])]
+        asked = sys.stdin.read().splitlines()
+        if "show partition" in asked:
+            print(settings().get("defaults", "DefMemPerNode           = UNLIMITED"))
+            return
+        failures = [line for line in asked if not show_jobs(line.split()[-1])]
         for _ in failures:
             print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
         sys.exit(1 if failures else 0)
@@ -258,6 +273,10 @@ def scancel(argv):
 
 
 def sinfo(argv):
+    if "-e" in argv:
+        log("sinfo")
+        print("\n".join(settings().get("node_kinds", [])))
+        return
     if "%N" in argv:
         print("\n".join(settings().get("partition_nodes", ["n1", "n2", "n3", "n4"])))
         return
