@@ -68,9 +68,15 @@ def refused(spec: ExperimentSpec) -> Iterator[Fault]:
     yield from elastic.sizes(spec, _judged)
 
 
-def faults(spec: ExperimentSpec) -> list[Fault]:
-    """All that any rule says of an experiment whose sections are right by themselves."""
-    return [*_judged(spec), *elastic.sizes(spec, _judged)]
+def sharing(spec: ExperimentSpec) -> list[Fault]:
+    """All that any rule says of how an experiment that is right otherwise is shared out, and trained step by step."""
+    told = [
+        fault
+        for needs, rule in RULES
+        if "parallel" in needs or "trainer" in needs
+        for fault in rule(*(getattr(spec, need) for need in needs))
+    ]
+    return [*told, *refused(spec)]
 
 
 def _judged(spec: ExperimentSpec) -> Iterator[Fault]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hpcdl.parallel.auto import OFF_THE_MESH
 from hpcdl.plan.records import RankMemory, StepTime
 from hpcdl.plan.search_space import TRAINER, Choice
 from hpcdl.spec import ExperimentSpec
@@ -127,17 +128,24 @@ def overrides(choice: Choice) -> tuple[str, ...]:
         words += [f"parallel.reshard_after_forward={str(choice.reshard).lower()}"] * (choice.dp_shard > 1)
         words += [f"parallel.schedule={choice.schedule}"] * (choice.pp > 1)
         words += ["parallel.cpu_offload=true"] * choice.cpu_offload
-    words += [f"trainer.{key}={getattr(choice, name)}" for key, name in TRAINER.items()]
+    words += [
+        f"trainer.{key}={value}"
+        for key, name in TRAINER.items()
+        if (value := getattr(choice, name)) != "none" or key == "activation_checkpointing"
+    ]
     return (*words, *([f"quant={choice.quant}"] if choice.quant != "none" else []))
 
 
-def name(choice: Choice) -> str:
-    """A choice's mesh in a few characters: `fsdp 64 × tp 8`."""
-    shown = {"dp_replicate": "copies", "dp_shard": "fsdp"}
-    parts = [f"{shown.get(key, key)} {degree}" for key, degree in choice.degrees.items()]
-    if choice.strategy in ("ddp", "local_sgd", "diloco", "param_server", "hogwild"):
-        return f"{choice.strategy} {choice.dp_replicate}" if choice.dp_replicate > 1 else "one process"
-    return " × ".join(parts) or "one process"
+def name(choice: Choice, times: str = "×") -> str:
+    """A choice's mesh in a few characters: `pp 2 × fsdp 8 × tp 8`; with an empty `times` `pp2 fsdp8 tp8`."""
+    if not choice.degrees:
+        return "one process"
+    shown = {"dp_replicate": "copies" if times else "dp", "dp_shard": "fsdp"}
+    if choice.strategy in ("ddp", *OFF_THE_MESH):
+        shown = {"dp_replicate": choice.strategy}
+    gap = " " if times else ""
+    parts = [f"{shown.get(key, key)}{gap}{degree}" for key, degree in choice.degrees.items()]
+    return (f" {times} " if times else " ").join(parts)
 
 
 def details(choice: Choice) -> str:
@@ -145,17 +153,23 @@ def details(choice: Choice) -> str:
     parts = [f"micro-batch {choice.micro_batch_size}"]
     if choice.checkpointing != "none":
         parts.append(f"{choice.checkpointing} checkpointing")
-    if choice.dp_shard > 1:
-        parts.append("resharded" if choice.reshard else "kept gathered")
+    return ", ".join((*parts, *more(choice)))
+
+
+def more(choice: Choice) -> list[str]:
+    """Of that what isn't batch and recomputation."""
+    parts = []
     if choice.pp > 1:
         parts.append(choice.schedule)
+    if choice.dp_shard > 1:
+        parts.append("resharded" if choice.reshard else "gathered")
     if choice.cpu_offload:
-        parts.append("shards in host memory")
+        parts.append("shards on the host")
     if choice.activation_offload != "none":
-        parts.append(f"activations in {choice.activation_offload} memory")
+        parts.append("activations on " + {"host": "the host", "disk": "disk"}[choice.activation_offload])
     if choice.quant != "none":
         parts.append(choice.quant)
-    return ", ".join(parts)
+    return parts
 
 
 def gib(count: float) -> str:
@@ -172,17 +186,25 @@ def seconds(value: float) -> str:
 
 def why_lost(judged: Judged, best: Judged) -> str:
     """What the best one does better."""
+    if judged.choice == best.choice:
+        return "chosen"
     more = judged.step_s / best.step_s - 1
     speed = f"{100 * abs(more):.{0 if abs(more) >= 0.095 else 1}f} %"
     if judged.over_bytes:
-        quicker = f"would be {speed} quicker, but " if more < -0.005 else ""
-        return f"{quicker}doesn't fit by {gib(judged.over_bytes)}"
+        quicker = f"{speed} quicker, but " if more < -0.005 else ""
+        return f"{quicker}{gib(judged.over_bytes)} too large"
+    if more >= 1:
+        return f"takes {1 + more:.1f} times as long"
     if more > 0.01:
         return f"{speed} slower"
-    simpler = (
-        "less simple" if judged.choice.effort > best.choice.effort else f"needs {gib(judged.peak_bytes)}"
-    )
-    return f"as quick to {1 if abs(more) >= 0.0005 else 0.1} %, but {simpler}"
+    simpler = "less simple" if judged.choice.effort > best.choice.effort else "holds more"
+    if judged.peak_bytes <= best.peak_bytes and simpler == "holds more":
+        simpler = "of another kind"
+    return f"{'equally quick' if abs(more) < 0.0005 else f'{speed} {_direction(more)}'}, {simpler}"
+
+
+def _direction(more: float) -> str:
+    return "slower" if more > 0 else "quicker"
 
 
 def front(judged: Iterable[Judged]) -> tuple[Judged, ...]:

@@ -1,10 +1,11 @@
 """The quickest way to train that fits: over meshes, micro-batches, schedules, recomputation and offload.
 
-Each mesh is asked for its leanest way first: where even that doesn't fit, nothing of the mesh is looked at. Of the
-others a way without recomputation, resharding and offload bounds from below how long a step must take; they are
-taken in this order, each made leaner until it fits, and once the bound is above what was found, all that are left
-are slower (branch and bound: Land and Doig, "An Automatic Method of Solving Discrete Programming Problems", 1960).
-What costs much (host memory, tensor parallel between nodes) is tried only where nothing fits without.
+Each mesh is asked for its leanest way first: where even that doesn't fit, nothing of the mesh is looked at. From
+there it recomputes less and keeps more for as long as it fits. A pipeline without idle time bounds from below how
+long a step takes in any schedule; meshes are taken in this order, and once the bound is above what was found, all
+that are left are slower (branch and bound: Land and Doig, "An Automatic Method of Solving Discrete Programming
+Problems", 1960). What costs much (host memory, tensor parallel between nodes) is tried only where nothing fits
+without.
 
 Similar searches: Zheng et al., "Alpa", OSDI 2022; Miao et al., "Galvatron", VLDB 2022, which have finer choices a
 layer and need profiles; here are the choices that a config has, and closed forms.
@@ -115,6 +116,9 @@ class _Search:
                 self.unknown = (
                     self.unknown or memory.why_unknown(spec) or "no closed form of its memory is known"
                 )
+            found = self.peaks[choice]
+            if found is not None:
+                self.peaks[choice] = self.hardware.device.holding(found)
         return self.peaks[choice]
 
     def peak(self, choice: Choice) -> float:
@@ -170,24 +174,27 @@ class _Search:
 
     def _pass(self, *, wide: bool, offload: bool) -> list[Choice]:
         """The best choice of each mesh that could be among the best, in no order."""
-        queue: list[tuple[float, int, Choice]] = []
+        queue: list[tuple[float, int, list[Choice]]] = []
         for mesh in self._meshes(wide=wide):
-            for start in self._starts(mesh, offload=offload):
-                bound = self.seconds(start)
-                if bound < float("inf"):
-                    queue.append((bound, len(queue), start))
+            for ways in self._ways(mesh, offload=offload):
+                queue.append((min(map(self._bound, ways)), len(queue), ways))
         heapq.heapify(queue)
         best: dict[tuple[object, ...], tuple[float, Choice]] = {}
         while queue and len(self.peaks) < MOST:
-            bound, _, start = heapq.heappop(queue)
+            bound, _, ways = heapq.heappop(queue)
             slowest = sorted(value for value, _ in best.values())[:RUNNERS_UP]
-            if len(slowest) == RUNNERS_UP and bound > slowest[-1]:
+            if bound == float("inf") or (len(slowest) == RUNNERS_UP and bound > slowest[-1]):
                 break
-            for choice in self._leaner(start, offload=offload):
+            for choice in self._scheduled(ways):
                 took = self.seconds(choice)
                 if took < best.get(choice.mesh, (float("inf"),))[0]:
                     best[choice.mesh] = (took, choice)
         return [choice for _, choice in best.values()]
+
+    def _bound(self, choice: Choice) -> float:
+        """Seconds that a step takes at least, whatever the schedule: a pipeline without idle time."""
+        step = self.step(choice)
+        return step.step_s - step.bubble_s if step else float("inf")
 
     def _meshes(self, *, wide: bool) -> Iterator[Choice]:
         """Those that no rule refuses, in every scheme that is allowed."""
@@ -201,55 +208,65 @@ class _Search:
                 elif not self.faults:
                     self.faults = faults
 
-    def _starts(self, mesh: Choice, *, offload: bool) -> Iterator[Choice]:
-        """The quickest way of each micro-batch and schedule, memory left aside; none where the leanest doesn't fit."""
-        recomputing = self.ways.checkpointings()
+    def _ways(self, mesh: Choice, *, offload: bool) -> Iterator[list[Choice]]:
+        """For each micro-batch those that fit and may be the quickest of it, in the plainest schedule."""
         lean = self._lean(mesh)
         sizes = self.ways.micro_batches(mesh.data_ranks)
-        schedules = self.ways.schedules(mesh)
-        self.possible += len(recomputing) * len(self.ways.reshards(mesh)) * len(sizes) * len(schedules)
-        if not self._any_fits(lean, offload=offload):
-            return
+        self.possible += (
+            len(self.ways.checkpointings())
+            * len(self.ways.reshards(mesh))
+            * len(sizes)
+            * len(self.ways.schedules(mesh))
+        )
+        large: set[tuple[str, bool]] = set()
         for size in sizes:
             leaner = dataclasses.replace(lean, micro_batch_size=size)
             if mesh.pp > 1 and self.ways.pipeline_refuses(leaner):
                 continue  # too few to fill it
-            if not self._any_fits(leaner, offload=offload):
-                break  # larger ones hold more
-            for schedule in schedules:
-                start = dataclasses.replace(
-                    leaner,
-                    checkpointing=recomputing[0],
-                    reshard=self.ways.reshards(mesh)[0],
-                    schedule=schedule,
-                )
-                if mesh.pp == 1 or not self.ways.pipeline_refuses(start):
-                    yield start
+            found = self._offloading(leaner) if offload else self._fitting(leaner, large)
+            if not found:
+                return  # larger ones hold more
+            yield found
 
-    def _any_fits(self, lean: Choice, *, offload: bool) -> bool:
-        return any(self.fits(one) for one in (self._offloaded(lean) if offload else (lean,)))
+    def _offloading(self, lean: Choice) -> list[Choice]:
+        return [one for one in self._offloaded(lean) if self.fits(one)][:1]
 
     def _offloaded(self, choice: Choice) -> Iterator[Choice]:
         for one in self.ways.offloads(choice):
             if not one.cpu_offload or not self.ways.refusals(one):
                 yield one
 
-    def _leaner(self, start: Choice, *, offload: bool) -> Iterator[Choice]:
-        """From the quickest on what fits, as long as something leaner may still be the quicker one."""
-        if offload:
-            for one in self._offloaded(dataclasses.replace(start, reshard=self.ways.reshards(start)[-1])):
-                if self.fits(one):
-                    yield one
-                    return
-            return
-        for recomputed in self.ways.checkpointings():
-            for reshard in self.ways.reshards(start):
-                choice = dataclasses.replace(start, checkpointing=recomputed, reshard=reshard)
-                if self.fits(choice):
-                    yield choice
-                    if reshard == self.ways.reshards(start)[0]:
-                        return  # what recomputes more is slower
+    def _fitting(self, lean: Choice, large: set[tuple[str, bool]]) -> list[Choice]:
+        """From the leanest on what fits: what recomputes less, or keeps more gathered, holds more and is quicker.
+
+        Args:
+            lean: the leanest.
+            large: what was too large with a smaller micro-batch; what is found to be so is added.
+        """
+        fitting: dict[str, list[bool]] = {}
+        recomputed, reshards = self.ways.checkpointings(), self.ways.reshards(lean)
+        for reshard in reversed(reshards):
+            for one in reversed(recomputed):
+                choice = dataclasses.replace(lean, checkpointing=one, reshard=reshard)
+                if (one, reshard) in large or not self.fits(choice):
+                    large.add((one, reshard))
                     break
+                fitting.setdefault(one, []).insert(0, reshard)
+        found = []
+        for one in recomputed:
+            for reshard in fitting.get(one, ())[:1]:
+                found.append(dataclasses.replace(lean, checkpointing=one, reshard=reshard))
+                if reshard == reshards[0]:
+                    return found  # what recomputes more is slower
+        return found
+
+    def _scheduled(self, ways: list[Choice]) -> Iterator[Choice]:
+        """In every schedule the quickest that fits."""
+        for schedule in self.ways.schedules(ways[0]):
+            of_it = [dataclasses.replace(one, schedule=schedule) for one in ways]
+            if schedule != ways[0].schedule and self.ways.pipeline_refuses(of_it[0]):
+                continue
+            yield from (one for one in of_it if self.fits(one))
 
     # --- what is told -----------------------------------------------------------------------------------------
 
@@ -310,7 +327,9 @@ class _Search:
     def _runners_up(self, chosen: Judged, fitting: list[Choice], everything: list[Judged]) -> Iterator[Lost]:
         """The next best of other meshes, and before them what would be quicker if it fitted."""
         large = sorted((one for one in everything if not one.fits), key=lambda one: one.over_bytes)
-        better = [one for one in large if one.step_s < 0.99 * chosen.step_s]
+        better = [
+            one for one in large if one.step_s < 0.99 * chosen.step_s and one.over_bytes < (self.limit or 0)
+        ]
         others = [choice for choice in fitting if choice.mesh != chosen.choice.mesh]
         slower = [self.judged(choice) for choice in sorted(others, key=self.seconds)[:RUNNERS_UP]]
         seen = {chosen.choice.mesh}

@@ -141,10 +141,19 @@ class Space:
                 dp_shard=shard,
                 cp=cp,
                 tp=tp,
-                micro_batch_size=min(self.micro_batches(ranks)),
-                checkpointing=self.spec.trainer.activation_checkpointing,
-                quant=self.spec.quant.scheme,
+                **self._given(ranks),
+                cpu_offload="offload" not in self.allow and self.base.cpu_offload,
             )
+
+    def _given(self, data_ranks: int) -> dict[str, Any]:
+        """What the experiment itself says, with the smallest micro-batch."""
+        trainer = self.spec.trainer
+        return {
+            "micro_batch_size": min(self.micro_batches(data_ranks)),
+            "checkpointing": trainer.activation_checkpointing,
+            "activation_offload": "none" if "offload" in self.allow else trainer.activation_offload,
+            "quant": self.spec.quant.scheme,
+        }
 
     def off_the_mesh(self) -> Iterator[Choice]:
         """Strategies that change the mathematics, where they are allowed by name."""
@@ -155,13 +164,7 @@ class Space:
             return
         for name in OFF_THE_MESH:
             if name in self.allow:
-                yield Choice(
-                    strategy=name,
-                    dp_replicate=world,
-                    micro_batch_size=min(self.micro_batches(world)),
-                    checkpointing=self.spec.trainer.activation_checkpointing,
-                    quant=self.spec.quant.scheme,
-                )
+                yield Choice(strategy=name, dp_replicate=world, **self._given(world))
 
     def _degrees(self, name: str, ranks: int, most: int) -> list[int]:
         given = self.fixed.get(name)
@@ -180,8 +183,8 @@ class Space:
         """From the quickest to the leanest."""
         if "checkpointing" not in self.allow:
             return (self.spec.trainer.activation_checkpointing,)
-        if self.spec.trainer.activation_offload != "none":
-            return ("full",)
+        if "offload" not in self.allow and self.spec.trainer.activation_offload != "none":
+            return ("full",)  # a rule
         return CHECKPOINTING
 
     def schedules(self, choice: Choice) -> tuple[str, ...]:
@@ -246,7 +249,7 @@ class Space:
 
     def refusals(self, choice: Choice) -> list[Fault]:
         """Why launch would not take this choice; empty where it does."""
-        return rules.faults(self.applied(choice))
+        return rules.sharing(self.applied(choice))
 
     def pipeline_refuses(self, choice: Choice) -> bool:
         """Whether the strategy alone says no: what a mesh that is right may still lack with other micro-batches."""

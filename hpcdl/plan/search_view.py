@@ -30,40 +30,44 @@ def show(console: Console, found: Found) -> None:
         _nothing(console, found)
         return
     chosen = found.chosen
-    console.print(f"[bold]chosen[/]   {words.name(chosen.choice)}: {words.details(chosen.choice)}")
-    console.print(f"         {_speed(chosen)}; {_room(chosen)}")
-    for reason in found.reasons:
-        console.print(f"         {reason}", soft_wrap=False)
+    first = f"{words.name(chosen.choice)}, {words.details(chosen.choice)}"
+    for label, text in (
+        ("chosen", first),
+        ("", f"{_speed(chosen)}; {_room(chosen)}"),
+        *(("why" * (not number), reason) for number, reason in enumerate(found.reasons)),
+    ):
+        _labelled(console, label, text)
     console.print()
-    rows = [("chosen", chosen, "")]
-    rows += [("", lost.judged, lost.why) for lost in found.runners_up]
-    _table(console, "Other meshes, each at its best", rows)
-    if found.changes:
-        _table(
-            console,
-            "The chosen one with one setting changed",
-            [("", lost.judged, lost.why) for lost in found.changes],
-        )
+    others = [lost.judged for lost in found.runners_up]
+    _table(console, "Other meshes, each at its best", [chosen, *others], chosen)
+    changes = [lost.judged for lost in found.changes]
+    if changes:
+        _table(console, "The chosen one with one setting changed", changes, chosen)
     front = words.spread(found.front, FRONT)
     if len(front) > 1:
-        _table(
-            console,
-            "Beaten by none in both speed and memory" + _of(front, found.front),
-            [("chosen" if one is chosen else "", one, words.why_lost(one, chosen)) for one in front],
-        )
-    console.print("[bold]to type[/]")
+        _table(console, f"Beaten by none in both speed and memory{_of(front, found.front)}", front, chosen)
+    console.print("to type", style="bold")
     for line in _lines(words.overrides(chosen.choice), console.width - 4):
-        console.print(f"  {line}", soft_wrap=True, highlight=False)
+        console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _nothing(console: Console, found: Found) -> None:
-    console.print("[bold]nothing was chosen[/]")
-    for reason in found.reasons:
-        console.print(f"  {reason}")
-    if found.remedies:
-        console.print("\nit would fit with one of")
-        for change in found.remedies:
-            console.print(f"  {change}")
+    for number, reason in enumerate(found.reasons or ("there is nothing to choose from",)):
+        _labelled(console, "none" * (not number), reason)
+    for number, remedy in enumerate(found.remedies):
+        _labelled(console, "would fit" * (not number), remedy)
+
+
+def _labelled(console: Console, label: str, text: str) -> None:
+    """A paragraph with a word before its first line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    line = Table.grid(padding=(0, 1, 0, 0))
+    line.add_column(width=9)
+    line.add_column(overflow="fold")
+    line.add_row(Text(label, style="bold"), Text(text))
+    console.print(line)
 
 
 def _speed(judged: Judged) -> str:
@@ -80,21 +84,40 @@ def _of(shown: Sequence[Judged], all_: Sequence[Judged]) -> str:
     return f" ({len(shown)} of {len(all_)})" if len(shown) < len(all_) else ""
 
 
-def _table(console: Console, title: str, rows: Sequence[tuple[str, Judged, str]]) -> None:
+def _table(console: Console, title: str, rows: Sequence[Judged], chosen: Judged) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("mesh", no_wrap=False, min_width=12)
-    table.add_column("with", overflow="fold", min_width=14)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("mesh", overflow="fold")
+    table.add_column("batch", justify="right", no_wrap=True)
+    table.add_column("recompute", no_wrap=True)
+    table.add_column("more", overflow="fold")
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("peak", justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
-    for mark, judged, why in rows:
-        style = "bold" if mark else ("" if judged.fits else "dim")
-        peak = words.gib(judged.peak_bytes)
-        cells = (words.name(judged.choice), words.details(judged.choice), words.seconds(judged.step_s), peak)
-        table.add_row(*cells, mark or why, style=style)
+    table.add_column("", overflow="fold")
+    for one in rows:
+        choice, why = one.choice, words.why_lost(one, chosen)
+        style = "bold" if choice == chosen.choice else ("" if one.fits else "dim")
+        recomputed = {"none": "–", "selective": "half", "full": "all"}[choice.checkpointing]
+        cells = (
+            words.name(choice, ""),
+            str(choice.micro_batch_size),
+            recomputed,
+            ", ".join(words.more(choice)),
+            words.seconds(one.step_s),
+            words.gib(one.peak_bytes),
+            why,
+        )
+        table.add_row(*(Text(cell) for cell in cells), style=style)
     console.print(table)
 
 

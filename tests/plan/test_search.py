@@ -105,7 +105,7 @@ def test_runners_up_are_other_meshes_and_say_why(of_405b: Found) -> None:
     meshes = [of_405b.chosen.choice.mesh, *(lost.judged.choice.mesh for lost in of_405b.runners_up)]
     assert len(set(meshes)) == len(meshes)
     for lost in of_405b.runners_up:
-        assert ("doesn't fit by" in lost.why) == (not lost.judged.fits)
+        assert ("too large" in lost.why) == (not lost.judged.fits)
         accepted(lost.judged.spec)
 
 
@@ -138,7 +138,7 @@ def test_8b_with_lora_on_one_small_gpu_recomputes() -> None:
     assert found.chosen.choice.checkpointing != "none" and found.chosen.choice.quant == "none"
     accepted(found.chosen.spec)
     without = [lost for lost in found.changes if lost.judged.choice.checkpointing == "none"]
-    assert without and "doesn't fit by" in without[0].why
+    assert without and "too large" in without[0].why
 
 
 def test_quantization_only_where_it_is_allowed() -> None:
