@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from _markers import put
 from _planner_measure import Measured, measure
 from _planner_points import GRID, Point, drawn
 
@@ -34,6 +35,8 @@ from hpcdl.plan import memory
 
 GOALS = {"one process": (0.05, 0.20), "sharded": (0.10, 0.20)}
 """Median and worst error."""
+SHOWN = 12
+"""Points that the docs show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,7 @@ def judged(point: Point, ranks: Measured) -> Row | str:
 def table(rows: Sequence[Row]) -> str:
     """Every point, the worst first."""
     lines = [f"{'point':<66} {'tensors, MiB':>17} {'off by':>7}   {'process, MiB':>13} {'margin':>7}  at"]
-    for row in sorted(rows, key=lambda row: -abs(row.off)):
+    for row in by_error(rows):
         (plan, found), (peak, rss) = row.tensors, row.process
         lines.append(
             f"{row.point.name:<66} {plan / 2**20:8.1f} {found / 2**20:8.1f} {row.off:+7.1%}"
@@ -118,21 +121,30 @@ def parts(row: Row) -> str:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """Median, worst and false fits: of each group and each strategy."""
-    groups = {name: [row for row in rows if row.group == name] for name in GOALS}
-    strategies = sorted({row.point.strategy for row in groups["sharded"]})
-    groups |= {f"  {name}": [r for r in groups["sharded"] if r.point.strategy == name] for name in strategies}
     lines = [
         f"{'':<16} {'points':>6} {'median':>7} {'worst':>7} {'lowest':>7}   process: least margin, false fits"
     ]
-    for name, chosen in groups.items():
-        if chosen:
-            middle, worst, lowest = figures(chosen)
-            margins = [error(row.process) for row in chosen]
-            lines.append(
-                f"{name:<16} {len(chosen):>6} {middle:>7.1%} {worst:>7.1%} {lowest:>+7.1%}"
-                f"   {min(margins):+.1%}, {sum(margin < 0 for margin in margins)}"
-            )
+    for name, chosen in groups(rows).items():
+        middle, worst, lowest = figures(chosen)
+        margins = [error(row.process) for row in chosen]
+        lines.append(
+            f"{name:<16} {len(chosen):>6} {middle:>7.1%} {worst:>7.1%} {lowest:>+7.1%}"
+            f"   {min(margins):+.1%}, {sum(margin < 0 for margin in margins)}"
+        )
     return lines
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """One process, sharded, and of the sharded each strategy; those left out that have no point."""
+    found = {name: [row for row in rows if row.group == name] for name in GOALS}
+    for name in sorted({row.point.strategy for row in found["sharded"]}):
+        found[f"  {name}"] = [row for row in found["sharded"] if row.point.strategy == name]
+    return {name: chosen for name, chosen in found.items() if chosen}
+
+
+def by_error(rows: Sequence[Row]) -> list[Row]:
+    """Those furthest off in tensors first."""
+    return sorted(rows, key=lambda row: -abs(row.off))
 
 
 def figures(rows: Sequence[Row]) -> tuple[float, float, float]:
@@ -161,6 +173,36 @@ def missed(rows: Sequence[Row]) -> list[str]:
     return found
 
 
+# --- for the docs ---------------------------------------------------------------------------------------------
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The summary and the worst points as Markdown."""
+    lines = [
+        "| | points | median | worst | lowest | false «fits» | least margin of the process |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, chosen in groups(rows).items():
+        middle, worst, lowest = figures(chosen)
+        margins = [error(row.process) for row in chosen]
+        lines.append(
+            f"| {name.strip()} | {len(chosen)} | {middle:.1%} | {worst:.1%} | {lowest:+.1%}"
+            f" | {sum(margin < 0 for margin in margins)} | {min(margins):+.1%} |"
+        )
+    lines += [
+        "",
+        "| furthest off | tensors planned | measured | | process planned | measured | |",
+        f"|{'---|' * 7}",
+    ]
+    for row in by_error(rows)[:SHOWN]:
+        (plan, found), (peak, rss) = row.tensors, row.process
+        lines.append(
+            f"| {row.point.name} | {plan / 2**20:.1f} MiB | {found / 2**20:.1f} | {row.off:+.1%}"
+            f" | {peak / 2**20:.0f} MiB | {rss / 2**20:.0f} | {error(row.process):+.1%} |"
+        )
+    return "\n".join(lines)
+
+
 # --- the command ------------------------------------------------------------------------------------------
 
 
@@ -183,6 +225,10 @@ def main() -> int:
         else:
             rows.append(row)
     print(told(rows, options.parts))
+    if options.write and rows:
+        kind = "held out" if options.held_out else "grid"
+        begin = f"<!-- truth, {kind}: begin (benchmarks/planner.py) -->"
+        put(options.write, page(rows), begin, f"<!-- truth, {kind}: end -->")
     problems = [*missed(rows), *failed, *unknown]
     for problem in problems:
         print(f"MISSED  {problem}")
@@ -197,7 +243,7 @@ def told(rows: Sequence[Row], in_parts: int) -> str:
     """All of it as text."""
     if not rows:
         return "nothing was measured"
-    worst = sorted(rows, key=lambda row: -abs(row.off))[:in_parts]
+    worst = by_error(rows)[:in_parts]
     pieces = [table(rows), "", *summary(rows)]
     if worst:
         pieces += ["", "planned, measured", *(parts(row) for row in worst)]
@@ -252,6 +298,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="keep what was measured")
     parser.add_argument(
         "--again", type=Path, metavar="JSON", help="plan again what --json has kept; measure nothing"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE.md", help="put the summary between this file's markers"
     )
     return parser.parse_args()
 

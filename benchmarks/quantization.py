@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _markers import put
+
 from hpcdl.worker.cache import cache_dir
 
 BEGIN, END = "<!-- table: begin (benchmarks/quantization.py) -->", "<!-- table: end -->"
@@ -149,15 +151,6 @@ def table(found: list[dict[str, Any]], steps: int) -> str:
     return "\n".join(lines)
 
 
-def put(file: Path, text: str) -> None:
-    """Replaces what is between the markers."""
-    before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"{file} has no markers {BEGIN} … {END}")
-    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--samples", type=int, default=32, help="held-out sequences of 256 tokens (32)")
@@ -189,7 +182,7 @@ def main() -> None:
     made = table([bench.measure(row) for row in wanted], options.steps)
     print(made)
     if options.write:
-        put(options.write, made)
+        put(options.write, made, BEGIN, END)
 
 
 if __name__ == "__main__":
