@@ -45,7 +45,7 @@ class Foreseen:
         from hpcdl.plan import search
 
         return [
-            (point.label, search.search(point.spec, self.planner.hardware(point.spec)))
+            (point.label, point.found or search.search(point.spec, self.planner.hardware(point.spec)))
             for point in self.asked.points
         ]
 

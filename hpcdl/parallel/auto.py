@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Interval
 from hpcdl.errors import ConfigError, Fault
 from hpcdl.spec import ExperimentSpec, ParallelSpec
 from hpcdl.spec.parallel import DIMENSIONS
+from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
     from hpcdl.distributed.engine import Engine
@@ -85,6 +86,11 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
             nearest="-1",
             fix=f"parallel.{given[-1].split()[0]}=-1",
         )
+
+
+def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
+    """None that is known: it is the chosen strategy's."""
+    return iter(())
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

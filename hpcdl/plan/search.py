@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from hpcdl.errors import Fault
 from hpcdl.parallel import auto
 from hpcdl.plan import found as words
-from hpcdl.plan import memory, time
+from hpcdl.plan import make, memory, time
 from hpcdl.plan.found import Found, Judged, Lost
 from hpcdl.plan.records import Hardware, RankMemory, StepTime
 from hpcdl.plan.search_remedies import Asked, remedies
@@ -107,11 +107,9 @@ class _Search:
         """Bytes of each stage's ranks; None: unknown, and `unknown` says why."""
         if choice not in self.peaks:
             spec = self.spec(choice)
-            kind, cluster = self.hardware.device.kind, spec.cluster
-            self.peaks[choice] = memory.ranks(spec, kind)
-            if cluster.min_nodes is not None and self.peaks[choice] is not None:
-                # fewer ranks share the same: what must fit is the smallest run that there may be
-                self.peaks[choice] = memory.ranks(spec, kind, cluster.min_nodes * cluster.processes_per_node)
+            # of a run that may lose nodes the smallest must fit: fewer ranks share the same
+            found = memory.ranks(spec, self.hardware.device.kind, make.smallest_world(spec))
+            self.peaks[choice] = None if found is None else self.hardware.device.holding(found)
             if self.peaks[choice] is None:
                 self.unknown = (
                     self.unknown or memory.why_unknown(spec) or "no closed form of its memory is known"
