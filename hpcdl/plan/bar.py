@@ -103,17 +103,23 @@ def scale(plan: Plan) -> int:
     return max(peak, plan.hardware.device.memory_bytes or 0, 1)
 
 
-def legend(ranks: Sequence[RankMemory]) -> Text:
-    """Which letter is what, for those that a bar has."""
+def legend(ranks: Sequence[RankMemory], width: int) -> Text:
+    """Which letter is what, for those that a bar has; a letter and its word stay on one line."""
     from rich.text import Text
 
-    text = Text()
     seen = {name: None for rank in ranks for name in at_peak(rank)}
-    for look in (part(name) for name in seen):
-        text.append(look.letter, style=f"black on {look.color}")
-        text.append(f"\N{NO-BREAK SPACE}{look.name}  ")
-    text.append(".", style="dim")
-    text.append("\N{NO-BREAK SPACE}free")
+    entries = [(look.letter, f"black on {look.color}", look.name) for look in (part(name) for name in seen)]
+    text, used = Text(), 0
+    for letter, style, name in (*entries, (".", "dim", "free")):
+        size = len(letter) + 1 + len(name)
+        if used and used + 2 + size > width:
+            text.append("\n")
+            used = 0
+        gap = 2 * (used > 0)
+        text.append(" " * gap)
+        text.append(letter, style=style)
+        text.append(f" {name}")
+        used += gap + size
     return text
 
 

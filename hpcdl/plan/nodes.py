@@ -107,13 +107,15 @@ class Default:
 
 @functools.cache
 def defaults() -> dict[str, Default]:
-    """Each partition's default memory, and under `""` the cluster's; empty where Slurm doesn't say."""
+    """Each partition's default memory, and under `""` the cluster's; empty where Slurm doesn't hold jobs to it."""
     said = _run(["scontrol", "-o"], "show config\nshow partition\n")
     return {} if isinstance(said, Said) else read_defaults(said)
 
 
 def read_defaults(text: str) -> dict[str, Default]:
     """The same from what `scontrol -o` says of the configuration and of partitions."""
+    if not _enforced(text):
+        return {}
     found = {}
     whole = dict(re.findall(r"^(DefMemPer(?:CPU|Node)) *= *(\S+)", text, re.MULTILINE))
     common = _default(whole)
@@ -123,6 +125,14 @@ def read_defaults(text: str) -> dict[str, Default]:
             own = _default(dict(re.findall(r"(?:^| )(DefMemPer(?:CPU|Node))=(\S+)", line)))
             found[name[1]] = common if own == Default() else own
     return found
+
+
+def _enforced(text: str) -> bool:
+    """Whether a job is ended that takes more memory than it was given: by cgroups, or by Slurm's own count."""
+    kept = re.search(r"^ConstrainRAMSpace *= *yes", text, re.MULTILINE | re.IGNORECASE)
+    grouped = re.search(r"^TaskPlugin *=.*cgroup", text, re.MULTILINE)
+    counted = re.search(r"^JobAcctGatherParams *=.*OverMemoryKill", text, re.MULTILINE | re.IGNORECASE)
+    return bool((kept and grouped) or counted)
 
 
 def _default(values: dict[str, str]) -> Default:

@@ -185,7 +185,7 @@ def _print_memory(console: Console, plan: Plan) -> None:
     for name, rank in shown:
         line = bar.bar(rank, limit, width, bar.scale(plan))
         console.print(f"{name:<{names}}  " if names else "", line, sep="", no_wrap=True, overflow="crop")
-    console.print(bar.legend([rank for _, rank in shown]))
+    console.print(bar.legend([rank for _, rank in shown], min(console.width, BAR_WIDTH)))
 
 
 def _few(stages: list[tuple[str, RankMemory]], plan: Plan) -> list[tuple[str, RankMemory]]:
@@ -223,6 +223,8 @@ def _print_bytes(console: Console, stages: Sequence[tuple[str, RankMemory]]) -> 
 def _amount(size: float) -> str:
     if not size:
         return "-"
+    if size < 1024:
+        return f"{size:.0f} B"
     return gib(size) if size >= 2**20 else f"{size / 1024:.0f} KiB"
 
 

@@ -28,6 +28,8 @@ BIG = (*SMALL, "data.seq_len=1024", "trainer.global_batch_size=256", "trainer.mi
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to launch in, and no answer of Slurm from another test."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nodes, "LIMIT_S", 120.0)
+    monkeypatch.setattr(expected, "LIMIT_S", 120.0)
     nodes.ask.cache_clear()
     nodes.defaults.cache_clear()
     return tmp_path

@@ -21,7 +21,10 @@ KINDS = [
 
 
 @pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Answers of one test are none of the next; a busy machine gives them late."""
+    monkeypatch.setattr(nodes, "LIMIT_S", 120.0)
+    monkeypatch.setattr(hardware, "_ANSWER_S", 120.0)
     yield
     nodes.ask.cache_clear()
     nodes.defaults.cache_clear()
@@ -64,6 +67,7 @@ def test_gpus_in_generic_resources(gres: str | None, expected: object) -> None:
 
 def test_default_memory_is_the_partitions_own_or_the_clusters() -> None:
     text = (
+        "TaskPlugin              = task/cgroup,task/affinity\nConstrainRAMSpace       = yes\n"
         "DefMemPerNode           = UNLIMITED\nDefMemPerCPU            = 2000\n"
         "PartitionName=debug DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED\n"
         "PartitionName=big DefMemPerNode=64000 MaxMemPerNode=UNLIMITED\n"
@@ -71,6 +75,7 @@ def test_default_memory_is_the_partitions_own_or_the_clusters() -> None:
     found = nodes.read_defaults(text)
     assert found["debug"] == found[""] == nodes.Default(per_cpu=2000 * 2**20)
     assert found["big"] == nodes.Default(per_node=64000 * 2**20)
+    assert nodes.read_defaults(text.replace("= yes", "= no")) == {}  # nobody holds jobs to it
 
 
 def memory_of(**cluster: object) -> tuple[float | None, str]:
@@ -97,7 +102,8 @@ def test_memory_of_a_cpu_job_is_what_slurm_says(slurm: FakeSlurm) -> None:
 
 
 def test_a_job_that_asks_for_no_memory_gets_the_default(slurm: FakeSlurm) -> None:
-    slurm.set(defaults="DefMemPerNode = UNLIMITED\nPartitionName=cpu DefMemPerCPU=2048")
+    killed = "JobAcctGatherParams     = OverMemoryKill\n"
+    slurm.set(defaults=f"{killed}DefMemPerNode = UNLIMITED\nPartitionName=cpu DefMemPerCPU=2048")
     size, source = memory_of(partition="cpu", processes_per_node=2, cpus_per_process=3)
     assert (size, source) == (6.0, "DefMemPerCPU of cpu: cluster.mem_gb asks for more, shared by 2")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def test_a_plan_to_read_without_colours_at_80_columns() -> None:
     text = shown(plan())
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "fits: 21.0 GiB of 24.0 GiB a process, 3.0 GiB to spare" in text
-    assert "optimizer       8.0 GiB  8.0 GiB" in text
-    assert "activations     3.0 GiB  6.0 GiB" in text
+    assert re.search(r"^optimizer +8\.0 GiB +8\.0 GiB$", text, re.M)
+    assert re.search(r"^activations +3\.0 GiB +6\.0 GiB$", text, re.M)
     assert "in the backward pass" in text
     assert "2 s, 8,192 tokens/s, MFU 38.0 %" in text
     assert "all-reduce of gradients (dp_replicate)" in text
