@@ -6,7 +6,7 @@ Each point is a small experiment that goes through hpcdl's own worker to its end
 tensors    the most bytes of tensors at once in a training step: hpcdl.worker.storages counts every storage
 process    the most memory that the process ever had (VmHWM), loading, evaluation, checkpoint and result included:
            against tensors, allocator and runtime together
-GPU        torch.cuda.max_memory_allocated, where there is one (--gpu), against tensors
+--gpu      torch.cuda.max_memory_allocated against tensors, max_memory_reserved against tensors and allocator
 
 A point's error is that of its worst rank. A false «fits»: memory as large as the process really took, less one byte,
 can't hold the run; a plan below what was measured would have called it fitting. `margin` is how far the plan was above.
@@ -17,11 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from _planner_measure import Measured, measure
 from _planner_points import GRID, Point, drawn
 
 from hpcdl.plan import memory
+from hpcdl.plan.records import RankMemory
 
 GOALS = {"one process": (0.05, 0.20), "sharded": (0.10, 0.20)}
 """Median and worst error."""
@@ -72,6 +74,18 @@ def error(pair: tuple[int, int]) -> float:
     return pair[0] / pair[1] - 1
 
 
+def tensors(plan: RankMemory, found: dict[str, Any]) -> tuple[int, int]:
+    """Planned and measured bytes of tensors."""
+    return plan.tensors, found["cuda_peak"] or found["tensors"]
+
+
+def whole(plan: RankMemory, found: dict[str, Any]) -> tuple[int, int]:
+    """All of the process on a CPU; on a GPU what its allocator has reserved: the context isn't torch's to tell."""
+    if found["cuda_peak"] is None:
+        return plan.peak, found["rss_peak"]
+    return plan.tensors + plan.allocator, found["reserved"]
+
+
 def judged(point: Point, ranks: Measured) -> Row | str:
     """What was planned beside what was measured; why nothing was planned."""
     plans = memory.ranks(point.spec, ranks[0]["device"], point.ranks)
@@ -80,11 +94,10 @@ def judged(point: Point, ranks: Measured) -> Row | str:
     each = [plan for plan in plans for _ in range(plan.ranks)]
     assert len(each) == point.ranks, f"{point.name}: planned for {len(each)} ranks"
     pairs = list(zip(each, ranks, strict=True))
-    plan, found = max(pairs, key=lambda pair: abs(error((pair[0].tensors, pair[1]["tensors"]))))
-    on_gpu = found["cuda_peak"] is not None
-    process = [(plan.peak, found["cuda_peak"] if on_gpu else found["rss_peak"]) for plan, found in pairs]
+    plan, found = max(pairs, key=lambda pair: abs(error(tensors(*pair))))
+    process = [whole(plan, found) for plan, found in pairs]
     return Row(
-        point=point, tensors=(plan.tensors, found["tensors"]), process=min(process, key=error),
+        point=point, tensors=tensors(plan, found), process=min(process, key=error),
         planned=plan.bytes, measured=found, at_peak=plan.at_peak, moment=plan.moment,
     )  # fmt: skip
 
@@ -215,6 +228,7 @@ def main() -> int:
         failed: list[str] = []
     else:
         points = drawn(options.seed, options.points) if options.held_out else wide(options.scale)
+        points = on_gpus(points) if options.gpu else points
         points = tuple(point for point in points if options.only in point.name)
         found, failed = run(points, options)
     rows, unknown = [], []
@@ -237,6 +251,21 @@ def main() -> int:
 
 def wide(factor: int) -> tuple[Point, ...]:
     return tuple(point.wider(factor) for point in GRID)
+
+
+def on_gpus(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Those that this machine's GPUs are enough for, a GPU a rank."""
+    count = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
+    have = int(done.stdout)
+    if not have:
+        sys.exit("--gpu: torch sees no GPU here")
+    asked = ((point, {**point.settings, "cluster__gpus_per_node": point.ranks}) for point in points)
+    return tuple(
+        replace(point, settings=settings)
+        for point, settings in asked
+        if point.ranks <= have and point.strategy != "hogwild"
+    )
 
 
 def told(rows: Sequence[Row], in_parts: int) -> str:
@@ -286,6 +315,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which of them")
     parser.add_argument("--points", type=int, default=40, help="how many of them")
     parser.add_argument("--at-once", type=int, default=2, help="points at a time")
+    parser.add_argument(
+        "--gpu", action="store_true", help="on this machine's GPUs, with what torch allocates"
+    )
     parser.add_argument(
         "--scale", type=int, default=2, help="how much wider than in the file the grid's models are"
     )
