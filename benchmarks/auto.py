@@ -55,7 +55,6 @@ SHAPES = {
         "model.shape.num_hidden_layers=4",
         "data.seq_len=128",
         "trainer.global_batch_size=16",
-        "trainer.micro_batch_size=2",
     ),
     # parameters many, tokens few: what travels is gradients
     "wide": (
@@ -67,19 +66,18 @@ SHAPES = {
         "model.shape.vocab_size=8192",
         "data.seq_len=64",
         "trainer.global_batch_size=8",
-        "trainer.micro_batch_size=2",
     ),
     # long sequences, a few of them: what counts is attention
     "long": (
         "model.shape.hidden_size=192",
         "model.shape.intermediate_size=512",
-        "model.shape.num_hidden_layers=6",
         "data.seq_len=1024",
-        "trainer.global_batch_size=4",
-        "trainer.micro_batch_size=1",
+        "trainer.global_batch_size=8",
     ),
 }
 """Models and batches, as overrides."""
+MICRO_BATCH = "trainer.micro_batch_size=2"
+"""Of everyone but auto, which is free to choose, and those that vary it."""
 
 
 @dataclass(kw_only=True)
@@ -179,6 +177,8 @@ def one_shape(args: argparse.Namespace, shape: str, folder: Path) -> dict[str, A
     """All rounds of one shape, and whether the choice was good."""
     base = (*BASE, *placed(args), *SHAPES[shape], f"name={shape}", f"trainer.max_steps={args.steps}")
     everyone = [Contender(name=AUTO, overrides=("parallel=auto",)), *contenders(args.processes)]
+    for contender in everyone[1:]:
+        contender.overrides = (MICRO_BATCH, *contender.overrides)
     for turn in range(args.rounds):
         first = turn % len(everyone)
         for contender in (*everyone[first:], *everyone[:first]):
