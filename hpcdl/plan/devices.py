@@ -6,9 +6,10 @@ Peaks are dense, without sparsity. Sources of a GPU's figures, unless its line s
   H200 143,771 MiB, H100 81,559, A100 81,920 and 40,960, A10 23,028, L40S 46,068, L4 23,034, T4 15,360).
 - matrix products reached: Stas Bekman, "Machine Learning Engineering", table of maximum achievable matmul FLOPS
   (A100 SXM 267.9 of 312 TFLOP/s, PCIe 256.4; H100 SXM 794.5 of 989; B200 1,745 of 2,250), and SemiAnalysis, "MI300X vs
-  H100 vs H200 Benchmark, Part 1: Training", 2024, for shapes of language models (H100 and H200 720 TFLOP/s).
+  H100 vs H200 Benchmark, Part 1: Training", 2024, for shapes of language models (H100 and H200 720 TFLOP/s: 0.91 of the
+  best shape's, which is taken for the A100 too).
 - attention reached: Dao, "FlashAttention-2", 2023, figures 4 to 6 (A100, causal, heads of 128, 8k tokens: about 190 of
-  312 TFLOP/s forward and 165 backward), and Shah et al., "FlashAttention-3", 2024, figures 5 and 6, for FlashAttention-2
+  312 TFLOP/s forward and 165 backward), and Shah et al., "FlashAttention-3", 2024, figures 5 and 6, for its forerunner
   on an H100 (about 340 and 300 of 989); torch's SDPA has FlashAttention-2. For other GPUs an estimate.
 - bandwidth reached: 0.9 of the sheet's for long copies, the rule of `nvbandwidth` and BabelStream on HBM.
 - links reached: `busbw` of nccl-tests for large messages: about 0.8 of NVLink's one direction, 0.75 of PCIe's; between
@@ -85,9 +86,9 @@ GPUS = (
     Gpu(name="A40", mib=46068, fp32=37.4e12, bf16=150e12, reached=0.65, bandwidth=696 * GB, inside=PCIE4,
         between=12.5 * GB),
     # An `a100` that doesn't say which is taken for the smaller: a plan must not promise what isn't there.
-    Gpu(name="A100", mib=40960, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=1555 * GB, inside=300 * GB,
+    Gpu(name="A100", mib=40960, fp32=19.5e12, bf16=312e12, reached=0.78, bandwidth=1555 * GB, inside=300 * GB,
         between=25 * GB),
-    Gpu(name="A100 80GB", mib=81920, fp32=19.5e12, bf16=312e12, reached=0.82, bandwidth=2039 * GB,
+    Gpu(name="A100 80GB", mib=81920, fp32=19.5e12, bf16=312e12, reached=0.78, bandwidth=2039 * GB,
         inside=300 * GB, between=25 * GB),
     Gpu(name="A100 PCIe", mib=40960, fp32=19.5e12, bf16=312e12, reached=0.75, bandwidth=1555 * GB, inside=PCIE4,
         between=12.5 * GB),

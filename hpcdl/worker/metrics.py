@@ -7,35 +7,16 @@ import json
 import math
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcdl.plan import devices
 from hpcdl.runs.files import append_line, write_atomic
 from hpcdl.runs.store import RunDir, now
 
 if TYPE_CHECKING:
     import torch
-
-PEAK_BF16_FLOPS = {
-    "V100": 125e12,
-    "T4": 65e12,
-    "A10": 125e12,
-    "A30": 165e12,
-    "A40": 150e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "L40": 181e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-}
-"""Dense bf16 (V100 and T4: fp16) FLOP/s as NVIDIA's data sheets have them, without sparsity."""
 
 
 class Metrics:
@@ -52,8 +33,8 @@ class Metrics:
         if not self._active:
             return
         lines = self._run.metrics()
-        kept = [m for m in lines if m["step"] < step or (m["step"] == step and "eval_loss" not in m)]
-        self.evaluations = {m["step"]: m for m in kept if "eval_loss" in m}
+        kept = [m for m in lines if m["step"] < step or (m["step"] == step and not is_evaluation(m))]
+        self.evaluations = {m["step"]: m for m in kept if is_evaluation(m)}
         if len(kept) != len(lines) or lines:
             text = "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept)
             write_atomic(self._run.metrics_file, text)
@@ -63,10 +44,15 @@ class Metrics:
         if not self._active:
             return
         line = {**record, "time": now()}
-        if "eval_loss" in record:
+        if is_evaluation(record):
             self.evaluations[record["step"]] = line
         append_line(self._run.metrics_file, line)
         print(in_words(record), flush=True)  # for who reads the log
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a line says what an evaluation measured: of a loss, a return, a reward."""
+    return any(key.startswith("eval_") for key in record)
 
 
 def in_words(record: dict[str, Any]) -> str:
@@ -77,9 +63,16 @@ def in_words(record: dict[str, Any]) -> str:
         "kl_loss",
         "eval_loss",
         "eval_perplexity",
+        "eval_return",
+        "eval_reward",
+        "episode_return",
+        "reward",
+        "entropy",
+        "kl",
         "grad_norm",
         "lr",
         "tokens_per_s",
+        "env_steps_per_s",
         "comm_s",
         "comm_share",
     )
@@ -156,16 +149,7 @@ def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
         return None
     import torch
 
-    return peak_flops_of(torch.cuda.get_device_name(device))
-
-
-def peak_flops_of(name: str) -> float | None:
-    """Looks a GPU's name up, longest entry first: `NVIDIA H100 80GB HBM3` is an H100, no `H100 PCIe`."""
-    words = name.replace("-", " ").split()
-    for known in sorted(PEAK_BF16_FLOPS, key=len, reverse=True):
-        if all(part in words for part in known.split()):
-            return PEAK_BF16_FLOPS[known]
-    return None
+    return devices.peak_bf16(torch.cuda.get_device_name(device))
 
 
 def flops_per_token(parameters: int, trainable: int, layers: int, width: int, seq_len: int) -> float:

@@ -115,22 +115,6 @@ def test_weight_decay_on_matrices_only() -> None:
 # --- metrics ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "flops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L40", 181e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA GeForce GTX 1080", None),
-    ],
-)
-def test_peak_flops_by_name(name: str, flops: float | None) -> None:
-    assert metrics.peak_flops_of(name) == flops
-
-
 def test_no_mfu_without_a_known_peak() -> None:
     assert metrics.peak_flops(torch.device("cpu"), bf16=True) is None
 
