@@ -96,12 +96,19 @@ class Stage(nn.Module):
     ) -> Tensor:
         """Hidden states `(batch, seq, width)`; of the last stage the summed cross-entropy, `(1,)` fp32.
 
+        Where a cache is given (`past_key_values`), the whole model's logits of what comes next, `(batch, vocabulary)`.
+
         Args:
             inputs: tokens `(batch, seq)` for the first stage, else hidden states `(batch, seq, width)`.
             position_ids: `(batch, seq)`; begin anew with each document.
             labels: `(batch, seq)`, already shifted; only the last stage looks at them.
             more: passed on to every block's attention.
         """
+        if "past_key_values" in more:
+            out = self.model(
+                input_ids=inputs, position_ids=position_ids, use_cache=True, logits_to_keep=1, **more
+            )
+            return out.logits[:, -1]  # type: ignore[no-any-return]
         with self.parking:
             return self._pass(inputs, position_ids, labels, more)
 

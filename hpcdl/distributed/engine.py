@@ -40,6 +40,9 @@ class Engine:
     """This rank's share of a step's computing by construction, in any unit: ranks are told apart by it, and slow
     ones from those that have more to do."""
 
+    updates = 1
+    """Optimizer steps in one of the loop's."""
+
     staged = True
     """Whether a checkpoint is copied in memory before it is written: else training waits for the writing."""
 
@@ -157,7 +160,7 @@ class Engine:
             step: the step that it was saved at.
             keys: the names that it had; `own.…` of another strategy or world size are not among them.
         """
-        set_steps(self.optimizer, step)
+        set_steps(self.optimizer, step * self.updates)
 
     def let_go(self, tensor: Tensor) -> None:
         """A tensor of `state()` has been written or read, and is not looked at for now; this rank alone."""

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+MEASURED = (
+    ("loss", "eval_loss"),
+    ("perplexity", "eval_perplexity"),
+    ("return", "eval_return"),
+    ("reward", "eval_reward"),
+)
+"""What is measured before and after, in words, and its keys in result.json without `_before` and `_after`."""
+
+
 def load(view: View) -> dict[str, Any]:
     """The content of result.json.
 
@@ -46,10 +55,12 @@ def print_result(console: Console, view: View, record: dict[str, Any]) -> None:
 
     console.print(Text.assemble((view.state.name, "bold"), f"  {view.state.run_id}"))
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("held-out text", "before", "after", "change"):
-        grid.add_column(name, justify="left" if name == "held-out text" else "right", no_wrap=True)
-    for label, key in (("loss", "eval_loss"), ("perplexity", "eval_perplexity")):
+    for name in ("held out", "before", "after", "change"):
+        grid.add_column(name, justify="left" if name == "held out" else "right", no_wrap=True)
+    for label, key in MEASURED:
         before, after = record.get(f"{key}_before"), record.get(f"{key}_after")
+        if before is None and after is None:
+            continue
         grid.add_row(label, words.number(before), words.number(after), change(before, after))
     console.print(grid)
     for line in _facts(record):
@@ -70,7 +81,11 @@ def change(before: float | None, after: float | None) -> str:
 def files(run: RunDir, record: dict[str, Any]) -> list[tuple[str, Path]]:
     """The files that are there to be looked at."""
     adapter = record.get("adapter")
-    candidates = [("card", run.path / "card.md"), ("plot", run.path / "loss.png")]
+    candidates = [
+        ("card", run.path / "card.md"),
+        ("plot", run.path / "loss.png"),
+        ("plot", run.path / "reward.png"),
+    ]
     if adapter:
         candidates.append(("adapter", run.path / str(adapter)))
     return [(label, path) for label, path in candidates if path.exists()]
@@ -81,6 +96,8 @@ def _facts(record: dict[str, Any]) -> list[str]:
     done = [f"{record.get('steps', '?')} steps"]
     if record.get("tokens"):
         done.append(f"{record['tokens']:,} tokens")
+    if record.get("env_steps"):
+        done.append(f"{record['env_steps']:,} steps of the environment")
     if record.get("train_s"):
         done.append(f"in {words.duration(record['train_s'])}")
     how = []

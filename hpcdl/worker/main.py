@@ -44,7 +44,7 @@ def main(run: RunDir) -> None:
 
 
 def train(run: RunDir, who: Process, stop: Stop, progress: Progress) -> None:
-    """Joins the other ranks with the threads and cores that are this one's, then trains."""
+    """Joins the other ranks with the threads and cores that are this one's, then does the task's work."""
     spec = read_spec(run.spec_file)
     quant.hide_unused(quant.needs(spec))
     device = process.choose_device(spec, who)
@@ -56,10 +56,11 @@ def train(run: RunDir, who: Process, stop: Stop, progress: Progress) -> None:
         if who.local_rank == 0:
             run.event("warning", message=f"{who.node}: {threads.warning}")
 
-    from hpcdl.worker import preflight, training
+    from hpcdl.worker import preflight, tasks, training
 
     preflight.links(spec.preflight, run, who, device)
-    training.train(spec, run, who, device, stop, progress)
+    work = tasks.own_work(spec) or training.train
+    work(spec, run, who, device, stop, progress)
 
 
 if __name__ == "__main__":

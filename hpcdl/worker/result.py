@@ -78,8 +78,8 @@ def save(finished: Finished) -> dict[str, Any]:
 
 
 def _save(finished: Finished) -> dict[str, Any]:
-    before, after = _samples(finished)
-    weights, zeros = _save_weights(finished)
+    before, after = samples(finished)
+    weights, zeros = save_weights(finished)
     result = {**_figures(finished), **zeros, "adapter": str(weights) if weights.name == "adapter" else None}
     result["model"] = None if result["adapter"] else str(weights)
     result["memory"] = memory_report.in_result(finished.run.path, finished.who.world_size)
@@ -123,7 +123,8 @@ def _figures(finished: Finished) -> dict[str, Any]:
     }
 
 
-def _samples(finished: Finished) -> tuple[str, str]:
+def samples(finished: Finished) -> tuple[str, str]:
+    """How the model goes on from the task's prompt, before and after."""
     net, task = finished.net, finished.spec.task
     after = write(net, finished.tokenizer, task)
     if has_adapter(net.model):
@@ -132,7 +133,7 @@ def _samples(finished: Finished) -> tuple[str, str]:
     return (kept.read_text(encoding="utf-8") if kept.exists() else ""), after
 
 
-def _save_weights(finished: Finished) -> tuple[Path, dict[str, float]]:
+def save_weights(finished: Finished) -> tuple[Path, dict[str, float]]:
     """The adapter, as `peft.PeftModel.from_pretrained(base, adapter)` reads it; else the whole model.
 
     An update that keeps a pruned base's zeros is merged into it: without the mask, which peft doesn't know, it

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -34,7 +36,7 @@ from hpcdl.worker import (
 )
 from hpcdl.worker.checkpoint import Checkpointer
 from hpcdl.worker.data.loader import Loader, Reading
-from hpcdl.worker.data.prepare import Dataset, open_dataset
+from hpcdl.worker.data.prepare import Dataset, Rows, open_dataset
 from hpcdl.worker.heartbeat import Progress
 from hpcdl.worker.keeping import Keeper
 from hpcdl.worker.memory import Meter, note_end
@@ -43,14 +45,31 @@ from hpcdl.worker.signals import Stop
 from hpcdl.worker.tokenizer import Tokenizer
 
 
+class Text(Protocol):
+    """What is trained on."""
+
+    @property
+    def train(self) -> Rows | None:
+        """Training rows, where a model is to be pruned by text, or rounded."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Names the content."""
+        ...
+
+
+D = TypeVar("D", bound=Text)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
+class Ready(Generic[D]):
     """What is there when the first step can begin."""
 
     place: str | None
     """Where the base weights came from; None: random."""
     tokenizer: Tokenizer
-    data: Dataset
+    data: D
     grid: Grid
     net: network.Network
     """The whole model; taken apart by strategies that leave each rank a part."""
@@ -70,7 +89,7 @@ def train(
     spec: ExperimentSpec, run: RunDir, who: Process, device: torch.device, stop: Stop, progress: Progress
 ) -> None:
     """Trains until the last step or the order to stop; the first rank leaves the result and the outcome."""
-    ready = prepare(spec, run, who, device)
+    ready = prepare(spec, run, who, device, open_dataset)
     progress.begin(ready.totals.step)
     lines = metrics.Metrics(run, active=who.is_first)
     if who.is_first:
@@ -90,12 +109,26 @@ def train(
         tracker.finish(trackers.FINISH_S if reason is None else trackers.STOPPED_S)
 
 
-def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.device) -> Ready:
-    """Data, model, strategy and the state to go on from; the same steps on every rank."""
+def prepare(
+    spec: ExperimentSpec,
+    run: RunDir,
+    who: Process,
+    device: torch.device,
+    read: Callable[[ExperimentSpec, Tokenizer], D],
+) -> Ready[D]:
+    """Data, model, strategy and the state to go on from; the same steps on every rank.
+
+    Args:
+        spec: the experiment.
+        run: the run.
+        who: this rank.
+        device: its device.
+        read: gives what is trained on.
+    """
     grid = Grid(ParallelDims.fill(spec.parallel, who.world_size), device)
     place = model.weights_place(spec.model)
     tokenizer = model.tokenizer_for(spec.model, place)
-    data = open_dataset(spec, tokenizer)
+    data = read(spec, tokenizer)
     begun = time.perf_counter()
     model.import_library()
     started = time.perf_counter()
@@ -128,7 +161,7 @@ def prepare(spec: ExperimentSpec, run: RunDir, who: Process, device: torch.devic
     )  # fmt: skip
 
 
-def announce(spec: ExperimentSpec, run: RunDir, who: Process, ready: Ready) -> None:
+def announce(spec: ExperimentSpec, run: RunDir, who: Process, ready: Ready[Any]) -> None:
     """Events that only the workers know of: a restart in place by torchrun, a resume, what will be slow."""
     if who.restart:
         run.event("restarted", restart=who.restart)
@@ -147,7 +180,7 @@ def drive(
     spec: ExperimentSpec,
     run: RunDir,
     who: Process,
-    ready: Ready,
+    ready: Ready[Dataset],
     lines: metrics.Metrics,
     stop: Stop,
     progress: Progress,
@@ -187,7 +220,7 @@ def finish(
     spec: ExperimentSpec,
     run: RunDir,
     who: Process,
-    ready: Ready,
+    ready: Ready[Dataset],
     lines: metrics.Metrics,
     mfu_of: float | None,
 ) -> None:

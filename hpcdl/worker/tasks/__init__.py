@@ -5,7 +5,9 @@ A task's file holds
 - `CUTS_DOCUMENTS`: whether a document may be cut where a sequence is full;
 - `example(record, tokenizer) -> Example | None`: a document as tokens, and which of them are targets;
 - `prompt(text, tokenizer) -> list[int]`: the tokens that the sample on the result card starts from;
-- where the loss is not the text's cross-entropy: `attach(spec, engine) -> Lesson`, which changes it.
+- where the loss is not the text's cross-entropy: `attach(spec, engine) -> Lesson`, which changes it;
+- where no text is trained on: `train(spec, run, who, device, stop, progress)`, in the place of
+  hpcdl.worker.training.train.
 
 Its light side, with its own keys, is the file of the same name in hpcdl/tasks/.
 """
@@ -57,6 +59,11 @@ def attach(spec: ExperimentSpec, engine: Engine) -> Lesson | None:
     """Has the task change the loss; None where it is the text's cross-entropy. On all ranks together."""
     change: Callable[[ExperimentSpec, Engine], Lesson] | None = getattr(get(spec.task.name), "attach", None)
     return None if change is None else change(spec, engine)
+
+
+def own_work(spec: ExperimentSpec) -> Callable[..., None] | None:
+    """What the task does in the place of hpcdl.worker.training.train; None where it trains on text."""
+    return getattr(get(spec.task.name), "train", None)
 
 
 def get(name: str) -> Task:
