@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
@@ -51,7 +51,7 @@ Allowed = Literal[
 class Config(ParallelSpec):
     """A degree of -1 is searched, any other stays."""
 
-    OPEN: ClassVar[bool] = True
+    OPEN = True
     """The degrees are not known yet: rules about them wait until they are."""
     dp_shard: Annotated[int, Ge(-1)] = -1
     """Ranks over which parameters are sharded; -1: searched."""
