@@ -113,11 +113,19 @@ class Feed:
             progress.last_perplexity, progress.last_eval_step = float(perplexity), step
             if progress.first_perplexity is None or step == 0:
                 progress.first_perplexity = float(perplexity)
-            told = (step, float(perplexity)) in self._told
-            self._told.add((step, float(perplexity)))
-            return [] if told else [f"held-out perplexity {perplexity:.3f} at step {step}"]
+            return self._once(step, float(perplexity), f"held-out perplexity {perplexity:.3f} at step {step}")
+        for what in ("return", "reward"):
+            value = record.get(f"eval_{what}")
+            if isinstance(value, int | float):
+                return self._once(step, float(value), f"held-out {what} {value:.4g} at step {step}")
         self.stepped = progress.take(record) or self.stepped
         return []
+
+    def _once(self, step: int, value: float, text: str) -> list[str]:
+        """An evaluation's line, where it wasn't told yet."""
+        told = (step, value) in self._told
+        self._told.add((step, value))
+        return [] if told else [text]
 
 
 def _float(value: object) -> float | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpcdl.runs import failure, words
+from hpcdl.runs import failure, foretold, words
 from hpcdl.runs.files import last_line
 from hpcdl.runs.judge import clock
 from hpcdl.runs.reconcile import View
@@ -169,6 +169,7 @@ def _fields(view: View) -> list[tuple[str, str]]:
         ("job", f"{state.job_id or '-'} ({state.kind}{exit_code})"),
         ("nodes", f"{state.nodes}{hosts}, {state.world_size} process{'es' if state.world_size != 1 else ''}"),
         ("progress", _last_metrics(view)),
+        ("planned", foretold.in_words(run, state)),
         ("slow", straggler(run.events())),
         ("held-out", _evaluations(run)),
         ("times", _times(state)),
@@ -221,13 +222,14 @@ def straggler(events: Sequence[dict[str, Any]]) -> str:
 
 
 def _evaluations(run: RunDir) -> str:
-    lines = [m for m in run.metrics() if m.get("eval_perplexity") is not None]
-    if not lines:
-        return ""
-    chosen = [lines[0]] if len(lines) == 1 else [lines[0], lines[-1]]
-    return "perplexity " + " → ".join(
-        f"{words.number(m['eval_perplexity'], 3)} (step {m['step']})" for m in chosen
-    )
+    metrics = run.metrics()
+    for what in ("perplexity", "return", "reward"):
+        lines = [m for m in metrics if m.get(f"eval_{what}") is not None]
+        if lines:
+            chosen = [lines[0]] if len(lines) == 1 else [lines[0], lines[-1]]
+            shown = (f"{words.number(m[f'eval_{what}'], 3)} (step {m['step']})" for m in chosen)
+            return f"{what} " + " → ".join(shown)
+    return ""
 
 
 def _times(state: RunState) -> str:
@@ -253,7 +255,7 @@ def event_lines(events: Sequence[dict[str, Any]]) -> list[str]:
     """Each event on a line: when, what, and its details."""
     lines = []
     for event in events:
-        hidden = ("time", "event", "traceback", "found_by")
+        hidden = ("time", "event", "traceback", "found_by", foretold.KEY)
         details = [
             f"{k}={_plain(v)}" for k, v in event.items() if k not in hidden and v not in (None, "", [])
         ]

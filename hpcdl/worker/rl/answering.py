@@ -64,6 +64,7 @@ class Answerer:
         self._rank, self._ranks = ready.grid.data_place
         wrapped = ready.engine.stages[0]
         self._stage = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+        self.engine.stages.train()
         self._reference: nn.Module | None = None
         if self.config.kl_coef and not has_adapter(ready.net.model):
             self._reference = self._second_copy(ready)
