@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hpcdl.errors import UsageError
 from hpcdl.experiment.resolve import absolute
@@ -21,6 +21,7 @@ from hpcdl.launch import auto, frozen
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.slurm import chunks, throttles
 from hpcdl.launch.sweep import Point
+from hpcdl.runs import foretold
 from hpcdl.runs.parents import Parent
 from hpcdl.runs.state import ACTIVE
 from hpcdl.runs.store import RunDir
@@ -55,13 +56,14 @@ class Planned:
         return self.view.state.attempt + (self.action == "resume") if self.view else 0
 
     @property
-    def forced(self) -> dict[str, str]:
-        """For the event: what it was submitted in spite of (`force_fit=true`); empty where it fits."""
+    def recorded(self) -> dict[str, Any]:
+        """For the event: what was planned, and what it was submitted in spite of (`force_fit=true`)."""
         if self.plan is None:
             return {}
         from hpcdl.plan import limits
 
-        return {"force_fit": limits.against(self.plan)} if limits.verdict(self.plan) == "too big" else {}
+        forced = {"force_fit": limits.against(self.plan)} if limits.verdict(self.plan) == "too big" else {}
+        return {foretold.KEY: limits.figures(self.plan), **forced}
 
     @property
     def launches(self) -> bool:

@@ -202,7 +202,7 @@ def _claim_new(item: Planned, claim: Claim, index: int) -> bool:
     if claim.sweep is not None:
         write_json(draft.path / "sweep.json", {"sweep": claim.sweep}, durable=False)
     draft.write_state(first_state(item, claim.request, index), durable=claim.durable)
-    draft.event("submitted", attempt=0, submission=claim.request.token, **item.forced)
+    draft.event("submitted", attempt=0, submission=claim.request.token, **item.recorded)
     try:
         item.run.path.parent.mkdir(parents=True, exist_ok=True)
         draft.path.rename(item.run.path)
@@ -242,7 +242,7 @@ def _claim_again(item: Planned, claim: Claim, index: int) -> bool:
     request = claim.request
     claimed = item.run.update(
         expect=item.view.state,
-        event=("submitted", {"attempt": item.attempt, "submission": request.token, **item.forced}),
+        event=("submitted", {"attempt": item.attempt, "submission": request.token, **item.recorded}),
         state="PENDING",
         reason="",
         kind=item.spec.cluster.kind,

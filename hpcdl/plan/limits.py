@@ -49,6 +49,15 @@ def fits_in_words(plan: Plan) -> str:
     return f"doesn't fit: {held}"
 
 
+def figures(plan: Plan) -> dict[str, float | None]:
+    """What is kept with a run, to be held against what it will have measured."""
+    return {
+        "peak_bytes": plan.peak.peak if plan.peak else None,
+        "step_s": plan.time.step_s if plan.time else None,
+        "run_s": plan.run_s,
+    }
+
+
 def line(plan: Plan, start: str = "") -> str:
     """The plan on one line, for a launch.
 
