@@ -35,8 +35,8 @@ def why_unknown(spec: ExperimentSpec) -> str | None:
         return f"task={spec.task.name} computes more than one model's loss"
     if offload.streams(spec):
         return f"offload={spec.offload.name} is as quick as its disk, of which nothing is known"
-    if not hasattr(parallel.get(spec.parallel.name), "traffic"):
-        return f"parallel={spec.parallel.name} doesn't say what it sends"
+    if spec.parallel.name == "auto":
+        return "parallel=auto has not been resolved"
     return None
 
 
@@ -49,13 +49,23 @@ def step(spec: ExperimentSpec, hardware: Hardware, world_size: int | None = None
         world_size: ranks, where they are others than the cluster section says.
 
     Returns:
-        None where no closed form is known (`why_unknown` says why), or the degrees don't make so many ranks.
+        None where no closed form is known (`why_unknown` says why), the degrees don't make so many ranks, or the
+        blocks not so many stages.
     """
     shape = spec.model.shape
     if shape is None or why_unknown(spec) is not None:
         return None
     dims = ParallelDims.possible(spec.parallel, world_size or spec.cluster.world_size)
-    return None if dims is None else _Step(spec, shape, hardware, dims).time()
+    if dims is None or shape.num_hidden_layers < _stages(spec, dims):
+        return None
+    return _Step(spec, shape, hardware, dims).time()
+
+
+def _stages(spec: ExperimentSpec, dims: ParallelDims) -> int:
+    config = spec.parallel
+    if dims.pp == 1 or not isinstance(config, MeshConfig):
+        return 1
+    return dims.pp * stages.stages_per_rank(config.schedule, config.stages_per_rank)
 
 
 @dataclass(frozen=True)

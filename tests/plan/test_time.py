@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 import subprocess
 import sys
 import time as clock
@@ -11,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from hpcdl import parallel
+from hpcdl import compress, parallel
+from hpcdl.compress import quant
 from hpcdl.distributed import stages
 from hpcdl.plan import devices, time, time_links
 from hpcdl.plan.records import Hardware, StepTime
@@ -246,6 +249,38 @@ def test_405b_on_512_gpus_is_planned_at_once() -> None:
         assert time.step(spec, hardware, 512) is not None
         took.append(clock.perf_counter() - before)
     assert min(took) < 0.002
+
+
+def test_whatever_is_asked_has_a_time_or_none() -> None:
+    """Settings drawn by chance: nothing fails, nothing is below zero, and no more hides than there is."""
+    draw = random.Random(7)
+    timed = 0
+    for _ in range(300):
+        world = 2 ** draw.randint(0, 6)
+        name = draw.choice(sorted(DEGREES))
+        degrees = {f"parallel__{key}": 2 ** draw.choice((0, 0, 1, 2)) for key in ("pp", "tp", "cp")}
+        if not hasattr(tiny_spec(parallel__name=name).parallel, "schedule"):
+            degrees = {}
+        elif name != "ddp":
+            degrees |= {"parallel__dp_shard": draw.choice((1, 2)), "parallel__dp_replicate": -1}
+            degrees |= {"parallel__schedule": draw.choice(sorted(stages.SCHEDULES))}
+        spec = tiny_spec(
+            parallel__name=name, model__shape__num_hidden_layers=draw.choice((2, 8)), **degrees,
+            trainer__precision=draw.choice(("fp32", "bf16")), trainer__compile=draw.random() < 0.3,
+            trainer__activation_checkpointing=draw.choice(("none", "selective", "full")),
+            trainer__activation_offload=draw.choice(("none", "host", "disk")), data__packing=draw.random() < 0.5,
+            peft__name=draw.choice(compress.names()), quant__scheme=draw.choice(quant.names()),
+            optim__name=draw.choice(("adamw", "adamw8bit", "sgd")), trainer__global_batch_size=2 ** draw.randint(0, 8),
+        )  # fmt: skip
+        hardware = draw.choice((gpus(nodes=8), gpus("t4", here=2, nodes=32), cores(world)))
+        found = time.step(spec, hardware, world)
+        if found is None:
+            continue
+        timed += 1
+        parts = [getattr(found, each.name) for each in dataclasses.fields(found) if each.name.endswith("_s")]
+        assert all(math.isfinite(part) and part >= 0 for part in parts), spec
+        assert all(0 <= each.hidden <= each.seconds for each in found.traffic), spec
+    assert timed > 100
 
 
 def test_unknown_is_unknown() -> None:
