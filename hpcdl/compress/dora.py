@@ -64,7 +64,9 @@ def memory(config: Config, matrix: Matrix) -> Beside:
     beside = lora.memory(config, matrix)
     if not beside.parameters:
         return beside
-    return replace(beside, parameters=beside.parameters + matrix.rows, kept=beside.kept + matrix.rows)
+    return replace(
+        beside, parameters=beside.parameters + matrix.rows, kept=beside.kept + matrix.rows, lengths=True
+    )
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:

@@ -126,7 +126,12 @@ def memory(config: Config, matrix: Matrix) -> Beside:
     if not linear or not (config.targets == ("all-linear",) or matrix.name in config.targets):
         return Beside()
     dropped = matrix.columns if config.dropout else 0
-    return Beside(parameters=config.rank * (matrix.rows + matrix.columns), kept=config.rank + dropped)
+    return Beside(
+        parameters=config.rank * (matrix.rows + matrix.columns),
+        kept=config.rank + dropped,
+        rank=config.rank,
+        dropped=config.dropout > 0,
+    )
 
 
 def apply(config: Config, model: nn.Module) -> nn.Module:

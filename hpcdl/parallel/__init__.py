@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hpcdl.byname import Folder
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.held import Around, Trained
+from hpcdl.spec.parallel import ParallelDims
 from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
@@ -37,6 +39,19 @@ class Strategy(Protocol):
 
     def traffic(self, config: Any, sizes: Sizes) -> Iterator[Sent]:
         """What ranks send one another in a step, beside the numbers that the loop gathers."""
+        ...
+
+    def memory(self, config: Any, dims: ParallelDims, trained: Trained) -> tuple[Around, ...]:
+        """What it holds on each rank beside the model, its gradients and the optimizer's state.
+
+        Args:
+            config: the strategy's.
+            dims: the degrees.
+            trained: what is trained on a rank; of shards the rank's own.
+
+        Returns:
+            One for each kind of rank of a pipeline stage, in the order of ranks; most have one kind.
+        """
         ...
 
     def build(self, config: Any, model: Any, grid: Grid, job: Job) -> Engine:

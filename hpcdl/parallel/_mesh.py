@@ -14,6 +14,7 @@ from annotated_types import Ge
 
 from hpcdl.errors import Fault
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.held import Around, Trained, averaging
 from hpcdl.spec.parallel import ParallelDims
 from hpcdl.spec.traffic import Sent, Sizes
 
@@ -85,6 +86,16 @@ def does_not_divide(name: str, degree: int, what: str, have: int, shown: str = "
         nearest=str(near),
         fix=f"parallel.{name}={near}",
     )
+
+
+def memory(config: MeshConfig, dims: ParallelDims, trained: Trained) -> tuple[Around, ...]:
+    """DDP's buckets, or what a pipeline's copies average by themselves; FSDP keeps nothing between passes."""
+    ranks = dims.world_size // dims.pp
+    if shards(config, dims) or dims.gradient_ranks == 1:
+        return (Around(ranks=ranks),)
+    if dims.pp == 1:
+        return (Around(ranks=ranks, bucketed=True),)
+    return (Around(ranks=ranks, exchanging=averaging(trained, config.bucket_cap_mb * 2**20)),)
 
 
 def build(config: MeshConfig, model: Any, grid: Grid, job: Job) -> Engine:

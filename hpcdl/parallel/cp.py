@@ -22,6 +22,7 @@ Config = _mesh.MeshConfig
 check = _mesh.check
 traffic = _mesh.traffic
 build = _mesh.build
+memory = _mesh.memory
 
 
 def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:

@@ -34,6 +34,7 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
 
 traffic = _mesh.traffic
 build = _mesh.build
+memory = _mesh.memory
 
 
 def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:

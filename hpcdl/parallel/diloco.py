@@ -20,6 +20,8 @@ from annotated_types import Ge, Gt, Interval
 from hpcdl.errors import Fault
 from hpcdl.parallel import _copies
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.held import Around, Trained, averaging
+from hpcdl.spec.parallel import ParallelDims
 from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
@@ -48,6 +50,14 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
 def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
     """How far the copies went, now and then."""
     yield from _copies.average("progress", sizes.trained, config.sync_every, sizes)
+
+
+def memory(config: Config, dims: ParallelDims, trained: Trained) -> tuple[Around, ...]:
+    """The outer weights and their momentum; in the outer step their gradients, and Nesterov's of one tensor."""
+    whole = 4 * trained.numbers
+    momentum = whole if config.outer_momentum else 0.0
+    step = whole + max(averaging(trained, _copies.BUCKET_BYTES), 4 * trained.largest)
+    return (Around(ranks=dims.dp_replicate, weights=whole, optimizer=momentum, updating=step),)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

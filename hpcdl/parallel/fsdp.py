@@ -31,6 +31,7 @@ class Config(_mesh.MeshConfig):
 check = _mesh.check
 traffic = _mesh.traffic
 build = _mesh.build
+memory = _mesh.memory
 
 
 def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:

@@ -28,6 +28,8 @@ from annotated_types import Ge
 from hpcdl.errors import Fault
 from hpcdl.parallel import _copies
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.held import Around, Trained
+from hpcdl.spec.parallel import ParallelDims
 from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
@@ -70,6 +72,11 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
 def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
     """Nothing: all have the same memory."""
     yield from ()
+
+
+def memory(config: Config, dims: ParallelDims, trained: Trained) -> tuple[Around, ...]:
+    """Nothing: weights are in memory that the processes share, and count in each; the optimizer's state is its own."""
+    return (Around(ranks=dims.dp_replicate),)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

@@ -22,6 +22,8 @@ from annotated_types import Ge
 from hpcdl.errors import Fault
 from hpcdl.parallel import _copies
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.held import Around, Trained, averaging
+from hpcdl.spec.parallel import ParallelDims
 from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
@@ -49,6 +51,11 @@ def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
     """Weights, and where it is asked for the optimizer's state, now and then."""
     numbers = sizes.trained * (1 + (sizes.state if config.average_optimizer_state else 0))
     yield from _copies.average("weights", numbers, config.sync_every, sizes)
+
+
+def memory(config: Config, dims: ParallelDims, trained: Trained) -> tuple[Around, ...]:
+    """What is averaged at a time."""
+    return (Around(ranks=dims.dp_replicate, updating=averaging(trained, _copies.BUCKET_BYTES)),)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

@@ -35,6 +35,8 @@ from annotated_types import Ge, Gt
 from hpcdl.errors import Fault
 from hpcdl.parallel import _copies
 from hpcdl.spec import ExperimentSpec, ParallelSpec
+from hpcdl.spec.held import Around, Trained
+from hpcdl.spec.parallel import ParallelDims
 from hpcdl.spec.traffic import Sent, Sizes
 
 if TYPE_CHECKING:
@@ -72,6 +74,20 @@ def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
         calls=1,
         size=2 * 4 * sizes.trained,
     )
+
+
+def memory(config: Config, dims: ParallelDims, trained: Trained) -> tuple[Around, ...]:
+    """The server's weights, state and snapshot on rank 0; what was pushed and fetched while it is on its way.
+
+    A worker has no optimizer's state. Synchronous: the server holds the gradients of all workers, their mean and the
+    next snapshot; asynchronous: each push by itself, and the snapshots that are being fetched.
+    """
+    whole, others = 4 * trained.numbers, dims.dp_replicate - 1
+    pushed = (others + 2 if config.mode == "sync" else others + 1) * whole
+    server = Around(ranks=1, weights=2 * whole, optimizer=0.0, exchanging=pushed)
+    if not others:
+        return (server,)
+    return server, Around(ranks=others, optimizer=-trained.optimizer, exchanging=whole)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

@@ -21,6 +21,32 @@ Config = _mesh.MeshConfig
 check = _mesh.check
 traffic = _mesh.traffic
 build = _mesh.build
+memory = _mesh.memory
+
+
+def under_way(config: _mesh.MeshConfig, ranks: int, rank: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a rank keeps at a time, in units of all of its stages; at most.
+
+    GPipe keeps all; 1F1B as many as there are ranks from here to the end; interleaved, what its warm-up has begun
+    (torch.distributed.pipelining.schedules, _get_warmup_ops). The zero-bubble ones keep a stage's activations until
+    the weights' gradients are computed, which may wait for as long as the pipeline is deep; V-shaped ones hold as much
+    on every rank (Qi et al., 2024: as 1F1B's first rank; DeepSeek-V3: one more).
+    """
+    at_once = config.microbatches or micro_batches
+    if ranks == 1:
+        return 1.0
+    each = layout.stages_per_rank(config.schedule, config.stages_per_rank)
+    to_end = ranks - rank
+    if config.schedule == "gpipe":
+        return float(at_once)
+    if config.schedule == "1f1b":
+        return float(min(at_once, to_end))
+    if config.schedule in ("zbv", "dualpipev"):
+        return float(min(at_once, ranks + (config.schedule == "dualpipev")))
+    a_round = at_once // max(1, at_once // ranks)
+    zero_bubble = config.schedule == "interleaved_zb"
+    begun = (each - 1) * a_round + 2 * (to_end - 1) + 1 + (ranks if zero_bubble else 0)
+    return min(begun, at_once * each) / each
 
 
 def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:

@@ -19,6 +19,7 @@ Config = _mesh.MeshConfig
 check = _mesh.check
 traffic = _mesh.traffic
 build = _mesh.build
+memory = _mesh.memory
 
 
 SHARED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")

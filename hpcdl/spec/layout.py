@@ -53,6 +53,12 @@ class Beside:
     """Trained numbers."""
     kept: int = 0
     """Numbers a token that are kept for the backward pass, the matrix's input left out."""
+    rank: int = 0
+    """Of the low-rank way beside it; 0: there is none."""
+    lengths: bool = False
+    """Whether its rows have trained lengths."""
+    dropped: bool = False
+    """Whether its input goes through dropout first."""
 
 
 def head_dim(shape: ModelShape) -> int:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NEEDS: tuple[str, ...] = ()
+FORM = "scaled"
+"""Of its product: scaled once more (hpcdl.plan.block.Linear)."""
 ANY_DTYPE = True
 
 

@@ -1,0 +1,455 @@
+"""A decoder block's passes, told to a Tape: what transformers' Llama does (modeling_llama.py, 5.23), line by line.
+
+With what hpcdl and peft put around it: autocast's casts (torch/csrc/autocast_mode.cpp: those of trained fp32 weights
+are kept to the end of the forward pass), LoRA's and DoRA's way beside a matrix (peft 0.21, tuners/lora), matrices held
+in few bits (hpcdl.distributed.held), tensor and context parallel's collectives (hpcdl.distributed.tensor, context).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hpcdl.plan.tape import BUFFERS, TEMPORARY, Store, Tape, Var, Weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One of a block's matrices on this rank."""
+
+    rows: float
+    """Outputs that are here."""
+    columns: float
+    """Inputs that are here."""
+    trained: bool
+    held: int
+    """Bytes of a number as the pass finds it: 4, or 2; what isn't in the compute dtype is cast."""
+    whole: float = 0.0
+    """Bytes that making it whole takes while it is used; 0: it is used as it is."""
+    form: str = "plain"
+    """`plain`; `held` (made whole each time); `scaled` (the product is scaled once more); `rounded` (trained through
+    rounding); `zeros` (its zeros get no gradient)."""
+    rank: int = 0
+    """Of the adapter beside it; 0: none."""
+    lengths: bool = False
+    """DoRA's."""
+    dropout: bool = False
+    """Before the adapter."""
+
+    @property
+    def numel(self) -> float:
+        """Numbers of it."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """What a block's passes depend on: everything that is here, on one rank, of one micro-batch."""
+
+    batch: int
+    """Sequences."""
+    length: float
+    """Tokens of a sequence that this rank computes norms and residuals of."""
+    keys: float
+    """Tokens of a sequence that attention looks at."""
+    queries: float
+    """Tokens of a sequence that ask, on this rank."""
+    width: int
+    heads: float
+    kv_heads: float
+    head_dim: int
+    inner: float
+    compute: int
+    """Bytes of a number in products."""
+    residual: int
+    """Bytes of a number between blocks."""
+    norms: int
+    """Bytes of a norm's weight as the pass finds it."""
+    trained_norms: bool
+    adapters: int
+    """Bytes of an adapter's number as the pass finds it."""
+    linears: tuple[tuple[str, Linear], ...]
+    """By transformers' names."""
+    attention: str = "flash"
+    """`flash` (causal, no mask), `masked` (documents in a row), `eager`."""
+    gpu: bool = False
+    tp: int = 1
+    """Ranks that share each matrix."""
+    split_stream: bool = False
+    """Sequence parallel: between the matrices a rank has its part of each sequence."""
+    cp: int = 1
+    swap: bool = False
+    """Context parallel by all-to-all; else keys and values are gathered."""
+
+    @property
+    def tokens(self) -> float:
+        """On the stream."""
+        return self.batch * self.length
+
+    @property
+    def inside(self) -> float:
+        """Tokens between the matrices: all of them, though the stream is split."""
+        return self.batch * self.length * (self.tp if self.split_stream else 1)
+
+
+@dataclass(slots=True)
+class Passing:
+    """A block on its way over a tape."""
+
+    block: Block
+    tape: Tape
+    weights: list[Weight] = field(default_factory=list)
+    """Whose gradients stay."""
+    casts: dict[int, Var] = field(default_factory=dict)
+    """autocast's cache."""
+    bucketed: bool = False
+    gradients_there: bool = False
+    """Whether an earlier micro-batch has left gradients."""
+    matrices: dict[str, Linear] = field(default_factory=dict)
+    known: dict[tuple[str, str], Weight] = field(default_factory=dict)
+    stop: bool = False
+    """Computed again: it ends with the last tensor that is saved (torch.utils.checkpoint, early stop)."""
+    unmade: bool = False
+
+    def __post_init__(self) -> None:
+        self.matrices = dict(self.block.linears)
+
+    # --- pieces -------------------------------------------------------------------------------------------
+
+    def weight(self, name: str, part: str, size: float) -> Weight:
+        """A parameter whose gradient is of `size` bytes; 0: frozen."""
+        key = (name, part)
+        if key not in self.known:
+            there = Store(size, 0) if self.gradients_there and size else None
+            self.known[key] = Weight(size, grad=there, bucketed=self.bucketed)
+        return self.known[key]
+
+    def cast(self, x: Var, size: float) -> Var:
+        """`x` in another dtype, of `size` bytes; itself where it has it. Held by the caller."""
+        if x.bytes == size:
+            x.store.refs += 1
+            return x
+        return self.tape.op(size, to=[(x, x.bytes)])
+
+    def _cached(self, weight: Weight, numel: float, held: int) -> Var | None:
+        """A copy by autocast of a trained weight; None where the weight is used as it is."""
+        size = self.block.compute * numel
+        if held == self.block.compute:
+            return None
+        found = self.casts.get(id(weight))
+        if found is None:
+            found = self.tape.op(size, to=[(weight, weight.bytes)], kind=BUFFERS)
+            self.casts[id(weight)] = found
+        return found
+
+    def product(self, x: Var, weight: Weight, rows: float, columns: float, tokens: float, held: int) -> Var:
+        """nn.Linear under autocast; `x` stays the caller's."""
+        tape, e = self.tape, self.block.compute
+        states = self.cast(x, e * tokens * columns)
+        numel = rows * columns
+        copy = self._cached(weight, numel, held) if weight.bytes else None
+        passed: Store | None = None
+        if not weight.bytes and held != e:  # a frozen weight is cast anew each time
+            passed = tape.new(e * numel, BUFFERS)
+        to: list[tuple[Var | Weight, float]] = [(states, e * tokens * columns)]
+        to.append((weight, e * numel) if copy is None else (copy, e * numel))
+        saves = [states.store] if weight.bytes else []
+        if states.wants:
+            saves += [copy.store] if copy is not None else [passed] if passed is not None else []
+        out = tape.op(e * tokens * rows, to=to, saves=saves, unmade=self.unmade)
+        tape.done(states)
+        if passed is not None:
+            tape.drop(passed)
+        return out
+
+    def base(self, name: str, x: Var, tokens: float) -> Var:
+        """A block's matrix without what is beside it."""
+        linear, tape, e = self.matrices[name], self.tape, self.block.compute
+        own = self.weight(name, "weight", linear.held * linear.numel if linear.trained else 0.0)
+        if linear.form == "plain":
+            return self.product(x, own, linear.rows, linear.columns, tokens, linear.held)
+        states = self.cast(x, e * tokens * linear.columns)
+        if linear.form == "zeros":
+            out = self._keeping_zeros(own, linear, states, tokens)
+        elif linear.form == "rounded":
+            tape.pass_by(linear.whole, BUFFERS)
+            to: list[tuple[Var | Weight, float]] = [(states, states.bytes), (own, e * linear.numel)]
+            out = tape.op(
+                e * tokens * linear.rows, to=to, saves=[states.store], passing=(linear.whole, BUFFERS)
+            )
+        else:
+            whole = tape.new(linear.whole, BUFFERS)
+            scaled = e * tokens * linear.rows if linear.form == "scaled" else 0.0
+            tape.pass_by(scaled)
+            out = tape.op(
+                e * tokens * linear.rows,
+                to=[(states, states.bytes)],
+                passing=(linear.whole + scaled, BUFFERS),
+            )
+            tape.drop(whole)
+        tape.done(states)
+        return out
+
+    def _keeping_zeros(self, own: Weight, linear: Linear, states: Var, tokens: float) -> Var:
+        """hpcdl.distributed.zeros: the weight passes through a function that masks its gradient."""
+        tape, e, n = self.tape, self.block.compute, linear.numel
+        kept = tape.op(own.bytes, to=[(own, own.bytes)], view=Store(own.bytes, BUFFERS), passing=(n, BUFFERS))
+        source: Var | Weight = kept
+        copy = None
+        if linear.held != e:  # a view of a weight is no leaf: autocast keeps no copy of it
+            copy = tape.op(e * n, to=[(kept, kept.bytes)], kind=BUFFERS)
+            source = copy
+        saves = [states.store] + ([copy.store] if copy is not None and states.wants else [])
+        out = tape.op(e * tokens * linear.rows, to=[(states, states.bytes), (source, e * n)], saves=saves)
+        if copy is not None:
+            tape.done(copy)
+        return out
+
+    def linear(self, name: str, x: Var, tokens: float) -> Var:
+        """A matrix and its adapter; `x` stays the caller's."""
+        linear, tape, block = self.matrices[name], self.tape, self.block
+        result = self.base(name, x, tokens)
+        if not linear.rank:
+            return result
+        e, rank = block.compute, linear.rank
+        wide = self.cast(x, block.adapters * tokens * linear.columns)
+        before = wide
+        if linear.dropout:
+            # on a CPU a tensor of zeros and 1/(1-p), on a GPU booleans (native_dropout)
+            mask = tape.new(tokens * linear.columns if block.gpu else wide.bytes)
+            before = tape.op(wide.bytes, to=[(wide, wide.bytes)], saves=[mask])
+            tape.drop(mask)
+            tape.done(wide)
+        a = self.weight(name, "A", block.adapters * rank * linear.columns)
+        b = self.weight(name, "B", block.adapters * rank * linear.rows)
+        if linear.lengths:
+            self._lengths(linear, a, b)
+        down = self.product(before, a, rank, linear.columns, tokens, block.adapters)
+        up = self.product(down, b, linear.rows, rank, tokens, block.adapters)
+        tape.done(down)
+        size = e * tokens * linear.rows
+        if linear.lengths:
+            beside = self._with_lengths(linear, name, result, up, before, tokens)
+        else:
+            beside = tape.op(size, to=[(up, size)])
+        tape.done(up)
+        out = tape.op(size, to=[(result, -1), (beside, -1)])
+        tape.done(result, beside, before)
+        return out
+
+    def _lengths(self, linear: Linear, a: Weight, b: Weight) -> None:
+        """DoRA's norm of W + B·A, made anew in each pass (peft.tuners.lora.dora, DoraLinearLayer.forward)."""
+        tape, e, c = self.tape, self.block.compute, self.block.adapters
+        eye = tape.new(c * linear.columns**2, BUFFERS)
+        held = [eye]
+        if e != c:
+            held.append(tape.new(e * linear.columns**2, BUFFERS))
+        held.append(tape.new(e * linear.columns * linear.rank, BUFFERS))
+        held.append(tape.new(e * linear.numel, BUFFERS))
+        tape.drop(eye)
+        held.remove(eye)
+        if e != c:
+            held.append(tape.new(c * linear.numel, BUFFERS))
+            held.append(tape.new(c * linear.numel, BUFFERS))
+        scaled, summed = tape.new(c * linear.numel, BUFFERS), tape.new(c * linear.numel, BUFFERS)
+        tape.drop_all([scaled, *held])
+        tape.take(c * linear.numel)
+        tape.drop(summed)
+
+    def _with_lengths(
+        self, linear: Linear, name: str, result: Var, up: Var, before: Var, tokens: float
+    ) -> Var:
+        """(m - 1) · base + m · B·A·x · scale, in the wider of both dtypes."""
+        tape, block = self.tape, self.block
+        lengths = self.weight(name, "m", block.adapters * linear.rows)
+        size = max(block.adapters, block.compute) * tokens * linear.rows
+        row = tape.op(block.adapters * linear.rows, to=[(lengths, lengths.bytes)])
+        first = tape.op(size, to=[(row, size), (result, size)], saves=[result.store, row.store])
+        second = tape.op(size, to=[(row, size), (up, size)], saves=[up.store, row.store])
+        third = tape.op(size, to=[(second, size)])
+        tape.done(second)
+        out = tape.op(size, to=[(first, -1), (third, -1)])
+        tape.done(first, third, row)
+        return out
+
+    # --- norms, attention, MLP ----------------------------------------------------------------------------
+
+    def norm(self, x: Var, name: str, tokens: float, width: float) -> Var:
+        """LlamaRMSNorm; `x` stays the caller's."""
+        tape, block = self.tape, self.block
+        numbers = tokens * width
+        wide = self.cast(x, 4 * numbers)
+        square = tape.op(
+            4 * numbers, to=[(wide, 4 * numbers)], saves=[wide.store], passing=(8 * numbers, TEMPORARY)
+        )
+        variance = tape.op(4 * tokens, to=[(square, 4 * numbers)])
+        tape.done(square)
+        root = tape.op(4 * tokens, to=[(variance, 4 * tokens)])
+        scale = tape.op(4 * tokens, to=[(root, 4 * tokens)])
+        self._save_own(scale)
+        tape.done(root)
+        normed = tape.op(
+            4 * numbers, to=[(wide, 4 * numbers), (scale, 4 * numbers)], saves=[wide.store, scale.store]
+        )
+        tape.done(scale, wide)
+        own = self.weight(name, "weight", block.norms * width if block.trained_norms else 0.0)
+        again = self.cast(normed, x.bytes)
+        size = max(x.bytes, block.norms * numbers)
+        out = tape.op(
+            size,
+            to=[(again, size), (own, size)],
+            saves=[again.store] if own.bytes else [],
+        )
+        tape.done(again, normed, variance)
+        return out
+
+    def _save_own(self, out: Var) -> None:
+        """The result is saved too, as rsqrt and softmax do."""
+        node = self.tape.nodes[-1] if self.tape.nodes else None
+        if node is not None and node.out is out and self.tape.saving is not None:
+            out.store.refs += 1
+            if out.store.kind == TEMPORARY:
+                self.tape.turn(out.store, self.tape.saving)
+            node.saved.append(out.store)
+
+    def rotary(self, x: Var, numbers: float, wide: int) -> Var:
+        """What x · cos + rotate_half(x) · sin makes; `x` stays the caller's."""
+        tape, own = self.tape, x.bytes
+        size = wide * numbers
+        first = tape.op(size, to=[(x, size)])
+        half = tape.new(own / 2)
+        # rotate_half's slices: each gives a gradient as large as all of x
+        whole = tape.op(own, to=[(x, own), (x, own)], passing=(own / 2, TEMPORARY))
+        tape.drop(half)
+        second = tape.op(size, to=[(whole, size)])
+        tape.done(whole)
+        out = tape.op(size, to=[(first, -1), (second, -1)])
+        tape.done(first, second)
+        return out
+
+    def attention(self, x: Var) -> Var:
+        """LlamaAttention, from the normed stream to what o_proj gave."""
+        block, tape, tokens = self.block, self.tape, self.block.inside
+        e = block.compute
+        numbers = {"q": tokens * block.heads * block.head_dim, "k": tokens * block.kv_heads * block.head_dim}
+        query = self.linear("q_proj", x, tokens)
+        key = self.linear("k_proj", x, tokens)
+        value = self.linear("v_proj", x, tokens)
+        wide = max(e, block.residual)
+        turned = self.rotary(query, numbers["q"], wide), self.rotary(key, numbers["k"], wide)
+        tape.done(query, key)
+        out = self.softmax(*turned, value, numbers)
+        result = self.linear("o_proj", out, tokens)
+        tape.done(out)
+        return result
+
+    def softmax(self, query: Var, key: Var, value: Var, numbers: dict[str, float]) -> Var:
+        """Scaled dot product attention; what it is given is used up."""
+        block, tape, e = self.block, self.tape, self.block.compute
+        if block.attention == "eager":
+            return self._eager(query, key, value, numbers)
+        if block.attention == "masked" and block.heads > block.kv_heads:
+            repeated = [
+                self._repeat(each, each.bytes * block.heads / block.kv_heads) for each in (key, value)
+            ]
+            tape.done(key, value)
+            key, value = repeated
+        ready = [
+            self.cast(each, e * count)
+            for each, count in zip(
+                (query, key, value),
+                (numbers["q"], key.store.bytes / self._width(key, numbers), value.bytes / e),
+                strict=True,
+            )
+        ]
+        sums = tape.new(4 * block.batch * block.heads * block.queries)
+        saves = [*(each.store for each in ready), sums]
+        mask = None
+        if block.attention == "masked":
+            mask = tape.new(e * block.batch * block.queries * block.keys)
+            saves.append(mask)
+        out = tape.op(e * numbers["q"], to=[(each, each.bytes) for each in ready], saves=saves)
+        self._save_own(out)
+        tape.done(*ready, query, key, value)
+        tape.drop(sums)
+        if mask is not None:
+            tape.drop(mask)
+        return out
+
+    def _width(self, key: Var, numbers: dict[str, float]) -> float:
+        """Bytes of a number of the turned keys."""
+        count = numbers["q"] if self.block.attention == "masked" else numbers["k"]
+        return key.bytes / count
+
+    def _repeat(self, x: Var, size: float) -> Var:
+        """repeat_kv: each head for the queries that share it."""
+        return self.tape.op(size, to=[(x, x.bytes)])
+
+    def _eager(self, query: Var, key: Var, value: Var, numbers: dict[str, float]) -> Var:
+        """eager_attention_forward: the scores are kept."""
+        block, tape, e = self.block, self.tape, self.block.compute
+        scores = block.batch * block.heads * block.queries * block.keys
+        if block.heads > block.kv_heads:
+            repeated = [
+                self._repeat(each, each.bytes * block.heads / block.kv_heads) for each in (key, value)
+            ]
+            tape.done(key, value)
+            key, value = repeated
+        wide = query.bytes / numbers["q"]
+        ready = [self.cast(each, e * numbers["q"]) for each in (query, key)]
+        raw = tape.op(
+            e * scores, to=[(each, each.bytes) for each in ready], saves=[each.store for each in ready]
+        )
+        tape.done(*ready)
+        scaled = tape.op(e * scores, to=[(raw, e * scores)])
+        tape.done(raw)
+        mask = max(e, block.residual)
+        masked = tape.op(mask * scores, to=[(scaled, -1)])
+        tape.done(scaled)
+        weights = tape.op(4 * scores, to=[(masked, mask * scores)])
+        self._save_own(weights)
+        cast = self.cast(weights, wide * scores)
+        narrow = [self.cast(cast, e * scores), self.cast(value, e * numbers["q"])]
+        out = tape.op(
+            e * numbers["q"],
+            to=[(each, each.bytes) for each in narrow],
+            saves=[each.store for each in narrow],
+        )
+        tape.done(*narrow, cast, weights, masked, query, key, value)
+        laid = tape.op(e * numbers["q"], to=[(out, out.bytes)])
+        tape.done(out)
+        return laid
+
+    def mlp(self, x: Var) -> Var:
+        """LlamaMLP."""
+        block, tape, tokens = self.block, self.tape, self.block.inside
+        size = block.compute * tokens * block.inner
+        gate = self.linear("gate_proj", x, tokens)
+        active = tape.op(size, to=[(gate, size)], saves=[gate.store])
+        tape.done(gate)
+        up = self.linear("up_proj", x, tokens)
+        both = tape.op(size, to=[(active, size), (up, size)], saves=[active.store, up.store])
+        tape.done(active, up)
+        self.unmade = self.stop and not self.matrices["down_proj"].rank
+        out = self.linear("down_proj", both, tokens)
+        self.unmade = False
+        tape.done(both)
+        return out
+
+    def forward(self, x: Var) -> Var:
+        """LlamaDecoderLayer; `x` stays the caller's."""
+        block, tape = self.block, self.tape
+        normed = self.norm(x, "input_layernorm", block.tokens, block.width)
+        attended = self.attention(normed)
+        tape.done(normed)
+        middle = self.residual(x, attended)
+        tape.done(attended)
+        normed = self.norm(middle, "post_attention_layernorm", block.tokens, block.width)
+        passed = self.mlp(normed)
+        tape.done(normed)
+        out = self.residual(middle, passed, unmade=self.stop)
+        tape.done(passed, middle)
+        return out
+
+    def residual(self, x: Var, beside: Var, *, unmade: bool = False) -> Var:
+        """The sum of x and what a part of the block gave."""
+        return self.tape.op(max(x.bytes, beside.bytes), to=[(x, -1), (beside, -1)], unmade=unmade)

@@ -1,0 +1,320 @@
+"""From a decoder to what each rank of a pipeline stage holds: weights, state, and the highest moment of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from hpcdl import parallel
+from hpcdl.compress import quant
+from hpcdl.distributed import stages as layout
+from hpcdl.parallel import pp
+from hpcdl.plan import beside
+from hpcdl.plan.decoder import Decoder
+from hpcdl.plan.records import RankMemory
+from hpcdl.plan.stage import Instant, Stage, of
+from hpcdl.plan.tape import ACTIVATIONS, BUFFERS, KINDS, TEMPORARY, Bytes, add
+from hpcdl.spec.held import Around, Trained
+
+RUNTIME_BYTES = beside.PROCESS
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "sgd": 4.0}
+"""Of optimizer state a trained number, fp32; without momentum SGD has none."""
+
+
+def of_stages(model: Decoder) -> tuple[RankMemory, ...]:
+    """One record a pipeline rank, and more where a stage's ranks hold different things."""
+    return tuple(
+        record for rank in range(model.dims.pp) for record in Shares(model=model, rank=rank).records()
+    )
+
+
+@lru_cache(maxsize=256)
+def _partition(layers: int, count: int, cost: float, head: float) -> list[range]:
+    return layout.partition([cost] * layers, min(count, layers), head=head)
+
+
+def parts(model: Decoder) -> list[range]:
+    """Blocks of each stage, as hpcdl.distributed.pipeline lays them out."""
+    count, config, layers = model.dims.pp, model.config, model.shape.num_hidden_layers
+    if config is None or count == 1:
+        return [range(layers)]
+    count *= layout.stages_per_rank(config.schedule, config.stages_per_rank)
+    cost = layout.block_cost(model.shape, model.spec.data.seq_len)
+    return _partition(layers, count, cost, layout.head_cost(model.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """What one pipeline rank has of the model."""
+
+    model: Decoder
+    rank: int
+
+    # --- which part of the model --------------------------------------------------------------------------
+
+    @cached_property
+    def stages(self) -> list[int]:
+        """Numbers of its stages."""
+        model = self.model
+        if model.dims.pp == 1 or model.config is None:
+            return [0]
+        each = layout.stages_per_rank(model.config.schedule, model.config.stages_per_rank)
+        kind = layout.SCHEDULES[model.config.schedule]
+        return layout.held_by(kind.placement, self.rank, model.dims.pp, model.dims.pp * each)
+
+    @cached_property
+    def layers(self) -> int:
+        """Its blocks."""
+        found = parts(self.model)
+        return sum(len(found[stage]) for stage in self.stages if stage < len(found))
+
+    @cached_property
+    def first(self) -> bool:
+        """Whether it has the embedding."""
+        return 0 in self.stages
+
+    @cached_property
+    def last(self) -> bool:
+        """Whether it has the last norm, the head and the loss."""
+        return len(parts(self.model)) - 1 in self.stages
+
+    @cached_property
+    def tables(self) -> int:
+        """Matrices of the vocabulary's size here, each a tensor of its own."""
+        tied = self.model.shape.tie_word_embeddings and self.model.dims.pp == 1
+        return self.first + (self.last and not tied)
+
+    # --- bytes that are there all the time ------------------------------------------------------------------
+
+    @cached_property
+    def weights(self) -> float:
+        """Of the model's own weights, as they are held."""
+        model = self.model
+        found = self.layers * model.block_bytes
+        if self.first:
+            found += model.held(model.table).bytes / model.dims.tp
+        if self.last:
+            found += model.plain * model.shape.hidden_size
+            if self.tables > self.first:
+                found += model.held(model.head_matrix).bytes / model.dims.tp
+        return found / model.shards
+
+    @cached_property
+    def adapters(self) -> float:
+        """Of what is trained beside a frozen base."""
+        return 4 * self.layers * self.model.block_adapters / self.model.shards if self.model.frozen else 0.0
+
+    @cached_property
+    def trained_whole(self) -> float:
+        """Trained numbers before FSDP shares them."""
+        model = self.model
+        found = self.layers * model.block_trained
+        if not model.frozen:
+            found += self.tables * model.table_numel + self.last * model.shape.hidden_size
+        return found
+
+    @property
+    def trained(self) -> float:
+        """Of them this rank's."""
+        return self.trained_whole / self.model.shards
+
+    @cached_property
+    def largest(self) -> float:
+        """Numbers of the largest trained tensor."""
+        model = self.model
+        blocks = [linear.numel for _, linear in model.linears] if not model.frozen else [
+            linear.rank * max(linear.rows, linear.columns) for _, linear in model.linears
+        ]  # fmt: skip
+        ends = [model.table_numel] if self.tables and not model.frozen else []
+        return max([*blocks, *ends]) / model.shards
+
+    @cached_property
+    def optimizer(self) -> float:
+        """Of its state."""
+        optim = self.model.spec.optim
+        if optim.name == "sgd" and not optim.momentum:
+            return 0.0
+        return STATE_BYTES[optim.name] * self.trained
+
+    # --- a step ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """That are added up one after the other."""
+        return self.model.micro_batches
+
+    @cached_property
+    def under_way(self) -> float:
+        """Micro-batches in a pipeline rank at a time."""
+        model = self.model
+        if model.dims.pp == 1 or model.config is None:
+            return 1.0
+        return pp.under_way(model.config, model.dims.pp, self.rank, model.micro_batches)
+
+    def stage(self, around: Around) -> Stage:
+        """The step's part here."""
+        model, spec = self.model, self.model.spec
+        block = model.block
+        how = spec.trainer.activation_checkpointing
+        recomputed = {"none": 0, "full": self.layers, "selective": -(-self.layers // 2)}[how]
+        tied = model.shape.tie_word_embeddings and self.first and self.last and model.dims.pp == 1
+        there = self.micro_batches > 1
+        exchanging = around.exchanging + (4 * self.trained if around.bucketed and there else 0.0)
+        return Stage(
+            block=block,
+            layers=self.layers,
+            head=model.head if self.last else None,
+            embedding=(0.0 if model.frozen else model.seen * model.table_numel) if self.first else None,
+            tied=tied,
+            frozen=model.frozen,
+            recomputed=recomputed,
+            parked=spec.trainer.activation_offload != "none"
+            and (model.device == "cuda" or spec.trainer.activation_offload == "disk"),
+            micro_batches=self.micro_batches,
+            under_way=self.under_way,
+            bucketed=around.bucketed,
+            gradients=4 * self.trained,
+            largest=self.largest,
+            around=add(self._around(how), of(TEMPORARY, 4 * self.trained if around.bucketed else 0.0)),
+            within=self._masks,
+            block_forward=self._gathered(2.0, 0.0),
+            block_backward=self._gathered(2.0, 4.0),
+            ends=self._gathered(1.0, 0.0),
+            arriving=0.0,
+            after=of(TEMPORARY, exchanging if not around.bucketed else 0.0),
+            updating=of(TEMPORARY, 0.0),
+            shards=model.shards if model.sharded else 0,
+            seen=model.seen if not model.frozen else model.adapter_seen,
+        )
+
+    def _around(self, how: str) -> Bytes:
+        """Rotary angles, what FSDP gathers for the ends, what a pipeline receives."""
+        model, block = self.model, self.model.block
+        whole = block.batch * model.spec.data.seq_len / model.dims.cp
+        rotary = 2 * block.residual * whole * block.head_dim
+        found = of(ACTIVATIONS, rotary)
+        if model.sharded:
+            ends = model.seen * (self.tables * model.table_numel + self.last * model.shape.hidden_size)
+            found = add(found, of(BUFFERS, ends * (2 if how == "none" else 1)))
+            if model.config is not None and self._keeps_gathered:
+                found = add(found, of(BUFFERS, self.layers * self._a_block))
+        if model.dims.pp > 1:
+            stream = block.residual * block.tokens * block.width
+            at_once = (model.config.microbatches if model.config else 0) or model.micro_batches
+            sides = len(self.stages) * 2 - self.first - self.last
+            found = add(found, of(TEMPORARY, sides * at_once * stream))
+        return found
+
+    @property
+    def _masks(self) -> Bytes:
+        """Booleans for documents in a row; eager attention's mask is of numbers."""
+        block = self.model.block
+        each = {"masked": 1, "eager": block.residual}.get(block.attention, 0)
+        return of(TEMPORARY, each * block.batch * block.queries * block.keys)
+
+    @property
+    def _keeps_gathered(self) -> bool:
+        config = self.model.config
+        if config is None:
+            return False
+        splits = self.model.dims.pp > 1 and layout.SCHEDULES[config.schedule].splits_backward
+        return not config.reshard_after_forward or splits
+
+    @property
+    def _a_block(self) -> float:
+        """Bytes of a block's parameters, gathered."""
+        model = self.model
+        base = sum(m.numel * model.share(m) * model.in_block(m) for m in model.matrices)
+        if model.spec.quant.scheme != "none" and model.frozen:
+            return model.block_bytes + model.adapter_seen * model.block_adapters
+        return model.seen * base + model.adapter_seen * model.block_adapters
+
+    def _gathered(self, blocks: float, reducing: float) -> Bytes:
+        """FSDP's (torch.distributed.fsdp, _fsdp_collectives.py): what was gathered into, and parameters made of it.
+
+        Args:
+            blocks: times a block's parameters.
+            reducing: bytes of a trained number that are on their way to the ranks that keep it.
+        """
+        if not self.model.sharded:
+            return of(BUFFERS, 0.0)
+        found = blocks - (1.0 if self._keeps_gathered else 0.0)
+        return add(
+            of(BUFFERS, max(0.0, found) * self._a_block), of(TEMPORARY, reducing * self.model.block_trained)
+        )
+
+    # --- together -------------------------------------------------------------------------------------------
+
+    def records(self) -> Iterator[RankMemory]:
+        """For each kind of rank."""
+        model = self.model
+        trained = Trained(numbers=self.trained, largest=self.largest, optimizer=self.optimizer)
+        strategy = parallel.get(model.spec.parallel.name)
+        for around in strategy.memory(model.spec.parallel, model.dims, trained):
+            yield self._record(around)
+
+    def _record(self, around: Around) -> RankMemory:
+        model = self.model
+        stage = self.stage(around)
+        optimizer = self.optimizer + around.optimizer
+        always = {"weights": self.weights + around.weights, "adapters": self.adapters, "optimizer": optimizer}
+        instants = list(stage.moments())
+        if around.updating:
+            instants.append(
+                Instant(moment="optimizer", bytes=of(TEMPORARY, around.updating), with_inside=around.updating)
+            )
+        highest = max(instants, key=lambda instant: sum(instant.bytes))
+        there = sum(always.values())
+        tensors = there + sum(highest.bytes)
+        inside = there + max(instant.with_inside for instant in instants)
+        kinds = {name: round(size) for name, size in zip(KINDS, stage.highest(), strict=True)}
+        held = {name: round(size) for name, size in always.items()}
+        at_peak = {**held, **{n: round(size) for n, size in zip(KINDS, highest.bytes, strict=True)}}
+        host = model.device == "cpu"
+        resident = self.untouched if host else 0.0
+        elsewhere = self.elsewhere(around) if host else 0.0
+        return RankMemory(
+            stage=self.rank,
+            ranks=around.ranks,
+            bytes={**held, **kinds},
+            at_peak=at_peak,
+            tensors=sum(at_peak.values()),
+            moment=highest.moment,
+            allocator=beside.allocator(model.device, tensors, inside - resident, elsewhere),
+            runtime=beside.runtime(model.device, many=model.dims.world_size > 1),
+        )
+
+    def elsewhere(self, around: Around) -> float:
+        """What the process holds outside of steps, at most: the whole model as it is loaded, copies of a checkpoint."""
+        copied = 4 * self.trained + self.optimizer
+        always = self.weights + around.weights + self.adapters + self.optimizer + around.optimizer
+        return max(self.loading, always + copied)
+
+    @cached_property
+    def loading(self) -> float:
+        """Every rank reads the whole model before it is taken apart (hpcdl.worker.model.load, streaming).
+
+        Random weights are made in fp32; a quantized base read from a folder comes matrix by matrix.
+        """
+        model, spec = self.model, self.model.spec
+        if spec.model.source == "random":
+            return 4.0 * sum(m.numel * m.count for m in model.matrices)
+        if spec.quant.scheme != "none" and spec.model.source == "path" and not quant.why_whole(spec):
+            held = sum(model.held(m).bytes * m.count for m in model.matrices) - self.untouched
+            return held + 2 * model.plain * max(m.numel for m in model.matrices if m.role == "block")
+        return float(model.plain * sum(m.numel * m.count for m in model.matrices))
+
+    @property
+    def untouched(self) -> float:
+        """Of the weights what isn't in memory: of a model mapped from disk the embedding, but for a few rows.
+
+        With `quant.resident=layer` all but the matrix at work.
+        """
+        model, spec = self.model, self.model.spec
+        if spec.model.source != "path" or spec.quant.scheme == "none" or quant.why_whole(spec):
+            return 0.0
+        if getattr(spec.quant, "resident", "all") == "layer":
+            return self.weights - max(model.held(matrix).bytes for matrix in model.matrices)
+        mapped = model.held(model.table).whole == 0 and not model.shape.tie_word_embeddings
+        return model.held(model.table).bytes if mapped else 0.0
