@@ -14,7 +14,7 @@ from hpcdl.plan import beside
 from hpcdl.plan.decoder import Decoder
 from hpcdl.plan.records import RankMemory
 from hpcdl.plan.stage import Instant, Stage, of
-from hpcdl.plan.tape import ACTIVATIONS, BUFFERS, KINDS, TEMPORARY, Bytes, add
+from hpcdl.plan.tape import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Bytes, add
 from hpcdl.spec.held import Around, Trained
 
 RUNTIME_BYTES = beside.PROCESS
@@ -281,7 +281,10 @@ class Shares:
             at_peak=at_peak,
             tensors=sum(at_peak.values()),
             moment=highest.moment,
-            allocator=beside.allocator(model.device, tensors, inside - resident, elsewhere),
+            allocator=beside.allocator(
+                model.device, tensors, inside - resident, elsewhere, made=sum(highest.bytes),
+                gradients=highest.bytes[GRADIENTS] + (4 * self.trained if around.bucketed else 0.0),
+            ),
             runtime=beside.runtime(model.device, many=model.dims.world_size > 1),
         )
 
