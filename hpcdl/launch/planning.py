@@ -131,6 +131,18 @@ def fitting(planned: Sequence[Planned], asked: Asked, composer: Composer) -> Fit
     )
 
 
+def again(planned: Sequence[Planned], runs_dir: Path) -> tuple[list[Planned], tuple[str, ...]]:
+    """The same for runs that were accepted before and go on: what may not fit is warned of, nothing refused."""
+    planner = Planner(runs_dir=runs_dir)
+    known = [dataclasses.replace(item, plan=planner.plan(item.spec)) for item in planned]
+    warnings = [
+        f"{item.run.path.name}: memory {limits.fits_in_words(item.plan)}"
+        for item in known
+        if item.plan is not None and limits.verdict(item.plan) in ("too big", "close")
+    ]
+    return known, tuple(warnings)
+
+
 def faults_of(spec: ExperimentSpec) -> tuple[Fault, ...]:
     """What the planner doesn't understand of the config."""
     return tuple(hardware.faults(spec.cluster))

@@ -18,7 +18,7 @@ from typing import Any
 from hpcdl import experiment
 from hpcdl.errors import ConfigError, Fault, UsageError, nearest_name
 from hpcdl.experiment.identity import identifying
-from hpcdl.launch import after, points, report
+from hpcdl.launch import after, planning, points, report
 from hpcdl.launch.compose import Composer
 from hpcdl.launch.points import Planned
 from hpcdl.launch.sweep import Asked
@@ -56,6 +56,8 @@ class Chosen:
     """The others that were named, by their state; empty where there are none."""
     waits: dict[Path, tuple[Parent, ...]]
     """What each run waits for, by its directory."""
+    warnings: tuple[str, ...] = ()
+    """What of them may not fit into memory."""
 
     @property
     def count(self) -> int:
@@ -117,8 +119,11 @@ def choose(words: Sequence[str], only: str | None, folder: Path) -> Chosen:
     options = checked[0].options
     assert options is not None
     planned = [_planned(view, item) for view, item in zip(chosen, checked, strict=True)]
+    planned, warnings = planning.again(planned, folder)
     waits = _waits(chosen, options)
-    return Chosen(levels=_levels(planned, waits), options=options, left_out=left_out, waits=waits)
+    return Chosen(
+        levels=_levels(planned, waits), options=options, left_out=left_out, waits=waits, warnings=warnings
+    )
 
 
 def _planned(view: View, checked: experiment.Checked) -> Planned:

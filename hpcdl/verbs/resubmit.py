@@ -32,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
     chosen = resubmit.choose(words, options.only, query.runs_dir(options.runs_dir))
     if chosen.left_out:
         aside(f"hpcdl: left as they are: {chosen.left_out}")
+    for line in chosen.warnings:
+        aside(f"hpcdl: warning: {line}")
     ask = chosen.count >= CONFIRM_FROM and not (options.yes or chosen.options.dry_run)
     if ask and not confirmed(chosen.count, "Resubmit", "resubmitted"):
         return 1
