@@ -9,6 +9,7 @@ model.py          weights from a folder, the hub, a package      convert.py     
 streamed.py       the model of offload=stream
 network.py        the fine-tuning method, then the strategy      optim.py       optimizer and learning rate
 data/             source → split → tokens → packed sequences → batches; tasks/ say what an example is
+rl/               policy gradients, in the place of loop.py; rewards/: what answers are worth
 loop.py           steps, evaluation, metrics, stop               evaluate.py    loss on held-out text
 checkpoint.py     atomic save, in the background (staging.py)    resume.py      which checkpoint to go on from
 metrics.py        metrics.jsonl, throughput, MFU                 trackers.py    wandb, tensorboard

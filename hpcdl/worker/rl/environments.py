@@ -91,7 +91,8 @@ def sizes(environment: Any) -> Sizes:
 def choose(probabilities: Tensor, chances: NDArray[np.float64]) -> NDArray[np.int64]:
     """The action at which the summed probabilities pass a number between 0 and 1, a row each."""
     sums = probabilities.double().cumsum(-1).cpu().numpy()
-    return np.minimum((sums < chances[:, None] * sums[:, -1:]).sum(-1), sums.shape[-1] - 1)
+    found: NDArray[np.int64] = (sums < chances[:, None] * sums[:, -1:]).sum(-1)
+    return found.clip(max=sums.shape[-1] - 1)
 
 
 class Copies:

@@ -63,7 +63,8 @@ def attach(spec: ExperimentSpec, engine: Engine) -> Lesson | None:
 
 def own_work(spec: ExperimentSpec) -> Callable[..., None] | None:
     """What the task does in the place of hpcdl.worker.training.train; None where it trains on text."""
-    return getattr(get(spec.task.name), "train", None)
+    work: Callable[..., None] | None = getattr(get(spec.task.name), "train", None)
+    return work
 
 
 def get(name: str) -> Task:
