@@ -92,6 +92,8 @@ class _Step:
         exposed = sum(each.seconds - each.hidden for each in traffic)
         begun = sum(sent.calls for sent in messages if sent.ranks > 1) * time_links.HOP_OPERATIONS
         operations = step.operations + begun + STEP_OPERATIONS + OPERATIONS["tensor"] * work.tensors
+        if any(sent.kind == "serve" for sent in messages):  # pickled, sent and unpickled, there and back
+            operations += WRAPPED["rpc"] * work.tensors * max(1.0, self.dims.dp_replicate / 2)
         found = StepTime(
             compute_s=step.flops,
             memory_s=step.moved,
@@ -116,7 +118,7 @@ class _Step:
             self.spec.trainer.activation_checkpointing
         ]
         forward = work.forward * count
-        backward = work.backward * count + work.forward * again
+        backward = work.backward * count + work.again * again
         last = self.dims.pp - 1
         if isinstance(self.spec.parallel, MeshConfig) and self.dims.pp > 1:
             kind = stages.SCHEDULES[self.spec.parallel.schedule]

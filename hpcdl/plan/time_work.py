@@ -42,10 +42,11 @@ CLIP_BYTES = {False: 4, True: 12}
 OPERATIONS = {"block": 62, "backward": 90, "adapter": 14, "head": 20, "edge": 40, "tensor": 3}
 """torch operations started: of a block forward, and backward; for each adapted matrix; of a chunk of the loss; of
 embedding, mask, rotary angles and last norm; for each trained tensor of an optimizer's step."""
-WRAPPED = {"fsdp": 110, "tp": 330, "cp": 60, "pp": 380, "ddp": 2}
-"""The same of what strategies do besides, in Python: FSDP a block and pass, DTensors a block and pass, context parallel
-a block and pass, a pipeline's schedule a stage, micro-batch and pass, DDP's hooks a tensor. Counted as time on one core
-over the time of an operation."""
+WRAPPED = {"fsdp": 230, "tp": 400, "cp": 95, "pp": 90, "recompute": 250, "autocast": 40, "rpc": 200}
+"""The same of what else goes on in Python, as time on one core over the time of an operation: of FSDP, DTensors,
+context parallel and autocast a block and pass; of a pipeline's schedule a stage, micro-batch and pass; of checkpointing
+a block computed again; of the parameter server a tensor. CPU time of two ranks with a Llama of width 128 and 4 blocks, against
+DDP's; on a machine that did other work, so good to a quarter."""
 STEP_OPERATIONS = 300
 """Of a step besides: loader, gathering and writing numbers, learning rate, signals."""
 
@@ -231,7 +232,7 @@ class Work:
         if isinstance(config, MeshConfig):
             found += WRAPPED["fsdp"] * shards(config, self.dims)
             found += WRAPPED["tp"] * (self.dims.tp > 1) + WRAPPED["cp"] * (self.dims.cp > 1)
-        return found
+        return found + WRAPPED["autocast"] * (self.compute == 2)
 
     @cached_property
     def forward(self) -> Pass:
@@ -244,6 +245,11 @@ class Work:
             moved=(self._elementwise + moved) * fused / self._bandwidth + self._whole + self._parked,
             operations=operations + self._wrapped,
         )
+
+    @cached_property
+    def again(self) -> Pass:
+        """A block that is computed again."""
+        return self.forward + Pass(operations=WRAPPED["recompute"])
 
     @cached_property
     def backward(self) -> Pass:
