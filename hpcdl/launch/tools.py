@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,21 +127,51 @@ def main(verb: str, argv: Sequence[str]) -> int:
         UsageError: it was called wrongly.
         ConfigError: the config has faults.
     """
+    if verb == "export":
+        from hpcdl.launch import exporting
+
+        return exporting.main(argv)
     tool = TOOLS[verb]
     options = _parser(verb, tool).parse_intermixed_args(argv)
+    if verb == "generate":
+        from hpcdl.launch import exporting
+
+        if (export := exporting.find(options.model)) is not None:
+            return exporting.generate(export, options)
     model = find_model(options.model)
     trained = held_as_trained(model.adapter) if tool.as_trained and model.adapter else ()
     overrides = (*tool.base, *model.overrides, *trained, *options.overrides)
-    asked = sweep.read(Composer(), overrides, multirun=False)
-    flags = ["--json"] * options.json
-    if tool.options:
-        flags += ["--options", json.dumps({each.name: getattr(options, each.name) for each in tool.options})]
-    for path, weight in chosen_adapters(model, options.adapter):
-        flags += ["--adapter", f"{path}={weight!r}"]
+    out = None
     if tool.writes:
         out = Path(absolute(options.out))
         if out.exists() and not options.force:
             raise UsageError(f"--out {out} is there already: another folder, or --force to write over it")
+    own = {each.name: getattr(options, each.name) for each in tool.options}
+    chosen = chosen_adapters(model, options.adapter)
+    return start(verb, overrides, options=own, adapters=chosen, out=out, as_json=options.json)
+
+
+def start(
+    verb: str,
+    overrides: Sequence[str],
+    *,
+    options: Mapping[str, Any],
+    adapters: Sequence[tuple[Path, float]],
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Composes and validates, and has a process of the compute side do it; returns its exit code.
+
+    Raises:
+        ConfigError: the config has faults.
+    """
+    asked = sweep.read(Composer(), overrides, multirun=False)
+    flags = ["--json"] * as_json
+    if options:
+        flags += ["--options", json.dumps(options)]
+    for path, weight in adapters:
+        flags += ["--adapter", f"{path}={weight!r}"]
+    if out is not None:
         flags += ["--out", str(out)]
     secret_file.load(os.environ)  # as a job's agent does: a gated model wants a token
     with tempfile.TemporaryDirectory(prefix="hpcdl-") as folder:
@@ -262,13 +292,13 @@ def held_as_trained(adapter: Path) -> tuple[str, ...]:
     plain = load_yaml(spec)
     keys = {f"quant.{key}": value for key, value in plain["quant"].items() if key != "scheme"}
     keys["trainer.precision"] = plain["trainer"]["precision"]
-    return (f"quant={plain['quant']['scheme']}", *(f"{key}={_literal(value)}" for key, value in keys.items()))
+    return (f"quant={plain['quant']['scheme']}", *(f"{key}={literal(value)}" for key, value in keys.items()))
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """As Hydra reads it."""
     if isinstance(value, list):
-        return f"[{','.join(map(_literal, value))}]"
+        return f"[{','.join(map(literal, value))}]"
     if isinstance(value, str):
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"'{quoted}'"
