@@ -139,6 +139,27 @@ def partition(costs: Sequence[float], stages: int, *, head: float = 0.0) -> list
     return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
+def shares(blocks: int, count: int, head: float) -> list[int]:
+    """Blocks of each stage, the last one with the output head: as `partition`, for equal blocks, at once.
+
+    Args:
+        blocks: of the model.
+        count: stages.
+        head: cost of the output head, in blocks.
+    """
+    if count == 1:
+        return [blocks]
+
+    def cost(last: int) -> tuple[float, float]:
+        each, more = divmod(blocks - last, count - 1)
+        others = more * (each + 1) ** 2 + (count - 1 - more) * each**2
+        return max(each + (more > 0), last + head), others + (last + head) ** 2
+
+    last = min(range(1, blocks - count + 2), key=cost)
+    each, more = divmod(blocks - last, count - 1)
+    return [*[each + (stage < more) for stage in range(count - 1)], last]
+
+
 def _best(blocks: int, stages: int, cost: Any, together: Any, limit: float) -> tuple[float, list[int]]:
     """The least total of `stages` parts, none dearer than `limit`, and where each part ends."""
     # reached[b]: the best way to share the first b blocks among the stages so far

@@ -17,7 +17,8 @@ from hpcdl.distributed import stages
 from hpcdl.parallel._mesh import MeshConfig
 from hpcdl.plan import time_links
 from hpcdl.plan.records import Hardware, StepTime
-from hpcdl.plan.time_work import OPERATIONS, STEP_OPERATIONS, WRAPPED, Pass, Work
+from hpcdl.plan.time_constants import OPERATIONS, STEP_OPERATIONS, WRAPPED
+from hpcdl.plan.time_work import Pass, Work
 from hpcdl.spec import ExperimentSpec, ModelShape
 from hpcdl.spec.layout import matrices, parameters
 from hpcdl.spec.parallel import ParallelDims

@@ -18,7 +18,6 @@ from hpcdl.compress import quant
 from hpcdl.distributed import stages
 from hpcdl.plan import devices, time, time_links
 from hpcdl.plan.records import Hardware, StepTime
-from hpcdl.plan.time_work import shares
 from hpcdl.spec.traffic import Sent
 from tests.factory import tiny_spec
 
@@ -219,7 +218,7 @@ def test_an_all_reduce_is_both_halves() -> None:
     ("blocks", "count", "head"), [(126, 16, 1.3), (32, 8, 4.0), (80, 4, 0.5), (7, 7, 9.0), (9, 2, 3.0)]
 )
 def test_blocks_are_shared_out_as_the_pipeline_will(blocks: int, count: int, head: float) -> None:
-    mine = shares(blocks, count, head)
+    mine = stages.shares(blocks, count, head)
     real = [len(part) for part in stages.partition([1.0] * blocks, count, head=head)]
     assert mine[-1] == real[-1] and sorted(mine[:-1]) == sorted(real[:-1])
 
@@ -227,10 +226,10 @@ def test_blocks_are_shared_out_as_the_pipeline_will(blocks: int, count: int, hea
 def test_sizes_that_stand_in_two_places() -> None:
     from hpcdl.distributed import collectives, losses
     from hpcdl.parallel import _copies
-    from hpcdl.plan import time_work
+    from hpcdl.plan import time_constants
 
     assert _copies.BUCKET_BYTES == collectives.BUCKET_BYTES
-    assert time_work.CHUNK_LOGITS == losses.CHUNK_LOGITS
+    assert time_constants.CHUNK_LOGITS == losses.CHUNK_LOGITS
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
