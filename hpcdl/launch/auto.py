@@ -97,13 +97,14 @@ def _nothing(found: Found) -> Fault:
 def told(found: Found) -> list[str]:
     """The choice and why, a line each, for a dry run and the head of spec.yaml."""
     from hpcdl.plan import found as words
+    from hpcdl.plan import units
 
     if found.chosen is None:
         return []
     chosen = found.chosen
     lines = [
         f"parallel=auto chose {words.name(chosen.choice)}, {words.details(chosen.choice)}: by prediction"
-        f" {words.seconds(chosen.step_s)} a step, {words.gib(chosen.peak_bytes)} a process"
+        f" {units.seconds(chosen.step_s)} a step, {units.gib(chosen.peak_bytes)} a process"
     ]
     lines += found.reasons
     lines += [

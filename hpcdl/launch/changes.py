@@ -16,8 +16,8 @@ from hpcdl.experiment import words
 from hpcdl.launch.compose import Composer
 from hpcdl.launch.sweep import Point
 from hpcdl.plan import hardware
-from hpcdl.plan.found import gib, seconds
 from hpcdl.plan.records import Plan
+from hpcdl.plan.units import gib, seconds
 from hpcdl.spec import ExperimentSpec
 from hpcdl.spec.parallel import ParallelDims
 

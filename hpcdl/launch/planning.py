@@ -14,13 +14,13 @@ from typing import Any
 
 from hpcdl import experiment
 from hpcdl.errors import ConfigError, Fault
-from hpcdl.launch import calibrating, changes
+from hpcdl.launch import calibrating
 from hpcdl.launch.compose import Composer
 from hpcdl.launch.points import Planned, runs_folder
 from hpcdl.launch.sweep import Asked, Refused
 from hpcdl.plan import hardware, limits, make
-from hpcdl.plan.found import gib
 from hpcdl.plan.records import Hardware, Plan
+from hpcdl.plan.units import gib, seconds
 from hpcdl.spec import ExperimentSpec
 
 NO_MATTER = frozenset({"name", "seed", "code", "tracker", "monitor", "preflight"})
@@ -37,16 +37,22 @@ class Planner:
     """Whether Slurm may be asked for what the config doesn't say."""
     runs_dir: Path | None = None
     """Folder of all runs: what its finished ones have shown is planned with; None: the planner's own constants."""
-    _plans: dict[tuple[str, ...], Plan] = field(default_factory=dict)
+    _steps: dict[tuple[str, ...], make.Step] = field(default_factory=dict)
+    _plans: dict[tuple[tuple[str, ...], tuple[str, ...]], Plan] = field(default_factory=dict)
     _hardware: dict[tuple[str, ...], Hardware] = field(default_factory=dict)
     _texts: dict[int, tuple[object, str]] = field(default_factory=dict)
+    _trainers: dict[int, tuple[object, str]] = field(default_factory=dict)
 
     def plan(self, spec: ExperimentSpec) -> Plan:
         """The experiment's plan."""
-        key = tuple(self._texts_of(spec))
-        if key not in self._plans:
-            self._plans[key] = make.plan(spec, self.hardware(spec))
-        return self._plans[key]
+        shape = tuple(self._texts_of(spec))
+        counts = tuple(str(getattr(spec.trainer, name)) for name in make.COUNTS)
+        if (shape, counts) not in self._plans:
+            found = self.hardware(spec)
+            if shape not in self._steps:
+                self._steps[shape] = make.step(spec, found)
+            self._plans[shape, counts] = make.whole(spec, found, self._steps[shape])
+        return self._plans[shape, counts]
 
     def hardware(self, spec: ExperimentSpec) -> Hardware:
         """What it is planned for; everything of one cluster section is asked for once."""
@@ -60,8 +66,17 @@ class Planner:
 
     def _texts_of(self, spec: ExperimentSpec) -> list[str]:
         optim = f"{spec.optim.name} {spec.optim.momentum != 0}"
-        names = [each.name for each in dataclasses.fields(spec) if each.name not in NO_MATTER | {"optim"}]
-        return [optim, *(self._text(getattr(spec, name)) for name in names)]
+        apart = NO_MATTER | {"optim", "trainer"}
+        names = [each.name for each in dataclasses.fields(spec) if each.name not in apart]
+        return [optim, self._text_of_trainer(spec), *(self._text(getattr(spec, name)) for name in names)]
+
+    def _text_of_trainer(self, spec: ExperimentSpec) -> str:
+        known = self._trainers.get(id(spec.trainer))
+        if known is None:
+            alike: dict[str, Any] = dict.fromkeys(make.COUNTS, 0)
+            text = repr(dataclasses.replace(spec.trainer, **alike))
+            known = self._trainers[id(spec.trainer)] = (spec.trainer, text)
+        return known[1]
 
     def _text(self, section: Any) -> str:
         """A section in words. Points share most of theirs, so each is spelled out once."""
@@ -109,6 +124,8 @@ def fitting(planned: Sequence[Planned], asked: Asked, composer: Composer) -> Fit
         judged = limits.verdict(plan)
         where = f"{item.labels[0]}: " if item.labels and item.labels[0] else ""
         if judged == "too big" and not asked.options.force_fit:
+            from hpcdl.launch import changes  # few launches need them
+
             if id(plan) not in explained and len(explained) < EXPLAINED:
                 explained[id(plan)] = changes.found(points[item.labels[0]], planner.plan, composer)
             fault = too_big(plan, explained.get(id(plan), ()))
@@ -184,7 +201,7 @@ def _of_several(plans: Sequence[Plan]) -> str:
         parts.append(f"at most {limits.line(most).partition(',')[0]}")
     timed = [plan.time.step_s for plan in plans if plan.time is not None]
     if timed:
-        parts.append(f"steps of {limits.seconds(min(timed))} to {limits.seconds(max(timed))}")
+        parts.append(f"steps of {seconds(min(timed))} to {seconds(max(timed))}")
     longest = max((plan.run_s for plan in plans if plan.run_s is not None), default=None)
     if longest is not None:
         parts.append(f"the longest run about {limits.duration(longest)}")

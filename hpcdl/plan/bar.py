@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcdl.errors import UsageError
-from hpcdl.plan.found import gib
 from hpcdl.plan.records import Plan, RankMemory
+from hpcdl.plan.units import gib
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hpcdl.parallel.auto import OFF_THE_MESH
 from hpcdl.plan.records import RankMemory, StepTime
 from hpcdl.plan.search_space import TRAINER, Choice
+from hpcdl.plan.units import gib
 from hpcdl.spec import ExperimentSpec
 
-GIB = 2**30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,18 +174,6 @@ def more(choice: Choice) -> list[str]:
     return parts
 
 
-def gib(count: float) -> str:
-    """Bytes in GiB, or MiB where that is little."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 2 else f"{count / 2**20:.0f} MiB"
-
-
-def seconds(value: float) -> str:
-    """Of a step."""
-    if value >= 1:
-        return f"{value:.3g} s" if value < 1000 else f"{value:,.0f} s"
-    return f"{value * 1000:.3g} ms"
-
-
 def why_lost(judged: Judged, best: Judged) -> str:
     """What the best one does better."""
     if judged.choice == best.choice:
@@ -216,7 +206,7 @@ def front(judged: Iterable[Judged]) -> tuple[Judged, ...]:
     return tuple(kept)
 
 
-def spread(judged: Sequence[Judged], most: int) -> list[Judged]:
+def spread(judged: Sequence[T], most: int) -> list[T]:
     """At most so many of them, evenly, with both ends."""
     if len(judged) <= most:
         return list(judged)

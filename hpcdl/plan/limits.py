@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hpcdl.plan.found import gib, seconds
 from hpcdl.plan.records import Plan
+from hpcdl.plan.units import gib, seconds
 
 Verdict = Literal["fits", "close", "too big", "unknown"]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hpcdl.plan import checkpoint, memory, time
 from hpcdl.plan import hardware as hardware_of
-from hpcdl.plan.records import Hardware, Plan, StepTime
+from hpcdl.plan.records import Hardware, Plan, RankMemory, StepTime
 from hpcdl.spec import ExperimentSpec
 
 START_S = {"cpu": 12.0, "cuda": 20.0}
@@ -15,8 +17,32 @@ WRITE_BYTES_PER_S = 0.5e9
 """Of checkpoints, to such a disk."""
 COPY_BYTES_PER_S = 4e9
 """Into host memory, while training waits, where checkpoints are written in the background."""
+COUNTS = (
+    "max_steps",
+    "eval_every",
+    "eval_samples",
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "keep_best",
+)
+"""Of the trainer's keys those that no step's memory or time hangs on."""
 FORWARD_SHARE = 1 / 3
 """Of a step's computing what a forward pass takes: an evaluation does nothing else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step takes: all that doesn't hang on how many there are."""
+
+    memory: tuple[RankMemory, ...] | None
+    """One for each pipeline stage; None: no closed form is known."""
+    time: StepTime | None
+    """None: no closed form is known."""
+    unknown: tuple[str, ...]
+    """Why a part is None, in words."""
+    checkpoint_bytes: int | None
+    """Of one checkpoint."""
 
 
 def plan(spec: ExperimentSpec, hardware: Hardware | None = None) -> Plan:
@@ -27,29 +53,38 @@ def plan(spec: ExperimentSpec, hardware: Hardware | None = None) -> Plan:
         hardware: what it is planned for; None: what its cluster section says, and Slurm.
     """
     hardware = hardware or hardware_of.of(spec)
-    world = smallest_world(spec)
-    ranks = memory.ranks(spec, hardware.device.kind, world)
+    return whole(spec, hardware, step(spec, hardware))
+
+
+def step(spec: ExperimentSpec, hardware: Hardware) -> Step:
+    """One step's memory and time; neither hangs on the trainer's COUNTS."""
+    ranks = memory.ranks(spec, hardware.device.kind, smallest_world(spec))
     if ranks is not None:
         ranks = hardware.device.holding(ranks)
-    step = time.step(spec, hardware)
+    took = time.step(spec, hardware)
     unknown = []
     if ranks is None:
         unknown.append(f"memory: {memory.why_unknown(spec) or 'no closed form is known'}")
-    if step is None:
+    if took is None:
         unknown.append("time: no closed form is known for this model, strategy or task")
     size = checkpoint.checkpoint_bytes(spec)
     if size is None:
         unknown.append("disk: the size of a checkpoint isn't known")
+    return Step(memory=ranks, time=took, unknown=tuple(unknown), checkpoint_bytes=size)
+
+
+def whole(spec: ExperimentSpec, hardware: Hardware, one: Step) -> Plan:
+    """The run's plan, given what a step takes."""
     return Plan(
-        memory=ranks,
-        time=step,
-        unknown=tuple(unknown),
+        memory=one.memory,
+        time=one.time,
+        unknown=one.unknown,
         hardware=hardware,
         world_size=spec.cluster.world_size,
         max_steps=spec.trainer.max_steps,
-        checkpoint_bytes=size,
+        checkpoint_bytes=one.checkpoint_bytes,
         checkpoints=checkpoints(spec)[1],
-        run_s=None if step is None else _run_s(spec, hardware, step, size or 0),
+        run_s=None if one.time is None else _run_s(spec, hardware, one.time, one.checkpoint_bytes or 0),
     )
 
 

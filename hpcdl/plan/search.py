@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Collection, Iterable, Iterator
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hpcdl.errors import Fault
 from hpcdl.parallel import auto
 from hpcdl.plan import found as words
-from hpcdl.plan import make, memory, time
+from hpcdl.plan import make, memory, time, units
 from hpcdl.plan.found import Found, Judged, Lost
 from hpcdl.plan.records import Hardware, RankMemory, StepTime
 from hpcdl.plan.search_remedies import Asked, remedies
@@ -36,9 +38,12 @@ EQUAL = 0.01
 """Two step times that differ by less than this share are equal: the simpler choice wins."""
 MOST = 6000
 """Choices that are looked at, at most; a bound on time, which has never been reached."""
+Beyond = dict[tuple[str, bool], list[tuple[int, int]]]
+"""For each recomputation and resharding what was too large: over how many ranks sharded, and with which micro-batch.
+Sharded less, or with a larger micro-batch, it holds more."""
 RUNNERS_UP = 5
-LEAN = 10
-"""Meshes that need least memory, whose time is worked out for the front."""
+LEAN = 24
+"""Meshes besides whose leanest way is worked out for the front."""
 
 
 def search(
@@ -79,6 +84,44 @@ def _asked(asked: Asked, keep: Collection[str]) -> _Search:
     )
     limit = None if asked.room is None else int(asked.room * asked.share)
     return _Search(ways=ways, hardware=hardware, limit=limit)
+
+
+class _Queue:
+    """Meshes by the least time that a step of theirs can take."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Choice, int]] = []
+        self._count = itertools.count()
+
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
+    def push(self, bound: float, mesh: Choice, level: int) -> None:
+        """Adds a mesh of which all that recomputes less than `level` is too large."""
+        heapq.heappush(self._heap, (bound, next(self._count), mesh, level))
+
+    def pop(self) -> tuple[float, Choice, int]:
+        """The one with the least time."""
+        bound, _, mesh, level = heapq.heappop(self._heap)
+        return bound, mesh, level
+
+
+def _worst(best: Mapping[Any, tuple[float, Choice]]) -> float:
+    """What a mesh must stay below to be among those that are told."""
+    times = sorted(value for value, _ in best.values())
+    return times[RUNNERS_UP] if len(times) > RUNNERS_UP else float("inf")
+
+
+def _alike(mesh: Choice) -> tuple[object, ...]:
+    """Meshes that differ in how far they shard alone have this in common."""
+    other = mesh.strategy if mesh.strategy in auto.OFF_THE_MESH else ""
+    return (mesh.pp, mesh.cp, mesh.tp, mesh.quant, mesh.dp_shard > 1, other)
+
+
+def _is_beyond(choice: Choice, beyond: Beyond) -> bool:
+    """Whether something that holds less was too large."""
+    known = beyond.get((choice.checkpointing, choice.reshard), ())
+    return any(choice.dp_shard <= shard and choice.micro_batch_size >= size for shard, size in known)
 
 
 @dataclass(kw_only=True)
@@ -161,7 +204,11 @@ class _Search:
         """The choice that holds least, and what it holds; None where none is known, or possible."""
         found: list[tuple[Choice, float]] = []
         for wide in (False, True):
+            seen: set[tuple[object, ...]] = set()
             for mesh in self._meshes(wide=wide):
+                if _alike(mesh) in seen or self._refused(mesh):
+                    continue  # sharded less than one before
+                seen.add(_alike(mesh))
                 lean = self._lean(mesh)
                 found += [(one, self.peak(one)) for one in (lean, *self._offloaded(lean))]
         return min(found, key=lambda one: one[1], default=None)
@@ -172,22 +219,55 @@ class _Search:
 
     def _pass(self, *, wide: bool, offload: bool) -> list[Choice]:
         """The best choice of each mesh that could be among the best, in no order."""
-        queue: list[tuple[float, int, list[Choice]]] = []
+        queue = _Queue()
+        levels = self.ways.checkpointings()
+        sharded_most: dict[tuple[object, ...], Choice] = {}
         for mesh in self._meshes(wide=wide):
-            for ways in self._ways(mesh, offload=offload):
-                queue.append((min(map(self._bound, ways)), len(queue), ways))
-        heapq.heapify(queue)
+            sharded_most.setdefault(_alike(mesh), mesh)
+            self.possible += self.ways.count(mesh)
+            queue.push(
+                self._quick(mesh, levels[-1 if offload else 0]), mesh, len(levels) - 1 if offload else 0
+            )
+        large: dict[tuple[object, ...], Beyond] = {}
         best: dict[tuple[object, ...], tuple[float, Choice]] = {}
         while queue and len(self.peaks) < MOST:
-            bound, _, ways = heapq.heappop(queue)
-            slowest = sorted(value for value, _ in best.values())[:RUNNERS_UP]
-            if bound == float("inf") or (len(slowest) == RUNNERS_UP and bound > slowest[-1]):
+            bound, mesh, level = queue.pop()
+            if bound > _worst(best) or bound == float("inf"):
                 break
-            for choice in self._scheduled(ways):
-                took = self.seconds(choice)
-                if took < best.get(choice.mesh, (float("inf"),))[0]:
-                    best[choice.mesh] = (took, choice)
+            beyond = large.setdefault(_alike(mesh), {})
+            if not offload and not self._may_fit(mesh, levels[level], sharded_most[_alike(mesh)], beyond):
+                if level + 1 < len(levels):  # no quicker than with more recomputed: later, perhaps never
+                    queue.push(max(bound, self._quick(mesh, levels[level + 1])), mesh, level + 1)
+                continue
+            if self._refused(mesh):
+                continue
+            for ways in self._ways(mesh, beyond, offload=offload):
+                if min(map(self._bound, ways)) > _worst(best):
+                    continue
+                for choice in self._scheduled(ways):
+                    took = self.seconds(choice)
+                    if took < best.get(choice.mesh, (float("inf"),))[0]:
+                        best[choice.mesh] = (took, choice)
         return [choice for _, choice in best.values()]
+
+    def _may_fit(self, mesh: Choice, recomputed: str, leanest: Choice, beyond: Beyond) -> bool:
+        """Whether a mesh that recomputes so much may fit, by what is known of the one that shards most."""
+        key = (recomputed, self.ways.reshards(mesh)[-1])
+        lean = dataclasses.replace(leanest, checkpointing=recomputed, reshard=key[1])
+        if not self.fits(lean):
+            beyond.setdefault(key, []).append((lean.dp_shard, lean.micro_batch_size))
+        return not _is_beyond(dataclasses.replace(mesh, checkpointing=recomputed, reshard=key[1]), beyond)
+
+    def _quick(self, mesh: Choice, recomputed: str) -> float:
+        """Seconds that a step of this mesh takes at least: with the largest micro-batch and nothing resharded."""
+        return self._bound(
+            dataclasses.replace(
+                mesh,
+                checkpointing=recomputed,
+                reshard=self.ways.reshards(mesh)[0],
+                micro_batch_size=max(self.ways.micro_batches(mesh.data_ranks)),
+            )
+        )
 
     def _bound(self, choice: Choice) -> float:
         """Seconds that a step takes at least, whatever the schedule: a pipeline without idle time."""
@@ -195,33 +275,26 @@ class _Search:
         return step.step_s - step.bubble_s if step else float("inf")
 
     def _meshes(self, *, wide: bool) -> Iterator[Choice]:
-        """Those that no rule refuses, in every scheme that is allowed."""
+        """In every scheme that is allowed; what is sharded most first."""
         others: Iterable[Choice] = () if wide else self.ways.off_the_mesh()
         for mesh in (*self.ways.meshes(wide=wide), *others):
             for scheme in self.ways.schemes():
-                choice = dataclasses.replace(mesh, quant=scheme)
-                faults = self.ways.refusals(choice)
-                if not faults:
-                    yield choice
-                elif not self.faults:
-                    self.faults = faults
+                yield dataclasses.replace(mesh, quant=scheme)
 
-    def _ways(self, mesh: Choice, *, offload: bool) -> Iterator[list[Choice]]:
+    def _refused(self, mesh: Choice) -> bool:
+        """Whether a rule refuses it."""
+        faults = self.ways.refusals(mesh)
+        self.faults = self.faults or faults
+        return bool(faults)
+
+    def _ways(self, mesh: Choice, beyond: Beyond, *, offload: bool) -> Iterator[list[Choice]]:
         """For each micro-batch those that fit and may be the quickest of it, in the plainest schedule."""
         lean = self._lean(mesh)
-        sizes = self.ways.micro_batches(mesh.data_ranks)
-        self.possible += (
-            len(self.ways.checkpointings())
-            * len(self.ways.reshards(mesh))
-            * len(sizes)
-            * len(self.ways.schedules(mesh))
-        )
-        large: set[tuple[str, bool]] = set()
-        for size in sizes:
+        for size in self.ways.micro_batches(mesh.data_ranks):
             leaner = dataclasses.replace(lean, micro_batch_size=size)
             if mesh.pp > 1 and self.ways.pipeline_refuses(leaner):
                 continue  # too few to fill it
-            found = self._offloading(leaner) if offload else self._fitting(leaner, large)
+            found = self._offloading(leaner) if offload else self._fitting(leaner, beyond)
             if not found:
                 return  # larger ones hold more
             yield found
@@ -234,20 +307,20 @@ class _Search:
             if not one.cpu_offload or not self.ways.refusals(one):
                 yield one
 
-    def _fitting(self, lean: Choice, large: set[tuple[str, bool]]) -> list[Choice]:
+    def _fitting(self, lean: Choice, beyond: Beyond) -> list[Choice]:
         """From the leanest on what fits: what recomputes less, or keeps more gathered, holds more and is quicker.
 
         Args:
             lean: the leanest.
-            large: what was too large with a smaller micro-batch; what is found to be so is added.
+            beyond: what was too large before; what is found to be so is added.
         """
         fitting: dict[str, list[bool]] = {}
         recomputed, reshards = self.ways.checkpointings(), self.ways.reshards(lean)
         for reshard in reversed(reshards):
             for one in reversed(recomputed):
                 choice = dataclasses.replace(lean, checkpointing=one, reshard=reshard)
-                if (one, reshard) in large or not self.fits(choice):
-                    large.add((one, reshard))
+                if _is_beyond(choice, beyond) or not self.fits(choice):
+                    beyond.setdefault((one, reshard), []).append((choice.dp_shard, choice.micro_batch_size))
                     break
                 fitting.setdefault(one, []).insert(0, reshard)
         found = []
@@ -274,7 +347,7 @@ class _Search:
         quickest = min(self.seconds(choice) for choice in fitting)
         equal = [choice for choice in fitting if self.seconds(choice) <= (1 + EQUAL) * quickest]
         best = min(equal, key=lambda choice: (choice.effort, self.seconds(choice), self.peak(choice)))
-        self._lean_ends()
+        self._lean_ends(fitting)
         changes = self._changes(best)
         chosen = self.judged(best)
         assert chosen is not None
@@ -293,14 +366,21 @@ class _Search:
             looked_at=len({*self.peaks, *self.times}),
         )
 
-    def _lean_ends(self) -> None:
-        """Times of the leanest choices, for the front's other end."""
-        lean = sorted((c for c in self.peaks if self.fits(c)), key=self.peak)
-        meshes: dict[tuple[object, ...], Choice] = {}
-        for choice in lean:
-            meshes.setdefault(choice.mesh, choice)
-        for choice in list(meshes.values())[:LEAN]:
-            self.seconds(choice)
+    def _lean_ends(self, fitting: list[Choice]) -> None:
+        """The leanest of the best meshes and of meshes like them, for the front's other end."""
+        quickest = min(map(self.seconds, fitting))
+        seen: dict[tuple[object, ...], Choice] = {}
+        for mesh in self._meshes(wide=False):
+            seen.setdefault(_alike(mesh), mesh)
+        near = [
+            mesh for mesh in seen.values() if self._quick(mesh, self.ways.checkpointings()[-1]) < 2 * quickest
+        ]
+        best = sorted(fitting, key=self.seconds)[: RUNNERS_UP + 1]
+        for mesh in (*best, *words.spread(near, LEAN)):
+            sizes = self.ways.micro_batches(mesh.data_ranks)
+            lean = dataclasses.replace(self._lean(mesh), micro_batch_size=min(sizes), schedule="1f1b")
+            if not self.ways.refusals(lean):
+                self.judged(lean)
 
     def _changes(self, best: Choice) -> list[Lost]:
         """The chosen one with one thing changed, each way that there is."""
@@ -339,7 +419,7 @@ class _Search:
 
     def _reasons(self, chosen: Judged, everything: list[Judged]) -> Iterator[str]:
         fitting = sum(one.fits for one in everything)
-        limit = "" if self.limit is None else f" into {words.gib(self.limit)} a process"
+        limit = "" if self.limit is None else f" into {units.gib(self.limit)} a process"
         yield (
             f"the quickest of {fitting} that were worked out and fit{limit}; of {self.possible} possible ones the"
             " others don't fit or can't be quicker"
@@ -362,8 +442,8 @@ class _Search:
         if near is not None and near.over_bytes:
             way = f"{words.name(near.choice)} with {words.details(near.choice)}"
             reasons = [
-                f"nothing fits into {words.gib(self.limit or 0)} a process: the leanest, {way}, is"
-                f" {words.gib(near.over_bytes)} too large"
+                f"nothing fits into {units.gib(self.limit or 0)} a process: the leanest, {way}, is"
+                f" {units.gib(near.over_bytes)} too large"
             ]
         elif self.unknown:
             reasons = [self.unknown]

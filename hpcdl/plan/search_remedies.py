@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from hpcdl import compress
 from hpcdl.parallel.auto import ALLOWED, OFF_THE_MESH
-from hpcdl.plan.found import details, gib, name
+from hpcdl.plan.found import details, name
 from hpcdl.plan.records import Hardware
 from hpcdl.plan.search_space import Choice
+from hpcdl.plan.units import gib
 from hpcdl.spec import ExperimentSpec
 
 MOST_NODES = 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -130,7 +131,7 @@ class Space:
     def _data(self, pp: int, cp: int, tp: int, ranks: int) -> Iterator[Choice]:
         if self.spec.trainer.global_batch_size % ranks:
             return
-        for shard in self._degrees("dp_shard", ranks, ranks):
+        for shard in reversed(self._degrees("dp_shard", ranks, ranks)):  # what holds least first
             replicate = ranks // shard
             if self.fixed.get("dp_replicate", replicate) != replicate:
                 continue
@@ -201,6 +202,16 @@ class Space:
         if "quantization" not in self.allow or own != "none" or not compress.freezes_base(self.spec):
             return [own]
         return [own, *(name for name in quant.names() if name != own)]
+
+    def count(self, mesh: Choice) -> int:
+        """How many choices a mesh has."""
+        ways = (
+            self.checkpointings(),
+            self.reshards(mesh),
+            self.micro_batches(mesh.data_ranks),
+            self.schedules(mesh),
+        )
+        return math.prod(map(len, ways))
 
     def offloads(self, choice: Choice) -> Iterator[Choice]:
         """The same with more of it in the host's memory: recomputed activations, then shards too."""

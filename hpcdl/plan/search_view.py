@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcdl.errors import UsageError
 from hpcdl.plan import found as words
+from hpcdl.plan import units
 from hpcdl.plan.found import Found, Judged
 
 if TYPE_CHECKING:
@@ -72,12 +73,12 @@ def _labelled(console: Console, label: str, text: str) -> None:
 
 def _speed(judged: Judged) -> str:
     mfu = "" if judged.time.mfu is None else f", MFU {judged.time.mfu:.0%}"
-    return f"{words.seconds(judged.step_s)} a step, {judged.time.tokens_per_s:,.0f} tokens/s{mfu}"
+    return f"{units.seconds(judged.step_s)} a step, {judged.time.tokens_per_s:,.0f} tokens/s{mfu}"
 
 
 def _room(judged: Judged) -> str:
-    limit = "" if judged.limit_bytes is None else f" of {words.gib(judged.limit_bytes)}"
-    return f"{words.gib(judged.peak_bytes)}{limit} a process"
+    limit = "" if judged.limit_bytes is None else f" of {units.gib(judged.limit_bytes)}"
+    return f"{units.gib(judged.peak_bytes)}{limit} a process"
 
 
 def _of(shown: Sequence[Judged], all_: Sequence[Judged]) -> str:
@@ -113,8 +114,8 @@ def _table(console: Console, title: str, rows: Sequence[Judged], chosen: Judged)
             str(choice.micro_batch_size),
             recomputed,
             ", ".join(words.more(choice)),
-            words.seconds(one.step_s),
-            words.gib(one.peak_bytes),
+            units.seconds(one.step_s),
+            units.gib(one.peak_bytes),
             why,
         )
         table.add_row(*(Text(cell) for cell in cells), style=style)
@@ -171,10 +172,10 @@ def _scatter(panel: Any, figure: Any, found: Found) -> None:
         *_points([chosen]), s=130, facecolors="none", edgecolors="C0", linewidths=2, zorder=4, label="chosen"
     )
     if found.limit_bytes is not None:
-        panel.axhline(found.limit_bytes / words.GIB, color="C1", linestyle="--", linewidth=1)
+        panel.axhline(found.limit_bytes / units.GIB, color="C1", linestyle="--", linewidth=1)
         panel.annotate(
-            f"limit {words.gib(found.limit_bytes)}",
-            (1, found.limit_bytes / words.GIB),
+            f"limit {units.gib(found.limit_bytes)}",
+            (1, found.limit_bytes / units.GIB),
             xycoords=("axes fraction", "data"),
             xytext=(-4, 4),
             textcoords="offset points",
@@ -184,7 +185,7 @@ def _scatter(panel: Any, figure: Any, found: Found) -> None:
         )
     _bounds(panel, found)
     for number, one in enumerate(words.spread(found.front, NAMED), start=1):
-        at = (one.step_s, one.peak_bytes / words.GIB)
+        at = (one.step_s, one.peak_bytes / units.GIB)
         panel.annotate(str(number), at, xytext=(5, 6), textcoords="offset points", fontsize=8, color="C3")
         panel.plot([], [], " ", label=f"{number}  {words.name(one.choice)}, {_short(one)}")
     panel.set(xlabel="seconds a step", ylabel="GiB a process, at its peak", title=_title(found))
@@ -208,9 +209,9 @@ def _bounds(panel: Any, found: Found) -> None:
     """What is many times too large or too slow would press all others into a corner: it is left outside."""
     near = [*found.front]
     slow = max(one.step_s for one in near)
-    high = max(one.peak_bytes for one in near) / words.GIB
+    high = max(one.peak_bytes for one in near) / units.GIB
     high = max(
-        high, (found.limit_bytes or 0) / words.GIB if (found.limit_bytes or 0) < 8 * high * words.GIB else 0
+        high, (found.limit_bytes or 0) / units.GIB if (found.limit_bytes or 0) < 8 * high * units.GIB else 0
     )
     panel.set_xlim(0.9 * near[0].step_s, 1.1 * slow)
     panel.set_ylim(0, 1.25 * high)
@@ -219,4 +220,4 @@ def _bounds(panel: Any, found: Found) -> None:
 
 
 def _points(judged: Sequence[Judged]) -> tuple[list[float], list[float]]:
-    return [one.step_s for one in judged], [one.peak_bytes / words.GIB for one in judged]
+    return [one.step_s for one in judged], [one.peak_bytes / units.GIB for one in judged]

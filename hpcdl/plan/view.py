@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpcdl.plan import bar, limits
-from hpcdl.plan.found import gib, seconds
 from hpcdl.plan.records import Plan, RankMemory, StepTime, Traffic
+from hpcdl.plan.units import gib, seconds
 from hpcdl.spec import ExperimentSpec
 
 if TYPE_CHECKING:
