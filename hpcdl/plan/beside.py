@@ -8,9 +8,12 @@ from __future__ import annotations
 
 MIB = 2**20
 
-PROCESS = 480 * MIB
-"""Resident memory of a worker before its model: Python, torch for CPUs, transformers, peft, numpy and what they map."""
-GLOO = 16 * MIB
+PROCESS = 415 * MIB
+"""Resident memory of a worker beside its tensors: Python, torch for CPUs, transformers, numpy and what they map: 407 to
+425 MiB in finished runs (`libraries` in memory.json)."""
+TOKENIZER = 24 * MIB
+"""Of a tokenizer with some ten thousand words, where it isn't bytes (444 MiB in all beside SmolLM2-135M)."""
+GLOO = 8 * MIB
 """Of a worker in a group: gloo's threads, pairs and their buffers, the store's client, what sharding imports."""
 CONTEXT = 550 * MIB
 """CUDA's context with torch's kernels loaded: 400 to 550 MiB on A100 and H100 (nvidia-smi less
@@ -32,9 +35,9 @@ go in each step. It takes some twenty steps until the process is at its largest:
 384 MiB (1.7 times), with all weights trained 0.9 to 1.0 GiB for 944 to 1,147 MiB, of which 513 are gradients (0.9
 to 1.0 times).
 """
-ARENA = 24 * MIB
+ARENA = 28 * MIB
 """The same whatever the tensors' size: a tiny model's 35 MiB in 300 steps for 20 MiB."""
-CHUNKS = 0.02
+CHUNKS = 0.08
 """Of what lies there while no step goes on: pieces too small to be given back."""
 
 
@@ -47,16 +50,17 @@ def context(many: bool) -> int:
     return CONTEXT + (NCCL if many else 0)
 
 
-def runtime(device: str, *, many: bool) -> int:
+def runtime(device: str, *, many: bool, words: bool = False) -> int:
     """Bytes of the process beside tensors and what the allocator keeps.
 
     Args:
         device: `cpu` or `cuda`.
         many: whether ranks talk.
+        words: whether the tokenizer is more than bytes.
     """
     if device == "cuda":
         return context(many)
-    return PROCESS + (GLOO if many else 0)
+    return PROCESS + (GLOO if many else 0) + (TOKENIZER if words else 0)
 
 
 def allocator(

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hpcdl.plan import across
 from hpcdl.plan.tape import BUFFERS, TEMPORARY, Store, Tape, Var, Weight
+
+ROWS = ("o_proj", "down_proj")
+"""Matrices whose inputs tensor parallel splits; of the others it splits the outputs (hpcdl.distributed.tensor)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +212,10 @@ class Passing:
         """A matrix and its adapter; `x` stays the caller's."""
         linear, tape, block = self.matrices[name], self.tape, self.block
         result = self.base(name, x, tokens)
+        summand = block.tp > 1 and name in ROWS
+        arrived = block.tokens if summand else tokens
+        if summand:
+            result = self.leave(result, linear.rows)
         if not linear.rank:
             return result
         e, rank = block.compute, linear.rank
@@ -224,9 +232,11 @@ class Passing:
         if linear.lengths:
             self._lengths(linear, a, b)
         down = self.product(before, a, rank, linear.columns, tokens, block.adapters)
-        up = self.product(down, b, linear.rows, rank, tokens, block.adapters)
+        if summand:
+            down = self.leave(down, rank)
+        up = self.product(down, b, linear.rows, rank, arrived, block.adapters)
         tape.done(down)
-        size = e * tokens * linear.rows
+        size = e * arrived * linear.rows
         if linear.lengths:
             beside = self._with_lengths(linear, name, result, up, before, tokens)
         else:
@@ -271,6 +281,35 @@ class Passing:
         tape.done(first, third, row)
         return out
 
+    # --- tensor parallel's collectives (hpcdl.distributed.tensor) -------------------------------------------
+
+    def enter(self, x: Var) -> Var:
+        """The whole sequence from the stream; `x` stays the caller's. Gathered on another dimension than the first: a
+        copy (torch.distributed._functional_collectives).
+        """
+        block, tape, e = self.block, self.tape, self.block.compute
+        own, whole = e * block.tokens * block.width, e * block.inside * block.width
+        states = self.cast(x, own)
+        if block.split_stream:
+            tape.pass_by(whole)
+            out = tape.op(whole, to=[(states, own)], passing=(whole, TEMPORARY))
+        else:
+            out = tape.op(own, to=[(states, own)], view=states.store)
+        tape.done(states)
+        return out
+
+    def leave(self, x: Var, width: float) -> Var:
+        """The ranks' summands added up, onto the stream; `x` is used up."""
+        block, tape, e = self.block, self.tape, self.block.compute
+        own, whole = e * block.tokens * width, e * block.inside * width
+        if block.split_stream:
+            tape.pass_by(whole)
+            out = tape.op(own, to=[(x, whole)], passing=(whole, TEMPORARY))
+        else:
+            out = tape.op(whole, to=[(x, -1)])
+        tape.done(x)
+        return out
+
     # --- norms, attention, MLP ----------------------------------------------------------------------------
 
     def norm(self, x: Var, name: str, tokens: float, width: float) -> Var:
@@ -285,7 +324,7 @@ class Passing:
         tape.done(square)
         root = tape.op(4 * tokens, to=[(variance, 4 * tokens)])
         scale = tape.op(4 * tokens, to=[(root, 4 * tokens)])
-        self._save_own(scale)
+        self.save_own(scale)
         tape.done(root)
         normed = tape.op(
             4 * numbers, to=[(wide, 4 * numbers), (scale, 4 * numbers)], saves=[wide.store, scale.store]
@@ -302,7 +341,7 @@ class Passing:
         tape.done(again, normed, variance)
         return out
 
-    def _save_own(self, out: Var) -> None:
+    def save_own(self, out: Var) -> None:
         """The result is saved too, as rsqrt and softmax do."""
         node = self.tape.nodes[-1] if self.tape.nodes else None
         if node is not None and node.out is out and self.tape.saving is not None:
@@ -345,6 +384,8 @@ class Passing:
     def softmax(self, query: Var, key: Var, value: Var, numbers: dict[str, float]) -> Var:
         """Scaled dot product attention; what it is given is used up."""
         block, tape, e = self.block, self.tape, self.block.compute
+        if block.cp > 1:
+            return across.attend(self, query, key, value)
         if block.attention == "eager":
             return self._eager(query, key, value, numbers)
         if block.attention == "masked" and block.heads > block.kv_heads:
@@ -367,13 +408,27 @@ class Passing:
         if block.attention == "masked":
             mask = tape.new(e * block.batch * block.queries * block.keys)
             saves.append(mask)
-        out = tape.op(e * numbers["q"], to=[(each, each.bytes) for each in ready], saves=saves)
-        self._save_own(out)
+        out = tape.op(
+            e * numbers["q"],
+            to=[(each, each.bytes) for each in ready],
+            saves=saves,
+            inside=self._going_back(),
+        )
+        self.save_own(out)
         tape.done(*ready, query, key, value)
         tape.drop(sums)
         if mask is not None:
             tape.drop(mask)
         return out
+
+    def _going_back(self) -> float:
+        """What flash attention takes on a GPU on its way back: the queries' gradient in fp32, and where heads share keys
+        the keys' for each head (flash-attention, csrc/flash_attn/flash_api.cpp, mha_bwd)."""
+        block = self.block
+        if not block.gpu:
+            return 0.0
+        each = block.batch * block.queries * block.heads * block.head_dim
+        return 4 * each + (2 * block.compute * each if block.heads > block.kv_heads else 0.0)
 
     def _width(self, key: Var, numbers: dict[str, float]) -> float:
         """Bytes of a number of the turned keys."""
@@ -406,7 +461,7 @@ class Passing:
         masked = tape.op(mask * scores, to=[(scaled, -1)])
         tape.done(scaled)
         weights = tape.op(4 * scores, to=[(masked, mask * scores)])
-        self._save_own(weights)
+        self.save_own(weights)
         cast = self.cast(weights, wide * scores)
         narrow = [self.cast(cast, e * scores), self.cast(value, e * numbers["q"])]
         out = tape.op(
@@ -439,12 +494,18 @@ class Passing:
         """LlamaDecoderLayer; `x` stays the caller's."""
         block, tape = self.block, self.tape
         normed = self.norm(x, "input_layernorm", block.tokens, block.width)
-        attended = self.attention(normed)
+        entered = self.enter(normed) if block.tp > 1 else normed
+        attended = self.attention(entered)
+        if block.tp > 1:
+            tape.done(entered)
         tape.done(normed)
         middle = self.residual(x, attended)
         tape.done(attended)
         normed = self.norm(middle, "post_attention_layernorm", block.tokens, block.width)
-        passed = self.mlp(normed)
+        entered = self.enter(normed) if block.tp > 1 else normed
+        passed = self.mlp(entered)
+        if block.tp > 1:
+            tape.done(entered)
         tape.done(normed)
         out = self.residual(middle, passed, unmade=self.stop)
         tape.done(passed, middle)

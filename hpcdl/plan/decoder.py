@@ -9,14 +9,11 @@ from typing import Any
 from hpcdl import compress
 from hpcdl.compress import quant
 from hpcdl.parallel._mesh import MeshConfig
-from hpcdl.plan.block import Block, Linear
+from hpcdl.plan.block import ROWS, Block, Linear
 from hpcdl.plan.loss import HELD_WEIGHTS, Head
 from hpcdl.spec import ExperimentSpec, ModelShape
 from hpcdl.spec.layout import Held, Matrix, head_dim, matrices
 from hpcdl.spec.parallel import ParallelDims
-
-ROWS = ("o_proj", "down_proj")
-"""Matrices whose inputs tensor parallel splits; of the others it splits the outputs (hpcdl.distributed.tensor)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +237,7 @@ class Decoder:
             held=self.seen,
             trained=not self.frozen,
             part=part,
+            gathered=self.dims.tp if self.dims.tp > 1 and not split else 1,
             of_a_part=held.whole * min(1.0, part / vocabulary) if part else 0.0,
             device=self.device,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpcdl.plan.tape import LOGITS, TEMPORARY, Store, Tape, Var, Weight
+from hpcdl.plan.tape import BUFFERS, LOGITS, TEMPORARY, Store, Tape, Var, Weight
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 HELD_WEIGHTS = {"cpu": 2**25, "cuda": 2**27}
@@ -33,6 +33,8 @@ class Head:
     """Rows that are made whole at a time, of a head in few bits; 0: it is used as it is."""
     of_a_part: float = 0.0
     """Bytes of such a part, with what making it takes."""
+    gathered: int = 1
+    """Ranks that have some rows each, all of which are gathered first (`loss_parallel=false`)."""
     device: str = "cpu"
     teacher: int = 0
     """Width of the teacher that is learned from; 0: none."""
@@ -59,19 +61,28 @@ def loss(tape: Tape, hidden: Var, head: Head, own: Weight) -> Var:
         rows = tape.op(e * numbers, to=[(picked, picked.bytes)])
         tape.done(picked)
     labels = tape.new(8 * head.tokens)
+    source: Var | Weight = own
+    whole: Var | None = None
+    if head.gathered > 1:
+        size = head.held * head.rows * head.width
+        source = whole = tape.op(size, to=[(own, own.bytes)], kind=BUFFERS)
+        if not own.bytes:
+            source = own
     if head.teacher:
-        out = _distilled(tape, rows, head, own)
+        out = _distilled(tape, rows, head, source)
     elif head.part:
         out = _in_parts(tape, rows, head)
     else:
-        out = _chunked(tape, rows, head, own)
+        out = _chunked(tape, rows, head, source)
+    if whole is not None:
+        tape.done(whole)
     tape.done(rows)
     tape.drop_all([index, labels])
     tape.kind = TEMPORARY
     return out
 
 
-def _chunked(tape: Tape, rows: Var, head: Head, own: Weight) -> Var:
+def _chunked(tape: Tape, rows: Var, head: Head, own: Var | Weight) -> Var:
     """LinearCrossEntropy."""
     e, numel = head.compute, head.rows * head.width
     matrix = tape.new(e * numel) if head.held != e else None
@@ -135,7 +146,7 @@ def _in_parts(tape: Tape, rows: Var, head: Head) -> Var:
     return out
 
 
-def _distilled(tape: Tape, rows: Var, head: Head, own: Weight) -> Var:
+def _distilled(tape: Tape, rows: Var, head: Head, own: Var | Weight) -> Var:
     """LinearDistillation, with the teacher's head beside this one (hpcdl.distributed.distillation)."""
     e, numel, vocabulary = head.compute, head.rows * head.width, head.rows
     theirs = tape.new(e * head.tokens * head.teacher)

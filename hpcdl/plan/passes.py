@@ -126,10 +126,15 @@ def end_passes(
     x = tape.var(size, wants=wants)
     hidden = passing.norm(x, "norm", block.tokens, block.width)
     tape.done(x)
-    own = passing.weight("head", "weight", head.held * head.rows * head.width if head.trained else 0.0)
+    own = passing.weight(
+        "head", "weight", head.held * head.rows * head.width / head.gathered if head.trained else 0.0
+    )
     if tied:  # waits as it is: nothing is added to what is there, nor put into a bucket
         own.grad, own.bucketed = None, False
-    result = loss(tape, hidden, head, own)
+    states = passing.enter(hidden) if block.tp > 1 else hidden
+    result = loss(tape, states, head, own)
+    if block.tp > 1:
+        tape.done(states)
     tape.done(hidden)
     forward = _peak(tape)
     tape.done(result)

@@ -178,10 +178,11 @@ class Shares:
             largest=self.largest,
             around=add(self._around(how), of(TEMPORARY, 4 * self.trained if around.bucketed else 0.0)),
             within=self._masks,
-            block_forward=self._gathered(2.0, 0.0),
-            block_backward=self._gathered(2.0, 4.0),
-            ends=self._gathered(1.0, 0.0),
-            arriving=0.0,
+            block_forward=self._gathered(2.0),
+            block_backward=self._gathered(2.0),
+            reducing=of(TEMPORARY, 4 * model.block_trained if model.sharded else 0.0),
+            ends=self._gathered(1.0),
+            of_each=self._of_each,
             after=of(TEMPORARY, exchanging if not around.bucketed else 0.0),
             updating=of(TEMPORARY, 0.0),
             shards=model.shards if model.sharded else 0,
@@ -207,6 +208,18 @@ class Shares:
         return found
 
     @property
+    def _of_each(self) -> Bytes:
+        """Of each micro-batch in a pipeline, beside what its blocks keep: rotary angles, and what is sent on."""
+        if self.model.dims.pp == 1:
+            return of(ACTIVATIONS, 0.0)
+        block, count = self.model.block, len(self.stages)
+        stream = block.residual * block.tokens * block.width * (count - self.last)
+        whole = block.batch * self.model.spec.data.seq_len / self.model.dims.cp
+        return add(
+            of(ACTIVATIONS, 2 * block.residual * whole * block.head_dim * count), of(TEMPORARY, stream)
+        )
+
+    @property
     def _masks(self) -> Bytes:
         """Booleans for documents in a row; eager attention's mask is of numbers."""
         block = self.model.block
@@ -230,19 +243,15 @@ class Shares:
             return model.block_bytes + model.adapter_seen * model.block_adapters
         return model.seen * base + model.adapter_seen * model.block_adapters
 
-    def _gathered(self, blocks: float, reducing: float) -> Bytes:
-        """FSDP's (torch.distributed.fsdp, _fsdp_collectives.py): what was gathered into, and parameters made of it.
+    def _gathered(self, blocks: float) -> Bytes:
+        """FSDP's: what was gathered into, and the parameters made of it; so many times a block.
 
-        Args:
-            blocks: times a block's parameters.
-            reducing: bytes of a trained number that are on their way to the ranks that keep it.
+        Source: torch.distributed.fsdp, _fsdp_collectives.py and _fsdp_param_group.py: going forward, what was
+        gathered into stays until the next block is gathered; going back, the next one is gathered ahead.
         """
         if not self.model.sharded:
             return of(BUFFERS, 0.0)
-        found = blocks - (1.0 if self._keeps_gathered else 0.0)
-        return add(
-            of(BUFFERS, max(0.0, found) * self._a_block), of(TEMPORARY, reducing * self.model.block_trained)
-        )
+        return of(BUFFERS, max(0.0, blocks - self._keeps_gathered) * self._a_block)
 
     # --- together -------------------------------------------------------------------------------------------
 
@@ -268,7 +277,7 @@ class Shares:
         there = sum(always.values())
         tensors = there + sum(highest.bytes)
         inside = there + max(instant.with_inside for instant in instants)
-        kinds = {name: round(size) for name, size in zip(KINDS, stage.highest(), strict=True)}
+        kinds = {name: round(size) for name, size in zip(KINDS, stage.highest(instants), strict=True)}
         held = {name: round(size) for name, size in always.items()}
         at_peak = {**held, **{n: round(size) for n, size in zip(KINDS, highest.bytes, strict=True)}}
         host = model.device == "cpu"
@@ -282,10 +291,16 @@ class Shares:
             tensors=sum(at_peak.values()),
             moment=highest.moment,
             allocator=beside.allocator(
-                model.device, tensors, inside - resident, elsewhere, made=sum(highest.bytes),
+                model.device,
+                tensors,
+                inside - resident,
+                elsewhere,
+                made=sum(highest.bytes),
                 gradients=highest.bytes[GRADIENTS] + (4 * self.trained if around.bucketed else 0.0),
             ),
-            runtime=beside.runtime(model.device, many=model.dims.world_size > 1),
+            runtime=beside.runtime(
+                model.device, many=model.dims.world_size > 1, words=model.spec.model.tokenizer != "byte"
+            ),
         )
 
     def elsewhere(self, around: Around) -> float:

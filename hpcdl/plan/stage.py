@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,12 +25,12 @@ class Instant:
 
 def of(kind: int, size: float) -> Bytes:
     """So many bytes of one kind."""
-    return tuple(size if each == kind else 0.0 for each in range(len(NOTHING)))
+    return NOTHING[:kind] + (size,) + NOTHING[kind + 1 :]
 
 
 def times(number: float, sizes: Bytes) -> Bytes:
     """By kind."""
-    return tuple(number * size for size in sizes)
+    return tuple([number * size for size in sizes])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,13 @@ class Stage:
     block_forward: Bytes = NOTHING
     """There while a block is on its way forward: its weights gathered."""
     block_backward: Bytes = NOTHING
-    """The same on its way back, with its gradients under way."""
+    """The same on its way back."""
+    reducing: Bytes = NOTHING
+    """The gradients of the block before it, under way to the ranks that keep them."""
     ends: Bytes = NOTHING
     """There in the loss."""
-    arriving: float = 0.0
-    """Bytes of a tensor that comes from or goes to another stage, for each micro-batch under way."""
+    of_each: Bytes = NOTHING
+    """Pipeline: of each micro-batch under way, beside what its blocks keep."""
     after: Bytes = NOTHING
     """Beside the gradients once they are there: what is summed up over ranks, or sent."""
     updating: Bytes = NOTHING
@@ -172,10 +174,11 @@ class Stage:
         gathered = of(GRADIENTS, self.gradients if self.there else 0.0)
         base = add(self.around, gathered)
         # micro-batches of a pipeline that wait for their way back, this one left out
-        base = add(base, times(self.under_way - 1, add(self.kept, of(ACTIVATIONS, self.arriving))))
-        if self.recomputed:
+        base = add(base, times(self.under_way - 1, self.kept), times(self.under_way, self.of_each))
+        stays = self.recomputed > 0 or self.block.cp > 1  # a mask that the engine has made is the engine's
+        if stays:
             base = add(base, self.within)
-        entered = self._entered() if self.recomputed else add(self._entered(), self.within)
+        entered = self._entered() if stays else add(self._entered(), self.within)
         last_kept = self.last.kept
         before_last = add(self.kept, times(-1, last_kept))
         yield self._at(
@@ -189,7 +192,9 @@ class Stage:
         found = add(base, of(GRADIENTS, left))
         for passes, before, after in self._places():
             rest = of(GRADIENTS, self._left(self.last) * after)
-            yield self._at("backward", passes.backward, found, before, rest, self.block_backward)
+            # FSDP keeps what a block's gradients were reduced from until the next block's are
+            reduced = self.reducing if after else NOTHING
+            yield self._at("backward", passes.backward, found, before, rest, self.block_backward, reduced)
         yield from self._after(base, found)
 
     def _places(self) -> Iterator[tuple[Passes, Bytes, int]]:
@@ -222,7 +227,11 @@ class Stage:
         if self.embedding:
             blocks = self._left(self.first) + self._left(self.last) * (self.layers - 1)
             size = self.embedding
-            back = add(found, of(GRADIENTS, blocks), of(TEMPORARY, size + self.stream))
+            back = add(
+                found,
+                of(GRADIENTS, blocks),
+                of(TEMPORARY, size + self.stream * (2 * self.block.tp if self.block.tp > 1 else 1)),
+            )
             yield Instant(moment="backward", bytes=back, with_inside=sum(back))
         whole = of(GRADIENTS, 0.0 if self.bucketed else self.gradients)
         sent = add(whole, self.after)
@@ -241,11 +250,11 @@ class Stage:
             moment=moment, bytes=add(peak.bytes, beside), with_inside=peak.with_inside + sum(beside)
         )
 
-    def highest(self) -> Bytes:
-        """Each kind by itself."""
+    def highest(self, instants: Sequence[Instant]) -> Bytes:
+        """Each kind by itself, from what `moments` gave."""
         under_way = times(self.under_way, self.kept)
         end = self.end.highest if self.end else NOTHING
-        found = [max(instant.bytes[kind] for instant in self.moments()) for kind in range(len(NOTHING))]
+        found = [max(each) for each in zip(*(instant.bytes for instant in instants), strict=True)]
         block = tuple(map(max, self.first.highest, self.last.highest))
         wide = tuple(map(max, found, block, end))
         done = list(map(max, wide, add(under_way, self.around)))

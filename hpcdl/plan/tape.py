@@ -13,7 +13,7 @@ tracker of a CPU run doesn't see it (hpcdl.worker.storages), a GPU's allocator d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 KINDS = ("activations", "recomputed", "logits", "buffers", "gradients", "temporary")
@@ -234,9 +234,4 @@ class Tape:
 
 def add(first: Sequence[float], *others: Sequence[float]) -> Bytes:
     """By kind."""
-    return tuple(map(sum, zip(first, *others, strict=True)))
-
-
-def named(sizes: Sequence[float]) -> Mapping[str, float]:
-    """By the kinds' names."""
-    return dict(zip(KINDS, sizes, strict=True))
+    return tuple([sum(each) for each in zip(first, *others, strict=True)])
