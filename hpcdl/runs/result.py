@@ -103,6 +103,8 @@ def _facts(record: dict[str, Any]) -> list[str]:
     how = []
     if speed:
         how.append(f"{speed:,.0f} tokens/s")
+    if record.get("env_steps_per_s"):
+        how.append(f"{record['env_steps_per_s']:,.0f} of them a second")
     if mfu:
         how.append(f"MFU {100 * mfu:.1f} %")
     if memory:
