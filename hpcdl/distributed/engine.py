@@ -26,6 +26,14 @@ Batch = dict[str, Tensor]
 MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 """Makes the experiment's optimizer over some parameters."""
 
+Watch = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
+"""What another thread's work is put into while a step's memory is measured; takes tensors that came from elsewhere."""
+
+
+def unwatched(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Nobody measures."""
+    return nullcontext()
+
 
 class Engine:
     """A model under a strategy. Methods are called by all ranks together unless they say otherwise."""
@@ -174,6 +182,17 @@ class Engine:
     def report(self) -> dict[str, float]:
         """What only this strategy measures, for metrics.jsonl and result.json; rank 0 alone."""
         return {}
+
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """Those whose state this rank keeps."""
+        return [self.optimizer]
+
+    def copies(self) -> Iterable[Tensor]:
+        """Further copies of weights that this rank keeps, beside the model's own."""
+        return ()
+
+    def watch(self, watching: Watch) -> None:
+        """Says what other threads' work on tensors is to be put into from here on."""
 
     # --- the parts that other engines change --------------------------------------------------------------
 

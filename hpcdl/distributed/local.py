@@ -8,7 +8,7 @@ tied weights when it saves the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -210,6 +210,14 @@ class DilocoEngine(LocalEngine):
         self._outer_optimizer.zero_grad(set_to_none=True)
         for name, outer in self._outer.items():
             self.trainable[name].detach().copy_(outer.detach())
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The outer one too."""
+        return [self.optimizer, self._outer_optimizer]
+
+    def copies(self) -> Iterable[Tensor]:
+        """The outer weights."""
+        return self._outer.values()
 
     def state(self) -> dict[str, Tensor]:
         """With the outer weights and their momentum, which are the same on every rank."""

@@ -26,11 +26,13 @@ from hpcdl.distributed.engine import (
     Batch,
     Engine,
     MakeOptimizer,
+    Watch,
     clip,
     live_state,
     set_steps,
     squares,
     staleness_report,
+    unwatched,
 )
 from hpcdl.distributed.local import root_mean_square
 from hpcdl.distributed.mesh import Grid
@@ -97,12 +99,14 @@ class Server:
         self._pushes: dict[int, tuple[Push, Future[Any]]] = {}
         self._fetches: list[tuple[int, Future[Weights]]] = []
         self._snapshot: Weights | None = None
+        self.watch: Watch = unwatched
+        """Around everything that makes tensors."""
         self._lock = threading.Lock()
 
     def fetch(self, worker: int) -> Future[Weights]:
         """The newest weights, once no worker is more than `max_staleness` steps behind this one."""
         answer: Future[Weights] = Future()
-        with self._lock:
+        with self._lock, self.watch(()):
             self._fetches.append((worker, answer))
             due = self._due()
         for future, weights in due:
@@ -117,7 +121,7 @@ class Server:
         """
         answer: Future[Any] = Future()
         due: list[tuple[Future[Any], Any]] = []
-        with self._lock:
+        with self._lock, self.watch([tensor for tensor in push.gradients if tensor is not None]):
             self._count(self.version - push.version)
             self._clocks[push.worker] += 1
             if self._asynchronous:
@@ -145,6 +149,12 @@ class Server:
         if self._snapshot is None or self._snapshot.version != self.version:
             self._snapshot = Weights(self.version, [p.detach().clone() for p in self.parameters])
         return self._snapshot
+
+    def copies(self) -> list[Tensor]:
+        """The weights, and the copy of them that is kept."""
+        with self._lock:
+            kept = [] if self._snapshot is None else self._snapshot.tensors
+            return [*self.parameters, *kept]
 
     def forget(self) -> None:
         """Lets the kept copy go: the weights have been set from outside."""
@@ -353,6 +363,19 @@ class ServerEngine(Engine):
             self._server.forget()
         self._newest = False
         dist.barrier()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The server's, where it is; no worker has one."""
+        return [] if self._server is None else [self._server.optimizer]
+
+    def copies(self) -> list[Tensor]:
+        """The server's."""
+        return [] if self._server is None else self._server.copies()
+
+    def watch(self, watching: Watch) -> None:
+        """RPC's threads do the server's work."""
+        if self._server is not None:
+            self._server.watch = watching
 
     def report(self) -> dict[str, float]:
         """Mean and maximum of all pushes' staleness, in updates."""

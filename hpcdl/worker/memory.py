@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hpcdl import compress
 from hpcdl.compress import offload
-from hpcdl.distributed.engine import Engine, prime
+from hpcdl.distributed.engine import Engine, prime, unwatched
 from hpcdl.plan import memory as plan
 from hpcdl.plan.records import of_rank
 from hpcdl.runs import memory as report
@@ -57,12 +58,22 @@ class Meter:
             return nullcontext()
         engine = self._engine
         if engine.lag == 0 and not offload.streams(self._spec):  # its state is then there, as in later steps
-            prime(engine.optimizer)
-        here = unique(tensors_of(engine.stages))
+            for optimizer in engine.optimizers():
+                prime(optimizer)
+        here = unique(chain(tensors_of(engine.stages), engine.copies()))
         known = dict.fromkeys(here, "weights") | dict.fromkeys(unique(_state(engine)), "optimizer")
         self._tracker = Tracker(known)
         self._watching = Watching(self._tracker, engine.stages, engine.trainable.values())
-        return self._watching
+        return self._everywhere(self._watching)
+
+    @contextmanager
+    def _everywhere(self, watching: Watching) -> Iterator[None]:
+        self._engine.watch(watching.elsewhere)
+        try:
+            with watching:
+                yield
+        finally:
+            self._engine.watch(unwatched)
 
     def report(self, step: int) -> dict[str, Any]:
         """Called after the measured step: writes memory.json; the first rank prints the table."""
@@ -86,7 +97,7 @@ class Meter:
         engine, tracker = self._engine, self._tracker
         device = engine.device.type
         trained = unique(parameter.detach() for parameter in engine.trainable.values())
-        weights = unique(tensors_of(engine.stages))
+        weights = unique(chain(tensors_of(engine.stages), engine.copies()))
         adapters: dict[int, Storage] = {}
         if compress.freezes_base(self._spec):
             adapters = trained
@@ -175,10 +186,11 @@ def give_back() -> int:
 
 def _state(engine: Engine) -> Iterable[Tensor]:
     """The optimizer's tensors."""
-    for state in engine.optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                yield value
+    for optimizer in engine.optimizers():
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    yield value
 
 
 def _bytes(storages: Iterable[Storage]) -> int:

@@ -18,9 +18,10 @@ What is there before the step (weights, adapters, optimizer state) is counted by
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -92,9 +93,15 @@ class Tracker:
     """By kind when all together were highest."""
     _seen: dict[int, tuple[str, int, Any]] = field(default_factory=dict)
     """By the storage's own address in C++: its kind, its bytes, the weak reference."""
+    _lock: Any = field(default_factory=threading.RLock)
+    """Other threads make tensors too (a parameter server's); a thread that holds it may see storages go."""
 
     def add(self, storage: Storage, kind: str) -> None:
         """A storage that an operator gave; known ones stay what they are."""
+        with self._lock:
+            self._add(storage, kind)
+
+    def _add(self, storage: Storage, kind: str) -> None:
         size, key = storage.nbytes(), storage._cdata
         if key in self._seen:
             known_kind, known_size, reference = self._seen[key]
@@ -114,20 +121,22 @@ class Tracker:
 
     def turn(self, storage: Storage, kind: str, *, of: tuple[str, ...] = ("temporary",)) -> None:
         """It has become something else."""
-        seen = self._seen.get(storage._cdata)
-        if seen is None or seen[0] not in of:
-            return
-        was, size, reference = seen
-        self._seen[storage._cdata] = kind, size, reference
-        self.live[was] -= size
-        self.live[kind] += size
-        self.highest[kind] = max(self.highest[kind], self.live[kind])
-        if self.total == self.peak:
-            self.at_peak = dict(self.live)
+        with self._lock:
+            seen = self._seen.get(storage._cdata)
+            if seen is None or seen[0] not in of:
+                return
+            was, size, reference = seen
+            self._seen[storage._cdata] = kind, size, reference
+            self.live[was] -= size
+            self.live[kind] += size
+            self.highest[kind] = max(self.highest[kind], self.live[kind])
+            if self.total == self.peak:
+                self.at_peak = dict(self.live)
 
     def _gone(self, key: int) -> None:
-        kind, size, _ = self._seen.pop(key)
-        self._change(kind, -size)
+        with self._lock:
+            kind, size, _ = self._seen.pop(key)
+            self._change(kind, -size)
 
     def _change(self, kind: str, size: int) -> None:
         self.live[kind] += size
@@ -159,6 +168,9 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._undo = ExitStack()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.look(func, types, args, kwargs)
+
+    def look(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Runs the operator and looks at what it gave."""
         if any(issubclass(kind, Tensor) and hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # its parts will come by themselves
@@ -169,6 +181,17 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
             except Exception as error:  # tensors that nobody has thought of must not end a training
                 self.fault = f"{func}: {type(error).__name__}: {error}"
         return result
+
+    def elsewhere(self, tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+        """Looks at another thread's operators; modes are a thread's own.
+
+        Args:
+            tensors: that no operator made: they came over the network.
+        """
+        for tensor in tensors:
+            for storage in storages(tensor):
+                self.tracker.add(storage, "temporary")
+        return _Elsewhere(self)
 
     def _look(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         kind = self._kind(func, args, kwargs)
@@ -242,6 +265,17 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if parameter.grad is not None:
             for storage in storages(parameter.grad):
                 self.tracker.turn(storage, "gradients", of=tuple(KINDS))
+
+
+class _Elsewhere(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What another thread makes in the same step."""
+
+    def __init__(self, watching: Watching) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watching = watching
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._watching.look(func, types, args, kwargs)
 
 
 class _Resizing:

@@ -70,6 +70,11 @@ def test_each_rank_has_its_own(workers: Workers) -> None:
     second = json.loads(report.file_of(done.run.path, 1).read_text())
     assert (first["rank"], second["rank"]) == (0, 1)
     assert "rank 0 of 2: this rank's own" in done.log and "step 2, rank 1" not in done.log
+    told = done.result()["memory"]
+    fullest = (first, second)[told["fullest_rank"]]
+    assert told["ranks"] == 2 and told["tensors_bytes"] == fullest["measured"]["tensors"]
+    assert told["planned_peak_bytes"] == fullest["planned"]["peak"] > fullest["ended"]["peak"]
+    assert first["ended"]["peak"] >= first["measured"]["peak"]  # its checkpoint and its result are in it
     alone = record_of(workers.train(1, **SHAPE))
     for name in ("weights", "optimizer"):
         assert first["measured"][name] == pytest.approx(alone["measured"][name] / 2, rel=0.05)
@@ -124,7 +129,10 @@ def test_every_strategy_can_be_measured(workers: Workers, ranks: int, strategy: 
     done = workers.train(ranks, **SHAPE, **{f"parallel__{key}": value for key, value in strategy.items()})
     for rank in range(ranks):
         record = json.loads(report.file_of(done.run.path, rank).read_text())
-        assert 0 < record["measured"]["weights"] < record["measured"]["tensors"]
+        planned, measured = record["planned"], record["measured"]
+        assert 0 < measured["weights"] < measured["tensors"]
+        assert planned["tensors"] == pytest.approx(measured["tensors"], rel=0.2)
+        assert planned["peak"] > record["ended"]["peak"]  # else it would be said to fit where it doesn't
     assert len(done.losses()) == SHAPE["trainer__max_steps"]
 
 
