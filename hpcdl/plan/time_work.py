@@ -119,8 +119,11 @@ class Work:
 
     def _product(self, tokens: float, rows: float, columns: float) -> float:
         """Seconds of a matrix product: of its operations, or of its operands where they take longer (roofline)."""
+        computing = 2 * tokens * rows * columns / self._rate
+        if self.device.kind == "cpu":  # oneDNN packs the weights first
+            return computing + self.compute * rows * columns / self._bandwidth
         moved = self.compute * (tokens * (rows + columns) + rows * columns)
-        return max(2 * tokens * rows * columns / self._rate, moved / self._bandwidth)
+        return max(computing, moved / self._bandwidth)
 
     # --- a block ------------------------------------------------------------------------------------------
 
