@@ -35,9 +35,9 @@ go in each step. It takes some twenty steps until the process is at its largest:
 384 MiB (1.7 times), with all weights trained 0.9 to 1.0 GiB for 944 to 1,147 MiB, of which 513 are gradients (0.9
 to 1.0 times).
 """
-ARENA = 28 * MIB
+ARENA = 24 * MIB
 """The same whatever the tensors' size: a tiny model's 35 MiB in 300 steps for 20 MiB."""
-CHUNKS = 0.08
+CHUNKS = 0.02
 """Of what lies there while no step goes on: pieces too small to be given back."""
 
 
@@ -64,7 +64,14 @@ def runtime(device: str, *, many: bool, words: bool = False) -> int:
 
 
 def allocator(
-    device: str, tensors: float, with_inside: float, elsewhere: float, made: float, gradients: float
+    device: str,
+    tensors: float,
+    with_inside: float,
+    elsewhere: float,
+    made: float,
+    gradients: float,
+    *,
+    tidy: bool = False,
 ) -> int:
     """Bytes beyond tensors at their peak.
 
@@ -75,8 +82,9 @@ def allocator(
         elsewhere: what the process holds at most outside of steps: while it loads, or copies a checkpoint.
         made: of `tensors` those that each step makes anew.
         gradients: of these the gradients, and the buckets that they are in.
+        tidy: malloc was told to keep no holes (hpcdl.distributed.allocator).
     """
     if device == "cuda":
         return round(with_inside - tensors + FRAGMENTS * with_inside + CUBLAS)
-    holes = max(HOLES * (made - gradients), HOLES_OF_ALL * made)
+    holes = CHUNKS * made if tidy else max(HOLES * (made - gradients), HOLES_OF_ALL * made)
     return round(max(with_inside + holes, (1 + CHUNKS) * elsewhere) - tensors + ARENA)

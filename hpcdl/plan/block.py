@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hpcdl.plan import across
+from hpcdl.plan import adapter, attention
 from hpcdl.plan.tape import BUFFERS, TEMPORARY, Store, Tape, Var, Weight
-
-ROWS = ("o_proj", "down_proj")
-"""Matrices whose inputs tensor parallel splits; of the others it splits the outputs (hpcdl.distributed.tensor)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,79 +205,6 @@ class Passing:
             tape.done(copy)
         return out
 
-    def linear(self, name: str, x: Var, tokens: float) -> Var:
-        """A matrix and its adapter; `x` stays the caller's."""
-        linear, tape, block = self.matrices[name], self.tape, self.block
-        result = self.base(name, x, tokens)
-        summand = block.tp > 1 and name in ROWS
-        arrived = block.tokens if summand else tokens
-        if summand:
-            result = self.leave(result, linear.rows)
-        if not linear.rank:
-            return result
-        e, rank = block.compute, linear.rank
-        wide = self.cast(x, block.adapters * tokens * linear.columns)
-        before = wide
-        if linear.dropout:
-            # on a CPU a tensor of zeros and 1/(1-p), on a GPU booleans (native_dropout)
-            mask = tape.new(tokens * linear.columns if block.gpu else wide.bytes)
-            before = tape.op(wide.bytes, to=[(wide, wide.bytes)], saves=[mask])
-            tape.drop(mask)
-            tape.done(wide)
-        a = self.weight(name, "A", block.adapters * rank * linear.columns)
-        b = self.weight(name, "B", block.adapters * rank * linear.rows)
-        if linear.lengths:
-            self._lengths(linear, a, b)
-        down = self.product(before, a, rank, linear.columns, tokens, block.adapters)
-        if summand:
-            down = self.leave(down, rank)
-        up = self.product(down, b, linear.rows, rank, arrived, block.adapters)
-        tape.done(down)
-        size = e * arrived * linear.rows
-        if linear.lengths:
-            beside = self._with_lengths(linear, name, result, up, before, tokens)
-        else:
-            beside = tape.op(size, to=[(up, size)])
-        tape.done(up)
-        out = tape.op(size, to=[(result, -1), (beside, -1)])
-        tape.done(result, beside, before)
-        return out
-
-    def _lengths(self, linear: Linear, a: Weight, b: Weight) -> None:
-        """DoRA's norm of W + B·A, made anew in each pass (peft.tuners.lora.dora, DoraLinearLayer.forward)."""
-        tape, e, c = self.tape, self.block.compute, self.block.adapters
-        eye = tape.new(c * linear.columns**2, BUFFERS)
-        held = [eye]
-        if e != c:
-            held.append(tape.new(e * linear.columns**2, BUFFERS))
-        held.append(tape.new(e * linear.columns * linear.rank, BUFFERS))
-        held.append(tape.new(e * linear.numel, BUFFERS))
-        tape.drop(eye)
-        held.remove(eye)
-        if e != c:
-            held.append(tape.new(c * linear.numel, BUFFERS))
-            held.append(tape.new(c * linear.numel, BUFFERS))
-        scaled, summed = tape.new(c * linear.numel, BUFFERS), tape.new(c * linear.numel, BUFFERS)
-        tape.drop_all([scaled, *held])
-        tape.take(c * linear.numel)
-        tape.drop(summed)
-
-    def _with_lengths(
-        self, linear: Linear, name: str, result: Var, up: Var, before: Var, tokens: float
-    ) -> Var:
-        """(m - 1) · base + m · B·A·x · scale, in the wider of both dtypes."""
-        tape, block = self.tape, self.block
-        lengths = self.weight(name, "m", block.adapters * linear.rows)
-        size = max(block.adapters, block.compute) * tokens * linear.rows
-        row = tape.op(block.adapters * linear.rows, to=[(lengths, lengths.bytes)])
-        first = tape.op(size, to=[(row, size), (result, size)], saves=[result.store, row.store])
-        second = tape.op(size, to=[(row, size), (up, size)], saves=[up.store, row.store])
-        third = tape.op(size, to=[(second, size)])
-        tape.done(second)
-        out = tape.op(size, to=[(first, -1), (third, -1)])
-        tape.done(first, third, row)
-        return out
-
     # --- tensor parallel's collectives (hpcdl.distributed.tensor) -------------------------------------------
 
     def enter(self, x: Var) -> Var:
@@ -370,122 +294,29 @@ class Passing:
         block, tape, tokens = self.block, self.tape, self.block.inside
         e = block.compute
         numbers = {"q": tokens * block.heads * block.head_dim, "k": tokens * block.kv_heads * block.head_dim}
-        query = self.linear("q_proj", x, tokens)
-        key = self.linear("k_proj", x, tokens)
-        value = self.linear("v_proj", x, tokens)
+        query = adapter.linear(self, "q_proj", x, tokens)
+        key = adapter.linear(self, "k_proj", x, tokens)
+        value = adapter.linear(self, "v_proj", x, tokens)
         wide = max(e, block.residual)
         turned = self.rotary(query, numbers["q"], wide), self.rotary(key, numbers["k"], wide)
         tape.done(query, key)
-        out = self.softmax(*turned, value, numbers)
-        result = self.linear("o_proj", out, tokens)
+        out = attention.softmax(self, *turned, value, numbers)
+        result = adapter.linear(self, "o_proj", out, tokens)
         tape.done(out)
         return result
-
-    def softmax(self, query: Var, key: Var, value: Var, numbers: dict[str, float]) -> Var:
-        """Scaled dot product attention; what it is given is used up."""
-        block, tape, e = self.block, self.tape, self.block.compute
-        if block.cp > 1:
-            return across.attend(self, query, key, value)
-        if block.attention == "eager":
-            return self._eager(query, key, value, numbers)
-        if block.attention == "masked" and block.heads > block.kv_heads:
-            repeated = [
-                self._repeat(each, each.bytes * block.heads / block.kv_heads) for each in (key, value)
-            ]
-            tape.done(key, value)
-            key, value = repeated
-        ready = [
-            self.cast(each, e * count)
-            for each, count in zip(
-                (query, key, value),
-                (numbers["q"], key.store.bytes / self._width(key, numbers), value.bytes / e),
-                strict=True,
-            )
-        ]
-        sums = tape.new(4 * block.batch * block.heads * block.queries)
-        saves = [*(each.store for each in ready), sums]
-        mask = None
-        if block.attention == "masked":
-            mask = tape.new(e * block.batch * block.queries * block.keys)
-            saves.append(mask)
-        out = tape.op(
-            e * numbers["q"],
-            to=[(each, each.bytes) for each in ready],
-            saves=saves,
-            inside=self._going_back(),
-        )
-        self.save_own(out)
-        tape.done(*ready, query, key, value)
-        tape.drop(sums)
-        if mask is not None:
-            tape.drop(mask)
-        return out
-
-    def _going_back(self) -> float:
-        """What flash attention takes on a GPU on its way back: the queries' gradient in fp32, and where heads share keys
-        the keys' for each head (flash-attention, csrc/flash_attn/flash_api.cpp, mha_bwd)."""
-        block = self.block
-        if not block.gpu:
-            return 0.0
-        each = block.batch * block.queries * block.heads * block.head_dim
-        return 4 * each + (2 * block.compute * each if block.heads > block.kv_heads else 0.0)
-
-    def _width(self, key: Var, numbers: dict[str, float]) -> float:
-        """Bytes of a number of the turned keys."""
-        count = numbers["q"] if self.block.attention == "masked" else numbers["k"]
-        return key.bytes / count
-
-    def _repeat(self, x: Var, size: float) -> Var:
-        """repeat_kv: each head for the queries that share it."""
-        return self.tape.op(size, to=[(x, x.bytes)])
-
-    def _eager(self, query: Var, key: Var, value: Var, numbers: dict[str, float]) -> Var:
-        """eager_attention_forward: the scores are kept."""
-        block, tape, e = self.block, self.tape, self.block.compute
-        scores = block.batch * block.heads * block.queries * block.keys
-        if block.heads > block.kv_heads:
-            repeated = [
-                self._repeat(each, each.bytes * block.heads / block.kv_heads) for each in (key, value)
-            ]
-            tape.done(key, value)
-            key, value = repeated
-        wide = query.bytes / numbers["q"]
-        ready = [self.cast(each, e * numbers["q"]) for each in (query, key)]
-        raw = tape.op(
-            e * scores, to=[(each, each.bytes) for each in ready], saves=[each.store for each in ready]
-        )
-        tape.done(*ready)
-        scaled = tape.op(e * scores, to=[(raw, e * scores)])
-        tape.done(raw)
-        mask = max(e, block.residual)
-        masked = tape.op(mask * scores, to=[(scaled, -1)])
-        tape.done(scaled)
-        weights = tape.op(4 * scores, to=[(masked, mask * scores)])
-        self.save_own(weights)
-        cast = self.cast(weights, wide * scores)
-        narrow = [self.cast(cast, e * scores), self.cast(value, e * numbers["q"])]
-        out = tape.op(
-            e * numbers["q"],
-            to=[(each, each.bytes) for each in narrow],
-            saves=[each.store for each in narrow],
-        )
-        tape.done(*narrow, cast, weights, masked, query, key, value)
-        laid = tape.op(e * numbers["q"], to=[(out, out.bytes)])
-        tape.done(out)
-        return laid
 
     def mlp(self, x: Var) -> Var:
         """LlamaMLP."""
         block, tape, tokens = self.block, self.tape, self.block.inside
         size = block.compute * tokens * block.inner
-        gate = self.linear("gate_proj", x, tokens)
+        gate = adapter.linear(self, "gate_proj", x, tokens)
         active = tape.op(size, to=[(gate, size)], saves=[gate.store])
         tape.done(gate)
-        up = self.linear("up_proj", x, tokens)
+        up = adapter.linear(self, "up_proj", x, tokens)
         both = tape.op(size, to=[(active, size), (up, size)], saves=[active.store, up.store])
         tape.done(active, up)
         self.unmade = self.stop and not self.matrices["down_proj"].rank
-        out = self.linear("down_proj", both, tokens)
+        out = adapter.linear(self, "down_proj", both, tokens)
         self.unmade = False
         tape.done(both)
         return out

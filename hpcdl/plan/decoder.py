@@ -9,7 +9,8 @@ from typing import Any
 from hpcdl import compress
 from hpcdl.compress import quant
 from hpcdl.parallel._mesh import MeshConfig
-from hpcdl.plan.block import ROWS, Block, Linear
+from hpcdl.plan.adapter import ROWS
+from hpcdl.plan.block import Block, Linear
 from hpcdl.plan.loss import HELD_WEIGHTS, Head
 from hpcdl.spec import ExperimentSpec, ModelShape
 from hpcdl.spec.layout import Held, Matrix, head_dim, matrices

@@ -297,6 +297,7 @@ class Shares:
                 elsewhere,
                 made=sum(highest.bytes),
                 gradients=highest.bytes[GRADIENTS] + (4 * self.trained if around.bucketed else 0.0),
+                tidy=self.matrix_by_matrix,
             ),
             runtime=beside.runtime(
                 model.device, many=model.dims.world_size > 1, words=model.spec.model.tokenizer != "byte"
@@ -310,6 +311,12 @@ class Shares:
         return max(self.loading, always + copied)
 
     @cached_property
+    def matrix_by_matrix(self) -> bool:
+        """Whether a quantized base is read from disk so (hpcdl.worker.streaming)."""
+        spec = self.model.spec
+        return spec.model.source == "path" and spec.quant.scheme != "none" and not quant.why_whole(spec)
+
+    @cached_property
     def loading(self) -> float:
         """Every rank reads the whole model before it is taken apart (hpcdl.worker.model.load, streaming).
 
@@ -318,7 +325,7 @@ class Shares:
         model, spec = self.model, self.model.spec
         if spec.model.source == "random":
             return 4.0 * sum(m.numel * m.count for m in model.matrices)
-        if spec.quant.scheme != "none" and spec.model.source == "path" and not quant.why_whole(spec):
+        if self.matrix_by_matrix:
             held = sum(model.held(m).bytes * m.count for m in model.matrices) - self.untouched
             return held + 2 * model.plain * max(m.numel for m in model.matrices if m.role == "block")
         return float(model.plain * sum(m.numel * m.count for m in model.matrices))
@@ -330,7 +337,7 @@ class Shares:
         With `quant.resident=layer` all but the matrix at work.
         """
         model, spec = self.model, self.model.spec
-        if spec.model.source != "path" or spec.quant.scheme == "none" or quant.why_whole(spec):
+        if not self.matrix_by_matrix:
             return 0.0
         if getattr(spec.quant, "resident", "all") == "layer":
             return self.weights - max(model.held(matrix).bytes for matrix in model.matrices)

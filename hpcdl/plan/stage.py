@@ -25,7 +25,7 @@ class Instant:
 
 def of(kind: int, size: float) -> Bytes:
     """So many bytes of one kind."""
-    return NOTHING[:kind] + (size,) + NOTHING[kind + 1 :]
+    return (*NOTHING[:kind], size, *NOTHING[kind + 1 :])
 
 
 def times(number: float, sizes: Bytes) -> Bytes:
