@@ -18,7 +18,8 @@ from hpcdl.parallel._mesh import MeshConfig
 from hpcdl.plan import time_links
 from hpcdl.plan.records import Hardware, StepTime
 from hpcdl.plan.time_constants import OPERATIONS, STEP_OPERATIONS, WRAPPED
-from hpcdl.plan.time_work import Pass, Work
+from hpcdl.plan.time_pass import Pass
+from hpcdl.plan.time_work import Work
 from hpcdl.spec import ExperimentSpec, ModelShape
 from hpcdl.spec.layout import matrices, parameters
 from hpcdl.spec.parallel import ParallelDims
@@ -97,7 +98,7 @@ class _Step:
             operations += WRAPPED["rpc"] * work.tensors * max(1.0, self.dims.dp_replicate / 2)
         found = StepTime(
             compute_s=step.flops,
-            memory_s=step.moved,
+            memory_s=step.moved + work.from_host_s(step.device_s),
             communication_s=exposed,
             bubble_s=self._bubble(work, ranks),
             optimizer_s=work.optimizer_s + self._outer_s(work),

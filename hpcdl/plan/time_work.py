@@ -32,37 +32,11 @@ from hpcdl.plan.time_constants import (
     STATE_NUMBERS,
     WRAPPED,
 )
+from hpcdl.plan.time_pass import Pass
 from hpcdl.spec import ExperimentSpec, ModelShape
 from hpcdl.spec.layout import Beside, Held, Matrix, head_dim, matrices
 from hpcdl.spec.parallel import ParallelDims
 from hpcdl.spec.traffic import Sizes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
-    """A share of one micro-batch."""
-
-    flops: float = 0.0
-    """Seconds of matrix products and attention."""
-    moved: float = 0.0
-    """Seconds of what moves memory."""
-    operations: float = 0.0
-    """Started."""
-
-    def __add__(self, other: Pass) -> Pass:
-        return Pass(
-            flops=self.flops + other.flops,
-            moved=self.moved + other.moved,
-            operations=self.operations + other.operations,
-        )
-
-    def __mul__(self, times: float) -> Pass:
-        return Pass(flops=self.flops * times, moved=self.moved * times, operations=self.operations * times)
-
-    @property
-    def device_s(self) -> float:
-        """Seconds of the device."""
-        return self.flops + self.moved
 
 
 @dataclass(frozen=True)
@@ -356,6 +330,19 @@ class Work:
         if self.device.kind == "cuda" and getattr(self.spec.parallel, "cpu_offload", False):
             bandwidth = HOST_BYTES_PER_S
         return own * moved / bandwidth
+
+    def from_host_s(self, computing: float) -> float:
+        """Seconds that a step waits for parameters that lie in host memory (FSDP's cpu_offload), on a GPU.
+
+        They come for each pass, ahead of it: what takes longer than computing shows. Gradients go when they are there.
+        """
+        if self.device.kind == "cpu" or not getattr(self.spec.parallel, "cpu_offload", False):
+            return 0.0
+        block, ends, trained = self.numbers
+        blocks = max(sum(rank) for rank in self.stages)
+        coming = 2 * self.micro_batches * (2 if self.frozen else 4) * (blocks * block + ends) / self.shard
+        rate = PARKING_BYTES_PER_S["host"]
+        return max(0.0, coming / rate - computing) + 4 * trained / self.shard * self.micro_batches / rate
 
     @cached_property
     def tensors(self) -> float:

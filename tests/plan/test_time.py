@@ -145,6 +145,12 @@ def test_parameters_that_stay_are_gathered_once() -> None:
     assert again.communication_s >= kept.communication_s
 
 
+def test_host_memory_costs_the_way_there() -> None:
+    here, host = (big(gpus("l40s"), parallel__cpu_offload=each) for each in (False, True))
+    assert host.optimizer_s > 2 * here.optimizer_s  # the host's cores take the step
+    assert host.memory_s > here.memory_s + 4 * 8_030_261_248 / 8 * 8 / 25e9  # gradients of 8 micro-batches
+
+
 def pipeline(schedule: str, micro_batches: int) -> StepTime:
     return big(
         gpus(), parallel__name="pp", parallel__pp=8, parallel__schedule=schedule, trainer__micro_batch_size=1,
