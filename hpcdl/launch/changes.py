@@ -71,17 +71,18 @@ def found(point: Point, plan: Planner, composer: Composer) -> tuple[str, ...]:
     before = plan(point.spec)
     fit: list[Tried] = []
     singles = list(singles_of(point.spec))
-    tried = itertools.islice(_in_turn(singles), MOST_TRIED)
-    for change in tried:
-        if len([one for one in fit if one.change.rank <= change.rank]) >= SHOWN and len(change.overrides) > 1:
+    for enough in (_goes_further, _is_the_same):  # what is more than enough is named where little else is
+        for change in itertools.islice(_in_turn(singles), MOST_TRIED):
+            as_good = sum(one.change.rank <= change.rank for one in fit)
+            if as_good >= SHOWN and len(change.overrides) > 1:
+                break
+            if enough(change, fit):
+                continue
+            one = _tried(change, point, plan, composer)
+            if one is not None:
+                fit.append(one)
+        if len(fit) >= SHOWN:
             break
-        if any(set(one.change.overrides) <= set(change.overrides) for one in fit):
-            continue  # with less it fits already
-        if _goes_further(change, fit):
-            continue
-        one = _tried(change, point, plan, composer)
-        if one is not None:
-            fit.append(one)
     chosen = sorted(fit, key=lambda one: (one.change.rank, _cost(one)))[:SHOWN]
     chosen = [_milder(one, singles, point, plan, composer) for one in chosen]
     chosen.sort(key=lambda one: (one.change.rank == 2, _cost(one)))
@@ -110,8 +111,19 @@ def _cost(one: Tried) -> float:
 
 
 def _goes_further(change: Change, fit: Sequence[Tried]) -> bool:
-    """Whether it is more of a change that is enough already: fewer tokens, more nodes."""
-    return any(change.keys == one.change.keys and change.keys & _STEPWISE for one in fit)
+    """Whether it is more of a change that is enough already: fewer tokens, more nodes, something else besides."""
+    return any(
+        one.change.keys <= change.keys
+        and (one.change.keys <= _STEPWISE or set(one.change.overrides) <= set(change.overrides))
+        for one in fit
+    )
+
+
+def _is_the_same(change: Change, fit: Sequence[Tried]) -> bool:
+    """Whether it is the same with other figures, or with something else besides."""
+    return any(
+        one.change.keys == change.keys or set(one.change.overrides) <= set(change.overrides) for one in fit
+    )
 
 
 _STEPWISE = frozenset(

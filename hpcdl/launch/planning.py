@@ -171,7 +171,8 @@ def too_big(plan: Plan, fixes: Sequence[str]) -> Fault:
     assert peak is not None
     assert limit is not None
     stage = f" of pipeline stage {peak.stage}" if plan.memory and len(plan.memory) > 1 else ""
-    largest = sorted(peak.at_peak.items(), key=lambda pair: -pair[1])[:3]
+    held = {**peak.at_peak, "allocator": peak.allocator, "runtime": peak.runtime}
+    largest = sorted(held.items(), key=lambda pair: -pair[1])[:3]
     parts = ", ".join(f"{name} {gib(size)}" for name, size in largest if size)
     return Fault(
         key="memory",

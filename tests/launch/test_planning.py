@@ -63,9 +63,11 @@ def test_each_change_that_is_named_makes_it_fit_and_they_go_up_in_cost(
     steps = [float(number) for number in re.findall(r"step ([\d.]+) s,", said)]
     assert len(steps) == 3
     # the last resort stands last, whatever it costs
-    asked = [step for change, step in zip(changes, steps, strict=True) if "data.seq_len" not in change]
+    last = [step for change, step in zip(changes, steps, strict=True) if "data.seq_len" in change]
+    asked = steps[: len(steps) - len(last)]
+    assert steps[len(asked) :] == last
     assert asked == sorted(asked)
-    assert len(asked) >= 2
+    assert len(asked) >= 1
     for change in changes:
         words = change.split()
         assert main([*[w for w in BIG if w.partition("=")[0] not in change], *words, "dry_run=true"]) == 0, (

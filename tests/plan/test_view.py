@@ -26,6 +26,16 @@ def test_what_is_a_little_too_big_is_neither_refused_nor_called_fitting(
     assert limits.verdict(plan(hardware=hardware(memory_gib))) == expected
 
 
+def test_what_malloc_may_keep_refuses_nothing_by_itself() -> None:
+    cpu = hardware(19.0)
+    cpu = replace(cpu, device=replace(cpu.device, kind="cpu"))
+    holes = replace(rank(share=0.5), allocator=16 * GIB)  # 10.5 GiB and 16
+    assert limits.verdict(plan(memory=(holes,), hardware=cpu)) == "close"
+    assert limits.verdict(plan(memory=(holes,), hardware=hardware(19.0))) == "too big"
+    more = replace(holes, allocator=18 * GIB)
+    assert limits.verdict(plan(memory=(more,), hardware=cpu)) == "too big"
+
+
 def test_a_plan_without_memory_claims_nothing() -> None:
     unknown = plan(memory=None, unknown=("memory: nobody knows",))
     assert limits.verdict(unknown) == "unknown"
