@@ -308,6 +308,7 @@ class Work:
         ends = sum(m.numel / tp for m, *_ in self._matrices if m.role in ("embedding", "head"))
         if pp > 1 and not self.shape.tie_word_embeddings:
             ends /= 2
+        ends += self.shape.hidden_size  # the last norm
         blocks = max(sum(rank) for rank in self.stages)
         if self.frozen:
             trained = blocks * sum(beside.parameters for _, beside, _ in self._of_block) / tp
