@@ -7,7 +7,7 @@ matplotlib is imported here only when a picture is asked for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,14 @@ PARTS = (
 def at_peak(rank: RankMemory) -> dict[str, int]:
     """What adds up to the peak, in the order of the bar; what memory.py names and PARTS doesn't, last."""
     held = {**rank.at_peak, "allocator": rank.allocator, "runtime": rank.runtime}
+    return {name: held[name] for name in ordered(held) if held[name]}
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Each once, in the order of the bar."""
     known = [part.name for part in PARTS]
-    return {name: held[name] for name in [*known, *(n for n in held if n not in known)] if held.get(name)}
+    once = dict.fromkeys(names)
+    return [*(name for name in known if name in once), *(name for name in once if name not in known)]
 
 
 def part(name: str) -> Part:
@@ -107,7 +113,7 @@ def legend(ranks: Sequence[RankMemory], width: int) -> Text:
     """Which letter is what, for those that a bar has; a letter and its word stay on one line."""
     from rich.text import Text
 
-    seen = {name: None for rank in ranks for name in at_peak(rank)}
+    seen = ordered(name for rank in ranks for name in at_peak(rank))
     entries = [(look.letter, f"black on {look.color}", look.name) for look in (part(name) for name in seen)]
     text, used = Text(), 0
     for letter, style, name in (*entries, (".", "dim", "free")):
@@ -180,7 +186,7 @@ def draw(rows: Sequence[tuple[str, RankMemory]], limit: int | None, title: str, 
 def _bars(panel: Any, rows: Sequence[tuple[str, RankMemory]]) -> None:
     places = list(range(len(rows)))
     left = [0.0] * len(rows)
-    names = {name: None for _, rank in rows for name in at_peak(rank)}
+    names = ordered(name for _, rank in rows for name in at_peak(rank))
     for look in (part(name) for name in names):
         sizes = [at_peak(rank).get(look.name, 0) / GIB for _, rank in rows]
         panel.barh(places, sizes, left=left, color=look.hex, height=0.7, label=look.name)

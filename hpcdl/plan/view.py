@@ -202,9 +202,9 @@ def _print_bytes(console: Console, stages: Sequence[tuple[str, RankMemory]]) -> 
     from rich.text import Text
 
     single = len(stages) == 1
-    names = list({name: None for _, rank in stages for name in bar.at_peak(rank)})
-    if single:
-        names = list({**dict.fromkeys(names), **{n: None for n, size in stages[0][1].bytes.items() if size}})
+    held = [name for _, rank in stages for name in bar.at_peak(rank)]
+    own = [name for name, size in stages[0][1].bytes.items() if size] if single else []
+    names = bar.ordered([*held, *own])
     grid = _grid(
         ["a process's", "at the peak", "at most"] if single else ["at the peak", *(n for n, _ in stages)]
     )

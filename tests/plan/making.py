@@ -32,7 +32,7 @@ def hardware(memory_gib: float | None = 24.0, name: str = "h100") -> Hardware:
     """Two nodes with four GPUs each."""
     line = devices.gpu(name)
     assert line is not None
-    device = replace(devices.of_gpu(line), memory_bytes=memory_gib and int(memory_gib * GIB))
+    device = replace(devices.of_gpu(line), memory_bytes=None if memory_gib is None else int(memory_gib * GIB))
     return Hardware(
         device=device,
         links=devices.links_of(line),
