@@ -79,15 +79,18 @@ def traffic(config: Config, sizes: Sizes) -> Iterator[Sent]:
 def memory(config: Config, dims: ParallelDims, trained: Trained) -> tuple[Around, ...]:
     """The server's weights, state and snapshot on rank 0; what was pushed and fetched while it is on its way.
 
-    A worker has no optimizer's state. Synchronous: the server holds the gradients of all workers, their mean and the
-    next snapshot; asynchronous: each push by itself, and the snapshots that are being fetched.
+    A worker has no optimizer's state. Synchronous: the server holds the gradients of all workers (rank 0's own come
+    as copies too), their mean and the next snapshot, and a worker gets weights while its gradients are there;
+    asynchronous: each push by itself, and the snapshots that are being fetched.
     """
     whole, others = 4 * trained.numbers, dims.dp_replicate - 1
-    pushed = (others + 2 if config.mode == "sync" else others + 1) * whole
-    server = Around(ranks=1, weights=2 * whole, optimizer=0.0, exchanging=pushed)
+    synchronous = config.mode == "sync"
+    pushed = (others + 3 if synchronous else others + 1) * whole
+    server = Around(ranks=1, weights=2 * whole, exchanging=pushed)
     if not others:
         return (server,)
-    return server, Around(ranks=others, optimizer=-trained.optimizer, exchanging=whole)
+    got = whole if synchronous else 0.0
+    return server, Around(ranks=others, optimizer=-trained.optimizer, exchanging=got)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

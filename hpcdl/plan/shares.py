@@ -176,12 +176,12 @@ class Shares:
             bucketed=around.bucketed,
             gradients=4 * self.trained,
             largest=self.largest,
-            around=add(self._around(how), of(TEMPORARY, 4 * self.trained if around.bucketed else 0.0)),
+            around=add(self._around, of(TEMPORARY, 4 * self.trained if around.bucketed else 0.0)),
             within=self._masks,
             block_forward=self._gathered(2.0),
             block_backward=self._gathered(2.0),
             reducing=of(TEMPORARY, 4 * model.block_trained if model.sharded else 0.0),
-            ends=self._gathered(1.0),
+            ends=of(BUFFERS, self._a_block if model.sharded else 0.0),
             of_each=self._of_each,
             after=of(TEMPORARY, exchanging if not around.bucketed else 0.0),
             updating=of(TEMPORARY, 0.0),
@@ -189,7 +189,8 @@ class Shares:
             seen=model.seen if not model.frozen else model.adapter_seen,
         )
 
-    def _around(self, how: str) -> Bytes:
+    @property
+    def _around(self) -> Bytes:
         """Rotary angles, what FSDP gathers for the ends, what a pipeline receives."""
         model, block = self.model, self.model.block
         whole = block.batch * model.spec.data.seq_len / model.dims.cp
@@ -197,7 +198,7 @@ class Shares:
         found = of(ACTIVATIONS, rotary)
         if model.sharded:
             ends = model.seen * (self.tables * model.table_numel + self.last * model.shape.hidden_size)
-            found = add(found, of(BUFFERS, ends * (2 if how == "none" else 1)))
+            found = add(found, of(BUFFERS, ends))
             if model.config is not None and self._keeps_gathered:
                 found = add(found, of(BUFFERS, self.layers * self._a_block))
         if model.dims.pp > 1:

@@ -226,7 +226,9 @@ class Stage:
         """The embedding's gradient, and what becomes of all of them."""
         if self.embedding:
             blocks = self._left(self.first) + self._left(self.last) * (self.layers - 1)
-            size = self.embedding
+            # a tied head's gradient has waited, and the sum of both is a third tensor
+            waits = self.there or self.bucketed or self.shards > 0
+            size = self.embedding * ((3 if waits else 2) if self.tied else 1)
             back = add(
                 found,
                 of(GRADIENTS, blocks),
