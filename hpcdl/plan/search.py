@@ -17,31 +17,32 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from hpcdl.errors import Fault
 from hpcdl.parallel import auto
 from hpcdl.plan import found as words
-from hpcdl.plan import make, memory, time, units
-from hpcdl.plan.found import Found, Judged, Lost
-from hpcdl.plan.records import Hardware, RankMemory, StepTime
+from hpcdl.plan import search_told
+from hpcdl.plan.found import Found
+from hpcdl.plan.records import Hardware
+from hpcdl.plan.search_costs import Costs
 from hpcdl.plan.search_remedies import Asked, remedies
-from hpcdl.plan.search_space import Choice, Space, space
+from hpcdl.plan.search_space import Choice, space
 from hpcdl.spec import ExperimentSpec
 
 ALLOWED = auto.Config(name="auto").allow
 """What may be chosen besides degrees, where nobody says."""
 SHARE = auto.Config(name="auto").memory_share
 """How much of a rank's memory the choice may fill, where nobody says."""
-EQUAL = 0.01
-"""Two step times that differ by less than this share are equal: the simpler choice wins."""
 MOST = 6000
 """Choices that are looked at, at most; a bound on time, which has never been reached."""
 Beyond = dict[tuple[str, bool], list[tuple[int, int]]]
 """For each recomputation and resharding what was too large: over how many ranks sharded, and with which micro-batch.
 Sharded less, or with a larger micro-batch, it holds more."""
 RUNNERS_UP = 5
+"""Other meshes that are told."""
+LEAST_IDLE = "zbv"
+"""The schedule under which a pipeline idles least."""
 LEAN = 24
 """Meshes besides whose leanest way is worked out for the front."""
 
@@ -125,80 +126,20 @@ def _is_beyond(choice: Choice, beyond: Beyond) -> bool:
 
 
 @dataclass(kw_only=True)
-class _Search:
-    """One search: what was asked already is remembered."""
+class _Search(Costs):
+    """One search."""
 
-    ways: Space
-    hardware: Hardware
-    limit: int | None
-    peaks: dict[Choice, tuple[RankMemory, ...] | None] = field(default_factory=dict)
-    times: dict[Choice, StepTime | None] = field(default_factory=dict)
-    specs: dict[Choice, ExperimentSpec] = field(default_factory=dict)
     possible: int = 0
-    faults: list[Fault] = field(default_factory=list)
-    """Of the first mesh that rules refuse."""
-    unknown: str = ""
-
-    # --- what a choice costs ----------------------------------------------------------------------------------
-
-    def spec(self, choice: Choice) -> ExperimentSpec:
-        if choice not in self.specs:
-            self.specs[choice] = self.ways.applied(choice)
-        return self.specs[choice]
-
-    def held(self, choice: Choice) -> tuple[RankMemory, ...] | None:
-        """Bytes of each stage's ranks; None: unknown, and `unknown` says why."""
-        if choice not in self.peaks:
-            spec = self.spec(choice)
-            # of a run that may lose nodes the smallest must fit: fewer ranks share the same
-            found = memory.ranks(spec, self.hardware.device.kind, make.smallest_world(spec))
-            self.peaks[choice] = None if found is None else self.hardware.device.holding(found)
-            if self.peaks[choice] is None:
-                self.unknown = (
-                    self.unknown or memory.why_unknown(spec) or "no closed form of its memory is known"
-                )
-            found = self.peaks[choice]
-            if found is not None:
-                self.peaks[choice] = self.hardware.device.holding(found)
-        return self.peaks[choice]
-
-    def peak(self, choice: Choice) -> float:
-        """Of the rank that holds most; infinite where it is unknown."""
-        held = self.held(choice)
-        return max(rank.peak for rank in held) if held else float("inf")
-
-    def fits(self, choice: Choice) -> bool:
-        peak = self.peak(choice)
-        return peak < float("inf") and (self.limit is None or peak <= self.limit)
-
-    def step(self, choice: Choice) -> StepTime | None:
-        if choice not in self.times:
-            self.times[choice] = time.step(self.spec(choice), self.hardware)
-            if self.times[choice] is None:
-                self.unknown = self.unknown or "no closed form of its step time is known"
-        return self.times[choice]
-
-    def seconds(self, choice: Choice) -> float:
-        """Of a step; infinite where that is unknown."""
-        step = self.step(choice)
-        return step.step_s if step else float("inf")
-
-    def judged(self, choice: Choice) -> Judged | None:
-        """Both, where both are known."""
-        held, step = self.held(choice), self.step(choice)
-        if held is None or step is None:
-            return None
-        return Judged(choice=choice, spec=self.spec(choice), memory=held, time=step, limit_bytes=self.limit)
-
-    # --- the search -------------------------------------------------------------------------------------------
+    """Choices that there are."""
 
     def run(self) -> Found:
-        fitting: list[Choice] = []
+        """Tries what costs little first."""
         for wide, offload in ((False, False), (False, True), (True, False), (True, True)):
             fitting = self._pass(wide=wide, offload=offload)
             if fitting:
-                break
-        return self._found(fitting)
+                self._lean_ends(fitting)
+                return search_told.chosen(self, fitting, self.possible, RUNNERS_UP)
+        return search_told.nothing(self, self.possible)
 
     def leanest(self) -> tuple[Choice, float] | None:
         """The choice that holds least, and what it holds; None where none is known, or possible."""
@@ -206,7 +147,7 @@ class _Search:
         for wide in (False, True):
             seen: set[tuple[object, ...]] = set()
             for mesh in self._meshes(wide=wide):
-                if _alike(mesh) in seen or self._refused(mesh):
+                if _alike(mesh) in seen or self.refused(mesh):
                     continue  # sharded less than one before
                 seen.add(_alike(mesh))
                 lean = self._lean(mesh)
@@ -234,27 +175,34 @@ class _Search:
             bound, mesh, level = queue.pop()
             if bound > _worst(best) or bound == float("inf"):
                 break
+            if self.refused(mesh):
+                continue
             beyond = large.setdefault(_alike(mesh), {})
             if not offload and not self._may_fit(mesh, levels[level], sharded_most[_alike(mesh)], beyond):
                 if level + 1 < len(levels):  # no quicker than with more recomputed: later, perhaps never
                     queue.push(max(bound, self._quick(mesh, levels[level + 1])), mesh, level + 1)
                 continue
-            if self._refused(mesh):
-                continue
-            for ways in self._ways(mesh, beyond, offload=offload):
-                if min(map(self._bound, ways)) > _worst(best):
-                    continue
-                for choice in self._scheduled(ways):
-                    took = self.seconds(choice)
-                    if took < best.get(choice.mesh, (float("inf"),))[0]:
-                        best[choice.mesh] = (took, choice)
+            for size in self.ways.micro_batches(mesh.data_ranks):
+                start = dataclasses.replace(mesh, checkpointing=levels[level], micro_batch_size=size)
+                lean = self._lean(start)
+                if not offload and _is_beyond(lean, beyond):
+                    break
+                own = best.get(mesh.mesh, (float("inf"),))[0]
+                schedules = self._schedules(start, min(own, _worst(best)))
+                if not schedules:
+                    continue  # too few to fill a pipeline, or slower than what was found
+                ways = self._offloading(lean) if offload else self._fitting(lean, beyond)
+                if not ways:
+                    break  # larger ones hold more
+                for choice in self._scheduled(ways, schedules, own):
+                    best[mesh.mesh] = (self.seconds(choice), choice)  # each is quicker than the one before
         return [choice for _, choice in best.values()]
 
     def _may_fit(self, mesh: Choice, recomputed: str, leanest: Choice, beyond: Beyond) -> bool:
         """Whether a mesh that recomputes so much may fit, by what is known of the one that shards most."""
         key = (recomputed, self.ways.reshards(mesh)[-1])
         lean = dataclasses.replace(leanest, checkpointing=recomputed, reshard=key[1])
-        if not self.fits(lean):
+        if not self.refused(leanest) and not self.fits(lean):
             beyond.setdefault(key, []).append((lean.dp_shard, lean.micro_batch_size))
         return not _is_beyond(dataclasses.replace(mesh, checkpointing=recomputed, reshard=key[1]), beyond)
 
@@ -281,30 +229,28 @@ class _Search:
             for scheme in self.ways.schemes():
                 yield dataclasses.replace(mesh, quant=scheme)
 
-    def _refused(self, mesh: Choice) -> bool:
-        """Whether a rule refuses it."""
-        faults = self.ways.refusals(mesh)
-        self.faults = self.faults or faults
-        return bool(faults)
-
-    def _ways(self, mesh: Choice, beyond: Beyond, *, offload: bool) -> Iterator[list[Choice]]:
-        """For each micro-batch those that fit and may be the quickest of it, in the plainest schedule."""
-        lean = self._lean(mesh)
-        for size in self.ways.micro_batches(mesh.data_ranks):
-            leaner = dataclasses.replace(lean, micro_batch_size=size)
-            if mesh.pp > 1 and self.ways.pipeline_refuses(leaner):
-                continue  # too few to fill it
-            found = self._offloading(leaner) if offload else self._fitting(leaner, beyond)
-            if not found:
-                return  # larger ones hold more
-            yield found
+    def _schedules(self, start: Choice, limit: float) -> list[str]:
+        """Those in which a step may take less than the limit, the quickest first."""
+        quick = dataclasses.replace(start, reshard=self.ways.reshards(start)[0])
+        if start.pp > 1 and self.ways.pipeline_refuses(quick):
+            return []
+        if start.pp > 1:
+            best = dataclasses.replace(quick, schedule=LEAST_IDLE)
+            possible = not self.ways.pipeline_refuses(best)
+            if (self.seconds(best) if possible else self._bound(quick)) >= limit:
+                return []
+        times = {
+            schedule: self.seconds(dataclasses.replace(quick, schedule=schedule))
+            for schedule in self.ways.schedules(start)
+        }
+        return sorted((schedule for schedule, took in times.items() if took < limit), key=times.__getitem__)
 
     def _offloading(self, lean: Choice) -> list[Choice]:
         return [one for one in self._offloaded(lean) if self.fits(one)][:1]
 
     def _offloaded(self, choice: Choice) -> Iterator[Choice]:
         for one in self.ways.offloads(choice):
-            if not one.cpu_offload or not self.ways.refusals(one):
+            if not self.refused(one):
                 yield one
 
     def _fitting(self, lean: Choice, beyond: Beyond) -> list[Choice]:
@@ -331,40 +277,16 @@ class _Search:
                     return found  # what recomputes more is slower
         return found
 
-    def _scheduled(self, ways: list[Choice]) -> Iterator[Choice]:
-        """In every schedule the quickest that fits."""
-        for schedule in self.ways.schedules(ways[0]):
-            of_it = [dataclasses.replace(one, schedule=schedule) for one in ways]
-            if schedule != ways[0].schedule and self.ways.pipeline_refuses(of_it[0]):
-                continue
-            yield from (one for one in of_it if self.fits(one))
-
-    # --- what is told -----------------------------------------------------------------------------------------
-
-    def _found(self, fitting: list[Choice]) -> Found:
-        if not fitting:
-            return self._nothing()
-        quickest = min(self.seconds(choice) for choice in fitting)
-        equal = [choice for choice in fitting if self.seconds(choice) <= (1 + EQUAL) * quickest]
-        best = min(equal, key=lambda choice: (choice.effort, self.seconds(choice), self.peak(choice)))
-        self._lean_ends(fitting)
-        changes = self._changes(best)
-        chosen = self.judged(best)
-        assert chosen is not None
-        everything = [one for choice in self.peaks if choice in self.times and (one := self.judged(choice))]
-        front = words.front(everything)
-        return Found(
-            chosen=chosen,
-            reasons=tuple(self._reasons(chosen, everything)),
-            runners_up=tuple(self._runners_up(chosen, fitting, everything)),
-            changes=tuple(changes),
-            front=front,
-            others=tuple(one for one in everything if one not in front),
-            nearest=None,
-            limit_bytes=self.limit,
-            possible=self.possible,
-            looked_at=len({*self.peaks, *self.times}),
-        )
+    def _scheduled(self, ways: list[Choice], schedules: list[str], limit: float) -> Iterator[Choice]:
+        """What fits and takes less than the limit, in these schedules; of each no more than is needed."""
+        for schedule in schedules:
+            for one in ways:
+                choice = dataclasses.replace(one, schedule=schedule)
+                if choice.pp > 1 and self.ways.pipeline_refuses(choice):
+                    break
+                if self.seconds(choice) < limit and self.fits(choice):
+                    yield choice
+                    limit = self.seconds(choice)
 
     def _lean_ends(self, fitting: list[Choice]) -> None:
         """The leanest of the best meshes and of meshes like them, for the front's other end."""
@@ -379,91 +301,5 @@ class _Search:
         for mesh in (*best, *words.spread(near, LEAN)):
             sizes = self.ways.micro_batches(mesh.data_ranks)
             lean = dataclasses.replace(self._lean(mesh), micro_batch_size=min(sizes), schedule="1f1b")
-            if not self.ways.refusals(lean):
+            if not self.refused(lean):
                 self.judged(lean)
-
-    def _changes(self, best: Choice) -> list[Lost]:
-        """The chosen one with one thing changed, each way that there is."""
-        changed: list[Choice] = []
-        for recomputed in self.ways.checkpointings():
-            changed.append(dataclasses.replace(best, checkpointing=recomputed))
-        for reshard in self.ways.reshards(best):
-            changed.append(dataclasses.replace(best, reshard=reshard))
-        for schedule in self.ways.schedules(best):
-            changed.append(dataclasses.replace(best, schedule=schedule))
-        for size in self.ways.micro_batches(best.data_ranks):
-            if size in (best.micro_batch_size // 2, best.micro_batch_size * 2):
-                changed.append(dataclasses.replace(best, micro_batch_size=size))
-        own, found = self.judged(best), []
-        assert own is not None
-        for choice in dict.fromkeys(changed):
-            one = None if choice == best or self.ways.refusals(choice) else self.judged(choice)
-            if one is not None:
-                found.append(Lost(judged=one, why=words.why_lost(one, own)))
-        return found
-
-    def _runners_up(self, chosen: Judged, fitting: list[Choice], everything: list[Judged]) -> Iterator[Lost]:
-        """The next best of other meshes, and before them what would be quicker if it fitted."""
-        large = sorted((one for one in everything if not one.fits), key=lambda one: one.over_bytes)
-        better = [
-            one for one in large if one.step_s < 0.99 * chosen.step_s and one.over_bytes < (self.limit or 0)
-        ]
-        others = [choice for choice in fitting if choice.mesh != chosen.choice.mesh]
-        slower = [self.judged(choice) for choice in sorted(others, key=self.seconds)[:RUNNERS_UP]]
-        seen = {chosen.choice.mesh}
-        for one in (*better, *slower):
-            if one is None or one.choice.mesh in seen or (not one.fits and len(seen) > 2):
-                continue
-            seen.add(one.choice.mesh)
-            yield Lost(judged=one, why=words.why_lost(one, chosen))
-
-    def _reasons(self, chosen: Judged, everything: list[Judged]) -> Iterator[str]:
-        fitting = sum(one.fits for one in everything)
-        limit = "" if self.limit is None else f" into {units.gib(self.limit)} a process"
-        yield (
-            f"the quickest of {fitting} that were worked out and fit{limit}; of {self.possible} possible ones the"
-            " others don't fit or can't be quicker"
-        )
-        if self.limit is None:
-            yield "nobody has said what memory a process has: whether it fits was not asked"
-        choice = chosen.choice
-        if choice.cpu_offload or choice.activation_offload != "none":
-            yield "without host memory nothing fits"
-        if self.hardware.ranks_per_node % choice.tp:
-            yield "tensor parallel goes over several nodes, because nothing fits otherwise"
-        quicker = [one for one in everything if one.fits and one.step_s < chosen.step_s]
-        if quicker:
-            yield f"{words.name(quicker[0].choice)} is no more than {EQUAL:.0%} quicker, and less simple"
-
-    def _nothing(self) -> Found:
-        """Nothing fits, or nothing can be said: what comes nearest."""
-        known = [choice for choice, held in self.peaks.items() if held]
-        near = self.judged(min(known, key=self.peak)) if known else None
-        if near is not None and near.over_bytes:
-            way = f"{words.name(near.choice)} with {words.details(near.choice)}"
-            reasons = [
-                f"nothing fits into {units.gib(self.limit or 0)} a process: the leanest, {way}, is"
-                f" {units.gib(near.over_bytes)} too large"
-            ]
-        elif self.unknown:
-            reasons = [self.unknown]
-        else:
-            reasons = [f"{fault.key} = {fault.value}: {fault.problem}" for fault in self.faults[:3]]
-            batch, world = self.ways.spec.trainer.global_batch_size, self.ways.spec.cluster.world_size
-            reasons = reasons or [
-                f"no degrees are possible: {batch} sequences a step, the model's heads, its blocks and a sequence"
-                f" can't be shared out evenly over {world} processes"
-            ]
-        return Found(
-            chosen=None,
-            reasons=tuple(reasons),
-            runners_up=(),
-            changes=(),
-            front=(),
-            others=(),
-            nearest=near,
-            limit_bytes=self.limit,
-            possible=self.possible,
-            looked_at=len({*self.peaks, *self.times}),
-            unknown=self.unknown if near is None else "",
-        )

@@ -21,8 +21,8 @@ from hpcdl.spec.parallel import DIMENSIONS
 
 CHECKPOINTING = ("none", "selective", "full")
 """From the quickest to the leanest."""
-PIPELINES = tuple(name for name in SCHEDULES if name != "gpipe")
-"""Without gpipe, which is as quick as 1f1b and holds more."""
+PIPELINES = tuple(name for name in SCHEDULES if name not in ("gpipe", "dualpipev"))
+"""Without gpipe, which is as quick as 1f1b and holds more, and dualpipev, which is zbv with more micro-batches."""
 LARGEST_MICRO_BATCH = 64
 """Sequences: a pass of more is no quicker a token."""
 TRAINER = {
