@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs.add_parser(name, help=summary, add_help=False)
     for name in names():
         verb = get(name)
-        own = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
+        own = verbs.add_parser(name.replace("_", "-"), help=verb.HELP, description=verb.HELP)
         own.add_argument(
             "--runs-dir", metavar="DIR", help="folder of all runs (default: $HPCDL_RUNS, or runs)"
         )

@@ -4,6 +4,7 @@ A method's or a task's file says which of its keys do, in `PLACES`: `{"teacher":
 
 - for an `adapter`: the absolute path of a folder with adapter_config.json;
 - for a `model`: such a folder, one with config.json, `package:NAME`, or an id of the hub;
+- for a `run`: the absolute path of its directory;
 - for `code`: the name of a file of hpcdl's, or the absolute path of a .py.
 """
 
@@ -89,7 +90,21 @@ def code(key: str, given: str, runs_dir: Path) -> str | Fault:
     return _no_folder(key, given, path, "a name, or the path of a .py", "file")
 
 
-PLACE: dict[str, Callable[[str, str, Path], str | Fault]] = {"adapter": adapter, "code": code, "model": model}
+def run(key: str, given: str, runs_dir: Path) -> str | Fault:
+    """A run's directory; the run itself may be still to come."""
+    allowed = "a run's directory, its id or the beginning of it, an experiment's name with one run, latest"
+    folder = run_folder(key, given, runs_dir, allowed)
+    if isinstance(folder, Fault) or (folder / "spec.yaml").is_file():
+        return folder if isinstance(folder, Fault) else str(folder)
+    return _nothing_in(key, given, folder, "run", allowed)
+
+
+PLACE: dict[str, Callable[[str, str, Path], str | Fault]] = {
+    "adapter": adapter,
+    "code": code,
+    "model": model,
+    "run": run,
+}
 
 
 def _option(key: str, given: str, allowed: str) -> str | Fault:

@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False
     }  # fmt: skip
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    whole = {
+    whole: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
         "added_tokens": [{"id": number, "content": word, **flags} for number, word in SPECIAL.items()],
         "pre_tokenizer": cutter, "decoder": cutter,

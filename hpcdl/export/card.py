@@ -59,6 +59,9 @@ def markdown(found: Mapping[str, Any]) -> str:
             f"| speed | {speed['prompt_tokens_per_s']:,.0f} tokens/s of prompt, {speed['tokens_per_s']:,.1f} tokens/s"
             f" written, {speed['threads']} thread{'s' * (speed['threads'] != 1)} |",
         ]
+    if found.get("neurons"):
+        keep, were = found["neurons"]
+        lines += [f"| neurons | {keep} of {were} in each block: the others were pruned, and are left out |"]
     lines += [
         f"| numbers | {found['quant']}{_more(found.get('details') or {})} |",
         f"| made from | `{found['source']}`{_adapters(found)} |",

@@ -110,7 +110,9 @@ def _cutter(found: dict[str, Any], path: Path) -> str:
     steps = _steps(found.get("pre_tokenizer"), "pretokenizers")
     kinds = [step["type"] for step in steps]
     last = steps[-1] if steps else {}
-    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and not found.get("normalizer"):
+    # llama.cpp leaves out Qwen's NFC too; text that it changes is told by the gate
+    plain = {step["type"] for step in _steps(found.get("normalizer"), "normalizers")} <= {"NFC"}
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and plain:
         regex = last.get("use_regex", True)
         if kinds == ["ByteLevel"] and (regex or not found["model"].get("merges")):
             return "gpt-2"

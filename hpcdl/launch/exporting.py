@@ -191,3 +191,53 @@ def generate(export: Export, options: argparse.Namespace) -> int:
     ]
     print(f"{options.prompt}▸{found['text']}\n\n{', '.join(facts)}")
     return 0
+
+
+def bench(given: str, threads: str, *, prompt: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Speed and peak memory of an export on each number of threads, each in a process of its own.
+
+    A process may run on as many cores as it has threads, and on no other: what stands for a small device.
+
+    Raises:
+        UsageError: it is no export, or there are too few cores.
+        HpcdlError: its runtime isn't installed, or can't run it.
+    """
+    export = find(given)
+    if export is None:
+        raise UsageError(
+            f"{given} is no export: a folder that hpcdl export wrote, or a file model.gguf, model.onnx, …"
+        )
+    cores = sorted(os.sched_getaffinity(0))
+    rows, about = [], ""
+    for count in _counts(threads, len(cores)):
+        found = runtimes.ask(
+            export.runtime, "bench", export.file, threads=count, cores=cores[:count], context=prompt + tokens + 8,
+            prompt_tokens=prompt, tokens=tokens, repeats=repeats,
+        )  # fmt: skip
+        about = found.pop("about")
+        rows.append({"threads": count, "cores": cores[:count], **found})
+    size = sum(path.stat().st_size for path in _files(export))
+    told = {key: export.card.get(key) for key in ("name", "format", "quant")}
+    return {
+        "file": str(export.file), "bytes": size, "about": about, **told,
+        "prompt_tokens": prompt, "tokens": tokens, "repeats": repeats, "rows": rows,
+    }  # fmt: skip
+
+
+def _counts(text: str, most: int) -> list[int]:
+    try:
+        counts = [int(word) for word in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if not all(1 <= count <= most for count in counts):
+        raise UsageError(
+            f"--threads {text}: numbers from 1 to {most}, with commas (this process may use {most} cores)"
+        )
+    return counts
+
+
+def _files(export: Export) -> list[Path]:
+    """What a device must hold: of a folder with a card all but the card, else the file alone."""
+    if not export.card:
+        return [export.file]
+    return [path for path in export.file.parent.iterdir() if path.name not in (CARD, "card.md")]

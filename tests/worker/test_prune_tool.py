@@ -55,7 +55,7 @@ def test_a_folder_in_16_bits_stays_in_16_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dotted", "message"),
     [
-        ({}, "prune=none takes nothing out: prune=METHOD, one of magnitude, obd, sparsegpt, wanda"),
+        ({}, "prune=none takes nothing out: prune=METHOD, one of magnitude, neurons, obd, sparsegpt, wanda"),
         ({"prune__name": "magnitude", "quant__scheme": "nf4"}, "prune first, quantize what comes out"),
         ({"prune__name": "magnitude", "prune__schedule": "cubic"}, "while a model is trained"),
     ],

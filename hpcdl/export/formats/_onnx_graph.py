@@ -80,7 +80,8 @@ class Graph:
         told = {"location": DATA, "offset": self._data.tell(), "length": array.nbytes}
         for key, value in told.items():
             made.external_data.add(key=key, value=str(value))
-        self._data.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        flat: Any = np.ascontiguousarray(array)
+        self._data.write(memoryview(flat).cast("B"))
         self.tensors.append(made)
         return name
 
@@ -176,7 +177,7 @@ def build(source: Source, quant: str, folder: Path, file: str) -> None:
     outs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*tokens, rows])]
     for layer in range(layers):
         for part in ("key", "value"):
-            shape = ["batch", heads, "past_tokens", width]
+            shape: list[Any] = ["batch", heads, "past_tokens", width]
             values.append(
                 helper.make_tensor_value_info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, shape)
             )
@@ -215,7 +216,7 @@ def _head(graph: Graph, source: Source, quant: str, hidden: str, table: tuple[st
         like = graph.node("Concat", graph.node("Shape", "input_ids"), graph.constant([rows]), axis=0)
         out = graph.node("Reshape", flat, like)
     else:
-        out = graph.in_bits(hidden, *table, rows, columns, 8)
+        out = graph.in_bits(hidden, table[0], table[1], rows, columns, 8)
     graph.node("Identity", out, name="logits")
 
 

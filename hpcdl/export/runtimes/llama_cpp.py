@@ -108,7 +108,7 @@ class Opened:
 def _keep(said: list[str]) -> Any:
     """A log of llama.cpp's warnings and errors; kept alive, for llama.cpp calls it for good."""
 
-    @c.llama_log_callback
+    @c.llama_log_callback  # type: ignore[untyped-decorator]
     def listen(level: int, text: bytes, _: Any) -> None:
         if level >= 3:
             said.append(text.decode(errors="replace"))

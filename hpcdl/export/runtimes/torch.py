@@ -18,10 +18,11 @@ class Opened(Beside):
 
     def __init__(self, path: Path, threads: int, context: int) -> None:
         import transformers
+        from transformers.utils import logging
 
         super().__init__(path.parent)
         torch.set_num_threads(threads)
-        transformers.utils.logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             str(path.parent), dtype="auto", trust_remote_code=False
         )

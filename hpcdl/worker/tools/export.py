@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from hpcdl import __version__
+from hpcdl.distributed import shards
 from hpcdl.distributed.losses import IGNORE
 from hpcdl.errors import HpcdlError, RunFailedError
-from hpcdl.export import CARD, bytewise, card, formats, gate, runtimes
+from hpcdl.export import CARD, bytewise, card, compact, formats, gate, runtimes
 from hpcdl.export.source import Source, read_json
 from hpcdl.runs.files import write_atomic, write_json
 from hpcdl.runs.store import now
@@ -38,7 +39,7 @@ MOST_TARGETS = 16384
 """Target tokens that the gate asks about at most: both sides compute them."""
 MOST_LINES = 400
 """Lines of held-out text that are cut into tokens."""
-BENCH = {"prompt_tokens": 64, "tokens": 32, "repeats": 2, "context": 256}
+BENCH: dict[str, Any] = {"prompt_tokens": 64, "tokens": 32, "repeats": 2, "context": 256}
 """What the card's speed and memory are measured on."""
 
 
@@ -68,7 +69,8 @@ def run(request: Request) -> dict[str, Any]:
         )
         found = {
             "name": source.name, "format": asked["to"], "quant": quant, "file": form.FILE, "runtime": form.RUNTIME,
-            "bytes": weights_bytes(made), "source_bytes": 2 * parameters(source), "details": details, **record,
+            "bytes": weights_bytes(made), "source_bytes": 2 * record.pop("source_parameters"), "details": details,
+            **record,
             "licence": licence(source, spec), "data": spec.data.kind, "hpcdl": __version__, "made": now(),
             "gate": {"faults": list(verdict.faults), "accepted_loss": bool(verdict.faults), **verdict.measured},
         }  # fmt: skip
@@ -164,6 +166,12 @@ def whole(request: Request, folder: Path) -> tuple[Source, Tokenizer, dict[str, 
                     f"{base} is quantized ({held.scheme}): export the 16-bit model that it was made from"
                 )
     record.setdefault("source", str(base))
+    record["source_parameters"] = parameters(weights)
+    narrow = folder / "narrow"
+    narrow.mkdir()
+    if (width := compact.narrower(weights, narrow)) is not None:
+        print(f"{width[0]} of {width[1]} neurons a block stay: the others give nothing", file=sys.stderr)
+        record["neurons"], weights = list(width), narrow
     if isinstance(tokenizer, ByteTokenizer):
         bytewise.write(words)
     else:
@@ -181,9 +189,9 @@ def _plain(spec: ExperimentSpec) -> Any:
     return spec.quant if spec.quant.scheme == "none" else none.Config(scheme="none")
 
 
-def parameters(source: Source) -> int:
-    """Numbers of the source; tied matrices once."""
-    return sum(math.prod(piece.shape) for piece in source.pieces().values())
+def parameters(folder: Path) -> int:
+    """Numbers of a folder's weights."""
+    return sum(math.prod(piece.shape) for piece in shards.pieces(folder).values())
 
 
 def weights_bytes(folder: Path) -> int:
@@ -268,7 +276,7 @@ def load(source: Source) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    free, numbers = psutil.virtual_memory().available, parameters(source)
+    free, numbers = psutil.virtual_memory().available, parameters(source.folder)
     fits = [dtype for dtype in (torch.float32, torch.bfloat16) if numbers * dtype.itemsize * 1.2 < free]
     if not fits:
         raise HpcdlError(
