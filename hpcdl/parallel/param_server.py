@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from hpcdl.distributed.parallelize import Job
 
 
+RPC_BYTES = 64 * 2**20
+"""What TensorPipe takes in the server's process, as seen with two workers; in a worker's a quarter."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config(ParallelSpec):
     """The parameter server's workers fill `dp_replicate`."""
@@ -86,11 +90,11 @@ def memory(config: Config, dims: ParallelDims, trained: Trained) -> tuple[Around
     whole, others = 4 * trained.numbers, dims.dp_replicate - 1
     synchronous = config.mode == "sync"
     pushed = (others + 3 if synchronous else others + 1) * whole
-    server = Around(ranks=1, weights=2 * whole, exchanging=pushed)
+    server = Around(ranks=1, weights=2 * whole, exchanging=pushed, beside=RPC_BYTES)
     if not others:
         return (server,)
     got = whole if synchronous else 0.0
-    return server, Around(ranks=others, optimizer=-trained.optimizer, exchanging=got)
+    return server, Around(ranks=others, optimizer=-trained.optimizer, exchanging=got, beside=RPC_BYTES / 4)
 
 
 def build(config: Config, model: Any, grid: Grid, job: Job) -> Engine:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from hpcdl import parallel
 from hpcdl.compress import quant
 from hpcdl.distributed import stages as layout
 from hpcdl.parallel import pp
-from hpcdl.plan import beside
+from hpcdl.plan import beside, teacher
 from hpcdl.plan.decoder import Decoder
+from hpcdl.plan.loss import Head
 from hpcdl.plan.records import RankMemory
 from hpcdl.plan.stage import Instant, Stage, of
 from hpcdl.plan.tape import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Bytes, add
@@ -145,6 +146,19 @@ class Shares:
         return self.model.micro_batches
 
     @cached_property
+    def teacher(self) -> teacher.Teacher | None:
+        """Whom it learns from."""
+        return teacher.of(self.model.spec, self.model.device)
+
+    @property
+    def head(self) -> Head:
+        """The loss's sizes."""
+        if self.teacher is None:
+            return self.model.head
+        width = self.teacher.shape.hidden_size
+        return replace(self.model.head, teacher=width, teacher_held=self.teacher.plain)
+
+    @cached_property
     def under_way(self) -> float:
         """Micro-batches in a pipeline rank at a time."""
         model = self.model
@@ -164,7 +178,7 @@ class Shares:
         return Stage(
             block=block,
             layers=self.layers,
-            head=model.head if self.last else None,
+            head=self.head if self.last else None,
             embedding=(0.0 if model.frozen else model.seen * model.table_numel) if self.first else None,
             tied=tied,
             frozen=model.frozen,
@@ -196,6 +210,8 @@ class Shares:
         whole = block.batch * model.spec.data.seq_len / model.dims.cp
         rotary = 2 * block.residual * whole * block.head_dim
         found = of(ACTIVATIONS, rotary)
+        if self.teacher is not None:
+            found = add(found, of(TEMPORARY, self.teacher.taught))
         if model.sharded:
             ends = model.seen * (self.tables * model.table_numel + self.last * model.shape.hidden_size)
             found = add(found, of(BUFFERS, ends))
@@ -268,12 +284,20 @@ class Shares:
         model = self.model
         stage = self.stage(around)
         optimizer = self.optimizer + around.optimizer
-        always = {"weights": self.weights + around.weights, "adapters": self.adapters, "optimizer": optimizer}
+        taught = self.teacher.weights if self.teacher is not None else 0.0
+        always = {
+            "weights": self.weights + around.weights + taught,
+            "adapters": self.adapters,
+            "optimizer": optimizer,
+        }
         instants = list(stage.moments())
         if around.updating:
             instants.append(
                 Instant(moment="optimizer", bytes=of(TEMPORARY, around.updating), with_inside=around.updating)
             )
+        if self.teacher is not None:
+            listening = add(self.teacher.passing, of(GRADIENTS, stage.gradients if stage.there else 0.0))
+            instants.append(Instant(moment="forward", bytes=listening, with_inside=sum(listening)))
         highest = max(instants, key=lambda instant: sum(instant.bytes))
         there = sum(always.values())
         tensors = there + sum(highest.bytes)
@@ -302,7 +326,8 @@ class Shares:
             ),
             runtime=beside.runtime(
                 model.device, many=model.dims.world_size > 1, words=model.spec.model.tokenizer != "byte"
-            ),
+            )
+            + (round(around.beside) if host else 0),
         )
 
     def elsewhere(self, around: Around) -> float:

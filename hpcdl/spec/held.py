@@ -34,6 +34,8 @@ class Around:
     """Gradients lie in buckets that are there all the time."""
     exchanging: float = 0.0
     """Bytes beside the gradients while they are exchanged."""
+    beside: float = 0.0
+    """Bytes of the process, no tensors: what the strategy's own way to talk takes."""
     updating: float = 0.0
     """Bytes once the gradients are gone: averages under way, outer gradients."""
 
