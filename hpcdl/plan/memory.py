@@ -11,6 +11,8 @@ al., "Reducing Activation Recomputation", 2022, section 4.
 
 from __future__ import annotations
 
+from typing import Any
+
 from hpcdl import tasks
 from hpcdl.compress import offload
 from hpcdl.plan import beside
@@ -65,6 +67,9 @@ def why_unknown(spec: ExperimentSpec) -> str | None:
         return f"the dimensions of {spec.model.name} stand with its weights only: say them in model.shape"
     if not getattr(tasks.get(spec.task.name), "PLANNED", True):
         return f"task={spec.task.name} computes more than one model's passes over text"
+    shape_of: Any = getattr(tasks.get(spec.task.name), "teacher_shape", None)
+    if shape_of is not None and shape_of(spec.task) is None:
+        return f"the dimensions of task={spec.task.name}'s teacher aren't known here, before its weights are opened"
     if spec.optim.name not in STATE_BYTES:
         return f"the state of optim={spec.optim.name} is not known"
     if spec.parallel.name == "auto":

@@ -33,7 +33,8 @@ def why_unknown(spec: ExperimentSpec) -> str | None:
     """Why no closed form of a step's time is known; None where one is."""
     if spec.model.shape is None:
         return "nobody has told the model's dimensions (model.shape)"
-    if not getattr(tasks.get(spec.task.name), "PLANNED", True):
+    task = tasks.get(spec.task.name)
+    if not getattr(task, "PLANNED", True) or hasattr(task, "teacher_shape"):
         return f"task={spec.task.name} computes more than one model's loss"
     if offload.streams(spec):
         return f"offload={spec.offload.name} is as quick as its disk, of which nothing is known"

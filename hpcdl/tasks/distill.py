@@ -15,15 +15,12 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Interval
 
 from hpcdl.errors import Fault
-from hpcdl.spec import ExperimentSpec, TaskSpec
+from hpcdl.spec import ExperimentSpec, ModelShape, TaskSpec
 from hpcdl.spec.options import model_options
 from hpcdl.spec.parallel import ParallelDims
 
 PLACES = {"teacher": "model"}
 """What names a model, to be made absolute (hpcdl.experiment.places)."""
-
-PLANNED = False
-"""Whether the closed form of a step's memory (hpcdl.plan) is this task's too: here there is a second model."""
 
 PACKAGE = "package:"
 """Before the name of an installed package that carries the teacher."""
@@ -138,6 +135,31 @@ def _rows(teacher: str, folder: Path | None) -> int | None:
     config = _json(folder / "config.json") if folder else {}
     rows = config.get("vocab_size")
     return rows if isinstance(rows, int) else None
+
+
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "max_position_embeddings", "head_dim", "tie_word_embeddings",
+)  # fmt: skip
+"""Keys of a Llama-like model's config.json that ModelShape has under the same names."""
+
+
+def teacher_shape(config: Config) -> ModelShape | None:
+    """The teacher's dimensions, for the plan of memory; None where they aren't known here, or are no Llama's."""
+    teacher = config.teacher or ""
+    folder = base_folder(teacher)
+    if teacher.startswith(PACKAGE):
+        package = teacher.removeprefix(PACKAGE)
+        told = [m["shape"] for m in model_options().values() if m.get("package") == package]
+        found = dict(told[0] or {}) if told else {}
+    else:
+        found = _json(folder / "config.json") if folder else {}
+    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
+    known = {key: found[key] for key in SHAPE if found.get(key) is not None}
+    try:
+        return ModelShape(**{"tie_word_embeddings": False, **known})
+    except TypeError:
+        return None
 
 
 def _words(folder: Path) -> dict[str, int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,12 +121,22 @@ def test_a_gpu_takes_larger_chunks() -> None:
     ("changes", "words"),
     [
         ({"model__shape": None, "model__hub_id": "a/b"}, "model.shape"),
-        ({"task": {"name": "distill", "teacher": "/teacher"}}, "task=distill"),
+        ({"task": {"name": "distill", "teacher": "/teacher"}}, "teacher"),
     ],
 )
 def test_nothing_is_said_where_no_closed_form_is_known(changes: dict[str, Any], words: str) -> None:
     spec = tiny_spec(**changes)
     assert memory.ranks(spec) is None and words in (memory.why_unknown(spec) or "")
+
+
+def test_a_teacher_is_held_beside_its_student(tmp_path: Path) -> None:
+    shape = dataclasses.asdict(tiny_spec().model.shape)  # type: ignore[arg-type]
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "hidden_size": 128, "intermediate_size": 256}))
+    alone, taught = plan(), plan(task={"name": "distill", "teacher": str(tmp_path)})
+    # 260 words, two blocks of 4 heads and 2 of keys with 32 numbers each, fp32
+    block = 128 * (2 * 128 + 2 * 64) + 3 * 128 * 256 + 2 * 128
+    assert taught["weights"] - alone["weights"] == 4 * (260 * 128 + 2 * block + 128)
+    assert taught["logits"] > alone["logits"] and taught["tensors"] > alone["tensors"]
 
 
 def test_what_streams_says_for_itself() -> None:
