@@ -26,6 +26,7 @@ TOOLS = {
 """Commands of hpcdl.launch.tools, which composes configs and is imported only for them."""
 EXAMPLES = """\
 examples:
+  hpcdl plan +experiment=lora_llama                 what it would take
   hpcdl launch +experiment=lora_llama               on this machine
   hpcdl launch +experiment=lora_llama cluster=slurm into Slurm's queue
   hpcdl launch -m +experiment=lora_llama seed=0,1,2 a sweep: one array job
