@@ -63,10 +63,11 @@ def ranks(
 
 def why_unknown(spec: ExperimentSpec) -> str | None:
     """Why no closed form is known, in words; None where one is."""
+    if not getattr(tasks.get(spec.task.name), "PLANNED", True):
+        own: Any = getattr(tasks.get(spec.task.name), "why_unplanned", None)
+        return own(spec) if own else f"task={spec.task.name} computes more than one model's passes over text"
     if spec.model.shape is None:
         return f"the dimensions of {spec.model.name} stand with its weights only: say them in model.shape"
-    if not getattr(tasks.get(spec.task.name), "PLANNED", True):
-        return f"task={spec.task.name} computes more than one model's passes over text"
     shape_of: Any = getattr(tasks.get(spec.task.name), "teacher_shape", None)
     if shape_of is not None and shape_of(spec.task) is None:
         return f"the dimensions of task={spec.task.name}'s teacher aren't known here, before its weights are opened"

@@ -19,6 +19,11 @@ class Config(TaskSpec):
     """Nothing to configure but the sample: what is read is said by `data` and `trainer.eval_samples`."""
 
 
+def why_unplanned(spec: ExperimentSpec) -> str:
+    """Why hpcdl.plan knows no closed form."""
+    return "task=eval trains nothing: the closed form is of a training step"
+
+
 def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     """One set of weights, which every rank has all of or gathers: not copies that train by themselves."""
     if ParallelDims.possible(spec.parallel, spec.cluster.world_size) is None:

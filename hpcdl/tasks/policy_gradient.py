@@ -101,6 +101,19 @@ def check(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
             )
 
 
+def why_unplanned(spec: ExperimentSpec) -> str:
+    """Why hpcdl.plan knows no closed form, and what there is besides a training's own."""
+    config = spec.task
+    if not isinstance(config, Config) or config.plays:
+        return "task=policy_gradient plays an environment, whose own memory nobody knows"
+    second = config.kl_coef > 0 and spec.peft.name == "none"
+    reference = (
+        ", and beside the policy a second copy of the model is held, the reference (none with peft=lora, or with"
+        " task.kl_coef=0)"
+    )
+    return f"task=policy_gradient writes answers with a cache{reference if second else ''}"
+
+
 def _plays(config: Config, spec: ExperimentSpec) -> Iterator[Fault]:
     how = f"task.method={config.method} plays {config.environment}"
     if spec.model.mlp is None:
