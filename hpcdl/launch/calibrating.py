@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hpcdl.plan import beside, hardware, memory, time
 from hpcdl.plan import calibrate as fit
-from hpcdl.plan import hardware, memory, time
 from hpcdl.plan.calibrate import Calibration, Held, Timed
 from hpcdl.plan.records import Hardware, of_rank
 from hpcdl.runs import memory as report
@@ -76,6 +76,8 @@ def _held(run: RunDir, spec: ExperimentSpec, world_size: int) -> Iterator[Held]:
         kind, rank = record["device"], record["rank"]
         stages = memory.ranks(spec, kind, record["world_size"])
         peak = _peak(record)
+        if kind == "cpu" and peak and spec.monitor.name != "none" and spec.monitor.communication_steps:
+            peak += beside.PROFILER  # which the worker leaves out of what it has measured
         if stages is not None and peak:
             yield Held(run=run.path.name, kind=kind, plan=of_rank(stages, rank), peak=peak)
 
@@ -117,13 +119,13 @@ def in_words(found: Calibration, runs_dir: Path) -> list[str]:
     if not found.memory and not found.rates:
         return [f"no finished run in {runs_dir} has measured what a plan could be held against"]
     lines = []
-    for kind, beside in sorted(found.memory.items()):
+    for kind, fitted in sorted(found.memory.items()):
         lines.append(
-            f"memory on {_device(kind)}, {_runs(beside.runs)}: {beside.beside / 2**20:+.0f} MiB beside tensors,"
-            f" allocator × {beside.allocator:.2f}; median error of the peak {beside.error_before:.1%} →"
-            f" {beside.error_after:.1%}; none of them is planned too small now"
+            f"memory on {_device(kind)}, {_runs(fitted.runs)}: {fitted.beside / 2**20:+.0f} MiB beside tensors,"
+            f" allocator × {fitted.allocator:.2f}; median error of the peak {fitted.error_before:.1%} →"
+            f" {fitted.error_after:.1%}; none of them is planned too small now"
         )
-        if beside.runs < fit.ENOUGH:
+        if fitted.runs < fit.ENOUGH:
             lines.append(f"  fewer than {fit.ENOUGH} runs: nothing is planned smaller for them")
     for name, rates in sorted(found.rates.items()):
         factors = dataclasses.asdict(rates.factors)

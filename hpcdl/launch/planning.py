@@ -23,7 +23,7 @@ from hpcdl.plan.records import Hardware, Plan
 from hpcdl.plan.units import gib, seconds
 from hpcdl.spec import ExperimentSpec
 
-NO_MATTER = frozenset({"name", "seed", "code", "tracker", "monitor", "preflight"})
+NO_MATTER = frozenset({"name", "seed", "code", "tracker", "preflight"})
 """Parts of an experiment that change neither its memory nor its time."""
 EXPLAINED = 3
 """Points of a sweep for which it is tried out what would make them fit."""

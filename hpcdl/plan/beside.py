@@ -16,6 +16,10 @@ TOKENIZER = 24 * MIB
 """Of a tokenizer with some ten thousand words, where it isn't bytes (444 MiB in all beside SmolLM2-135M)."""
 GLOO = 8 * MIB
 """Of a worker in a group: gloo's threads, pairs and their buffers, the store's client, what sharding imports."""
+PROFILER = 104 * MIB
+"""What torch's profiler takes while it is read, after the steps whose communication is measured: 64 to 104 MiB in three
+runs of a version that still counted it. Finished runs leave it out of their peak (hpcdl.worker.metrics.Peak), a node's
+memory doesn't."""
 CONTEXT = 550 * MIB
 """CUDA's context with torch's kernels loaded: 400 to 550 MiB on A100 and H100 (nvidia-smi less
 torch.cuda.memory_reserved; huggingface.co/docs/transformers/model_memory_anatomy tells 1.3 GB of an older one,

@@ -327,8 +327,13 @@ class Shares:
             runtime=beside.runtime(
                 model.device, many=model.dims.world_size > 1, words=model.spec.model.tokenizer != "byte"
             )
-            + (round(around.beside) if host else 0),
+            + (round(around.beside) + self._profiler if host else 0),
         )
+
+    @property
+    def _profiler(self) -> int:
+        monitor = self.model.spec.monitor
+        return beside.PROFILER if monitor.name != "none" and monitor.communication_steps else 0
 
     def elsewhere(self, around: Around) -> float:
         """What the process holds outside of steps, at most: the whole model as it is loaded, copies of a checkpoint."""
