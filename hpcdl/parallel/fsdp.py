@@ -46,22 +46,21 @@ def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
     dimension = "dp_shard" if dims.cp == 1 else "dp_shard × cp"
     message = partial(Sent, dimension=dimension, ranks=ranks, stride=dims.tp)
     block, ends = sizes.block_weights * sizes.block_bytes, sizes.end_weights * sizes.end_bytes
-    held = dims.pp > 1 and SCHEDULES[config.schedule].splits_backward
-    blocks = sizes.blocks * sizes.micro_batches
-    behinds: tuple[Behind, ...] = ("forward", "backward")
-    for behind in behinds:
-        if behind == "forward" or (config.reshard_after_forward and not held):
+    forward, backward, whole = _gathers(config, sizes)
+    behinds: tuple[tuple[Behind, float], ...] = (("forward", forward), ("backward", backward))
+    for behind, times in behinds:
+        if times:
             yield message(
                 what=f"all-gather of parameters, {behind}",
                 kind="all_gather",
-                calls=blocks,
+                calls=sizes.blocks * times,
                 size=block,
                 behind=behind,
             )
     yield message(
         what="all-gather of embedding and head",
         kind="all_gather",
-        calls=sizes.micro_batches if ends else 0,
+        calls=whole if ends else 0,
         size=ends,
         behind="forward",
     )
@@ -73,3 +72,18 @@ def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
         size=4 * sizes.trained / (sizes.blocks + 1),
         behind="backward" if dims.pp == 1 else "last backward",
     )
+
+
+def _gathers(config: _mesh.MeshConfig, sizes: Sizes) -> tuple[float, float, float]:
+    """How often a step gathers a block forward and backward, and what stands outside the blocks.
+
+    In a pipeline nothing is let go after a backward pass but the last: the pass that comes after one, whichever way,
+    finds its parameters there.
+    """
+    dims, times = sizes.dims, sizes.micro_batches
+    if dims.pp == 1:
+        return times, times if config.reshard_after_forward else 0, times
+    if SCHEDULES[config.schedule].splits_backward or not config.reshard_after_forward:
+        return 1, 0, 1
+    first = times if config.schedule == "gpipe" else min(times, dims.pp)  # passes before the first one back
+    return first, times + 1 - first, 1

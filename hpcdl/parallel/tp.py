@@ -54,15 +54,17 @@ def sent(config: _mesh.MeshConfig, sizes: Sizes) -> Iterator[Sent]:
         return
     size = float(sizes.tokens * sizes.width * sizes.compute)
     ends = 1 / sizes.blocks if sizes.blocks else 0.0  # the embedding's result, and the head's input
-    calls = sizes.micro_batches * (sizes.blocks + ends) * 2 * (sizes.passes + 1)
-    kinds: list[tuple[str, Collective]] = [("all-reduce of activations", "all_reduce")]
+    calls = sizes.micro_batches * (sizes.blocks + ends) * 2 * 2
+    # What is computed again stops at the last tensor that is needed: before the MLP's result is added up.
+    again = sizes.micro_batches * sizes.blocks * (sizes.passes - 1)
+    kinds: list[tuple[str, Collective, float]] = [("all-reduce of activations", "all_reduce", calls + again)]
     if config.sequence_parallel:
         kinds = [
-            ("all-gather of activations", "all_gather"),
-            ("reduce-scatter of activations", "reduce_scatter"),
+            ("all-gather of activations", "all_gather", calls + 2 * again),
+            ("reduce-scatter of activations", "reduce_scatter", calls + again),
         ]
-    for what, kind in kinds:
-        yield Sent(what=what, dimension="tp", kind=kind, ranks=sizes.dims.tp, calls=calls, size=size)
+    for what, kind, times in kinds:
+        yield Sent(what=what, dimension="tp", kind=kind, ranks=sizes.dims.tp, calls=times, size=size)
     if not config.loss_parallel:
         yield Sent(
             what="all-gather of the head",

@@ -379,7 +379,7 @@ class Work:
             end_weights=ends,
             end_bytes=plain,
             trained=trained,
-            tied=tied / self.dims.tp if self.dims.pp > 1 else 0.0,
+            tied=tied / self.dims.tp / self.shard if self.dims.pp > 1 else 0.0,
             state=STATE_NUMBERS.get(self.spec.optim.name, 2.0),
             passes=self.passes,
         )
