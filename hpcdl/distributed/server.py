@@ -7,12 +7,9 @@ between processes that agree on a map of devices beforehand, and the server comp
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from torch.autograd.profiler import record_function
 from torch.distributed import rpc
 from torch.futures import Future
 
+from hpcdl.distributed import calls
 from hpcdl.distributed.engine import (
     Batch,
     Engine,
@@ -273,7 +271,7 @@ class ServerEngine(Engine):
                 list(self.trainable.values()), job.make_optimizer, workers,
                 asynchronous=asynchronous, max_staleness=max_staleness,
             )  # fmt: skip
-        _join(self._rank, workers, timeout_s)
+        calls.join(self._rank, workers, timeout_s)
 
     # --- a step -------------------------------------------------------------------------------------------
 
@@ -309,7 +307,7 @@ class ServerEngine(Engine):
         both = what is _push and not self._asynchronous
         try:
             with record_function(f"hpcdl.comm:rpc:{2 * size if both else size}"):
-                return rpc.rpc_async(_name(0), what, args=(argument,), timeout=self._timeout_s).wait()
+                return rpc.rpc_async(calls.name(0), what, args=(argument,), timeout=self._timeout_s).wait()
         except RuntimeError as error:
             raise self._in_words(error) from error
 
@@ -388,30 +386,3 @@ class ServerEngine(Engine):
             self._take(self._server.weights())
         rpc.shutdown(graceful=True, timeout=math.ceil(self._timeout_s))
         _server = None
-
-
-def _name(rank: int) -> str:
-    return f"worker{rank}"
-
-
-def _join(rank: int, world_size: int, timeout_s: float) -> None:
-    """Joins all ranks for RPC; they meet where the process group did.
-
-    Raises:
-        LostPeerError: they don't.
-    """
-    # Gloo's interface is right for RPC too: the launcher sets it where a machine's own name is of no use.
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
-    if interface:
-        os.environ.setdefault("TP_SOCKET_IFNAME", interface)
-    with tempfile.TemporaryDirectory(prefix="hpcdl-rpc-") as folder:
-        alone = f"file://{Path(folder) / 'store'}"  # without torchrun the world is this process
-        options = rpc.TensorPipeRpcBackendOptions(
-            rpc_timeout=timeout_s, init_method="env://" if "MASTER_ADDR" in os.environ else alone
-        )
-        try:
-            rpc.init_rpc(_name(rank), rank=rank, world_size=world_size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise LostPeerError(
-                f"rank {rank} can't join the others for RPC: {str(error).strip().splitlines()[0]}"
-            ) from error
