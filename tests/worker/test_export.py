@@ -15,12 +15,12 @@ from tests.worker.exporting import made
 from tests.worker.tools import called
 
 pytest.importorskip("torch")
-REQUIRED = os.environ.get("HPCDL_REQUIRE_EXPORT") == "1"
+REQUIRED = os.environ.get("HPCDL_REQUIRE_EXPORT", "").split(",")
 
 
 def runtime(package: str) -> pytest.MarkDecorator:
-    """Left out where the runtime isn't installed; HPCDL_REQUIRE_EXPORT=1 makes its absence a failure."""
-    absent = importlib.util.find_spec(package) is None and not REQUIRED
+    """Left out where the runtime isn't installed; HPCDL_REQUIRE_EXPORT=onnxruntime,llama_cpp makes that a failure."""
+    absent = importlib.util.find_spec(package) is None and package not in REQUIRED
     return pytest.mark.skipif(absent, reason=f"{package} is not installed (pip install 'hpcdl[export,gguf]')")
 
 
