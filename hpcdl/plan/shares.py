@@ -217,6 +217,10 @@ class Shares:
             found = add(found, of(BUFFERS, ends))
             if model.config is not None and self._keeps_gathered:
                 found = add(found, of(BUFFERS, self.layers * self._a_block))
+            if (
+                model.dims.pp > 1
+            ):  # and gradients are shared out after the last one, whole and in fp32 until then
+                found = add(found, of(GRADIENTS, 4 * (self.trained_whole - self.trained)))
         if model.dims.pp > 1:
             stream = block.residual * block.tokens * block.width
             at_once = (model.config.microbatches if model.config else 0) or model.micro_batches
@@ -245,11 +249,11 @@ class Shares:
 
     @property
     def _keeps_gathered(self) -> bool:
+        """In a pipeline weights stay gathered from the first backward pass to the last (pipelining/stage.py)."""
         config = self.model.config
         if config is None:
             return False
-        splits = self.model.dims.pp > 1 and layout.SCHEDULES[config.schedule].splits_backward
-        return not config.reshard_after_forward or splits
+        return not config.reshard_after_forward or self.model.dims.pp > 1
 
     @property
     def _a_block(self) -> float:

@@ -260,6 +260,6 @@ class Stage:
         block = tuple(map(max, self.first.highest, self.last.highest))
         wide = tuple(map(max, found, block, end))
         done = list(map(max, wide, add(under_way, self.around)))
-        done[GRADIENTS] = 0.0 if self.bucketed else self.gradients
+        done[GRADIENTS] = 0.0 if self.bucketed else self.gradients + self.around[GRADIENTS]
         done[BUFFERS] = max(done[BUFFERS], self.cached[BUFFERS] + self.kept[BUFFERS])
         return tuple(done)
