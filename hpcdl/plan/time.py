@@ -154,26 +154,27 @@ class _Step:
     def _bubble(self, work: Work, ranks: list[tuple[Pass, Pass]]) -> float:
         """Seconds in which the busiest rank waits for the others to fill and drain, by schedule.
 
-        GPipe and 1F1B: (p-1)(F+B); interleaved: over v stages a rank (Narayanan et al., 2021, section 2.2); zero
-        bubble: gradients of weights fill it (Qi et al., 2024, table 1: (p-1)(F+B-W) for interleaved_zb, (p-1)(F+B-2W)
-        for zbv, each over v); DualPipeV: (p/2-1)(F+2B-3W) over v (DeepSeek-V3's report, table 2). B is of
-        both gradients here, but in zero-bubble formulas of the inputs' alone.
+        F, B and W: forward, gradients of inputs, gradients of weights; v stages a rank. GPipe and 1F1B: (p-1)(F+B+W);
+        interleaved: over v (Narayanan et al., 2021, section 2.2); zero bubble, weights' gradients fill it (Qi et al.,
+        2024, table 1): (p-1)(F+B-W)/v for interleaved_zb, (p-1)(F+B-2W)/v for zbv; DualPipeV, a DualPipe over 2p stages
+        on p ranks (DeepSeek-V3's report, table 2, without its overlap): (p-1)(F+2B-W)/v.
         """
         config = self.spec.parallel
         if self.dims.pp == 1 or not isinstance(config, MeshConfig):
             return 0.0
-        each = sorted(forward.device_s + backward.device_s for forward, backward in ranks)
+        each = sorted(self._busy(forward + backward) for forward, backward in ranks)
         others = sum(each[:-1])  # (p-1)(F+B) where all are alike
         per_rank = len(work.stages[0])
         count = max(sum(blocks) for blocks in work.stages)
-        weights = (self.dims.pp - 1) * work.weights_share * work.backward.device_s * count
+        backward = (self.dims.pp - 1) * work.backward.device_s * count
+        weights = work.weights_share * backward
         bubble = {
             "gpipe": others,
             "1f1b": others,
             "interleaved_1f1b": others / per_rank,
             "interleaved_zb": max(0.0, others - 2 * weights) / per_rank,
             "zbv": max(0.0, others - 3 * weights) / per_rank,
-            "dualpipev": max(0.0, others - 2 * weights) / per_rank,
+            "dualpipev": max(0.0, others + backward - 3 * weights) / per_rank,
         }[config.schedule]
         rounds = work.micro_batches // config.microbatches if config.microbatches else 1
         # Ranks that share cores: one that waits leaves them to the others.
@@ -183,6 +184,12 @@ class _Step:
             if share < 1
             else rounds * bubble
         )
+
+    def _busy(self, share: Pass) -> float:
+        """Seconds of a rank's device; on a CPU Python's own come before and after."""
+        device = self.hardware.device
+        started = share.operations * device.operation_s / device.share if device.kind == "cpu" else 0.0
+        return share.device_s + started
 
     # --- beside the passes --------------------------------------------------------------------------------
 
