@@ -340,10 +340,15 @@ class Shares:
         return beside.PROFILER if monitor.name != "none" and monitor.communication_steps else 0
 
     def elsewhere(self, around: Around) -> float:
-        """What the process holds outside of steps, at most: the whole model as it is loaded, copies of a checkpoint."""
+        """What the process holds outside of steps, at most: the whole model as it is loaded, copies of a checkpoint.
+
+        At its end the first rank loads the whole model anew, beside its own part (hpcdl.worker.training.finish).
+        """
         copied = 4 * self.trained + self.optimizer
         always = self.weights + around.weights + self.adapters + self.optimizer + around.optimizer
-        return max(self.loading, always + copied)
+        dims = self.model.dims
+        ends = self.loading if self.rank == 0 and dims.world_size > dims.dp_replicate else 0.0
+        return max(self.loading, always + copied, always + ends)
 
     @cached_property
     def matrix_by_matrix(self) -> bool:
