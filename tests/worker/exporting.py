@@ -45,8 +45,42 @@ def model(path: Path, folder: str, **changes: Any) -> dict[str, Any]:
         for parameter in built.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     built.save_pretrained(folder)
-    bytewise.write(Path(folder))
+    if changes.get("vocab_size") == 512:
+        sentencepiece(Path(folder))
+    else:
+        bytewise.write(Path(folder))
     return {"folder": folder}
+
+
+def sentencepiece(folder: Path) -> None:
+    """A vocabulary as Llama 2's: merges over whole text, `▁` for spaces, bytes where nothing else fits."""
+    from tokenizers import Tokenizer, decoders, normalizers, trainers
+    from tokenizers.models import BPE
+
+    made = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=special, show_progress=False, max_token_length=8
+    )
+    made.train_from_iterator(
+        ["the cat and the dog sat on the mat, and then they ran to the other end"] * 20, trainer
+    )
+    whole = json.loads(made.to_str())
+    learned = sorted(whole["model"]["vocab"].items(), key=lambda item: item[1])[len(special) :]
+    words = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *(word for word, _ in learned)]
+    whole["model"]["vocab"] = {word: number for number, word in enumerate(words)}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def written(path: Path, folder: str, to: str, quant: str) -> dict[str, Any]:

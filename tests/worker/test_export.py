@@ -43,6 +43,7 @@ def models(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "untied": {"tie_word_embeddings": False, "vocab_size": 301, "hidden_size": 96, "num_attention_heads": 3,
                    "num_key_value_heads": 1, "rope_parameters": llama3},
         "qwen2": {"kind": "qwen2"},
+        "sentencepiece": {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2},
     }  # fmt: skip
     return {
         name: made(workers, "model", folder=str(folder / name), **kinds[name])["folder"] for name in kinds
@@ -59,7 +60,8 @@ def test_another_reader_finds_the_models_logits_in_a_gguf_file(
 
 @llama_cpp
 @pytest.mark.parametrize(
-    ("name", "quant"), [("tied", "q8_0"), ("untied", "f32"), ("untied", "q4_0"), ("qwen2", "f16")]
+    ("name", "quant"),
+    [("tied", "q8_0"), ("untied", "f32"), ("untied", "q4_0"), ("qwen2", "f16"), ("sentencepiece", "f16")],
 )
 def test_llama_cpp_proves_gguf(workers: Workers, models: dict[str, str], name: str, quant: str) -> None:
     found = made(workers, "export", folder=models[name], to="gguf", quant=quant)

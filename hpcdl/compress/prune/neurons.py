@@ -31,11 +31,11 @@ class Config(_common.CalibratedConfig):
 
     sparsity: float = 0.2
     """Share of each block's neurons that goes, rounded so that a multiple of 32 stays."""
-    pattern: Literal["unstructured"] = "unstructured"  # type: ignore[assignment]  # whole neurons
+    pattern: Literal["unstructured"] = "unstructured"  # whole neurons
     """No other: whole neurons."""
-    scope: Literal["layer"] = "layer"  # type: ignore[assignment]  # a block's neurons
+    scope: Literal["layer"] = "layer"  # a block's neurons
     """Those of a block compete."""
-    schedule: Literal["once"] = "once"  # type: ignore[assignment]  # before training
+    schedule: Literal["once"] = "once"  # before training
     """No other: before training."""
 
 

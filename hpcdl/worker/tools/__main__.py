@@ -61,6 +61,8 @@ def as_text(found: dict[str, Any]) -> str:
 def _shown(key: str, value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if key.endswith("_bytes"):
         return f"{value / 2**20:,.1f} MiB"
     if isinstance(value, float):

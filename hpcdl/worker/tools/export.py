@@ -124,7 +124,7 @@ def flat(found: dict[str, Any]) -> dict[str, Any]:
         key: judged.get(key) for key in ("perplexity_before", "perplexity_after", "logits_difference", "kl")
     }
     return {
-        "format": found["format"], "quant": found["quant"], "bytes": found["bytes"],
+        "format": found["format"], "quant": found["quant"], "file_bytes": found["bytes"],
         "source_bytes": found["source_bytes"], **shown, "runtime": judged.get("runtime"),
         "peak_rss_bytes": timed.get("peak_rss_bytes"), "tokens_per_s": timed.get("tokens_per_s"),
         "accepted_loss": judged["accepted_loss"], "faults": "; ".join(judged["faults"]) or None,
