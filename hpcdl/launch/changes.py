@@ -122,7 +122,10 @@ def _goes_further(change: Change, fit: Sequence[Tried]) -> bool:
 def _is_the_same(change: Change, fit: Sequence[Tried]) -> bool:
     """Whether it is the same with other figures, or with something else besides."""
     return any(
-        one.change.keys == change.keys or set(one.change.overrides) <= set(change.overrides) for one in fit
+        one.change.keys == change.keys
+        or set(one.change.overrides) <= set(change.overrides)
+        or (one.change.keys == {"cluster.mem_gb"} and one.change.keys < change.keys)
+        for one in fit
     )
 
 
@@ -155,7 +158,7 @@ def singles_of(spec: ExperimentSpec) -> Iterator[Change]:
 def _of_memory(spec: ExperimentSpec) -> Iterator[Change]:
     """More of the node's memory, where not all of it was asked for."""
     cluster = spec.cluster
-    if cluster.kind != "slurm" or hardware.on_gpus(cluster):
+    if hardware.on_gpus(cluster) or (cluster.kind == "local" and cluster.mem_gb is None):
         return
     whole = hardware.whole_node(cluster)
     asked = cluster.mem_gb or 0.0

@@ -122,8 +122,10 @@ def show(console: Console, shown: Shown) -> None:
     console.print(Text.assemble(("memory  ", "bold"), (limits.fits_in_words(plan), STYLES[judged])))
     if plan.memory:
         _print_memory(console, plan)
-    console.print()
-    _print_fields(console, list(_fields(shown)))
+    fields = list(_fields(shown))
+    if fields:
+        console.print()
+        _print_fields(console, fields)
     if plan.time is not None and plan.time.traffic:
         console.print()
         _print_traffic(console, plan.time.traffic)
