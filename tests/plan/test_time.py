@@ -275,6 +275,7 @@ def test_blocks_are_shared_out_as_the_pipeline_will(blocks: int, count: int, hea
     assert mine[-1] == real[-1] and sorted(mine[:-1]) == sorted(real[:-1])
 
 
+@pytest.mark.torch
 def test_sizes_that_stand_in_two_places() -> None:
     from hpcdl.distributed import collectives, losses
     from hpcdl.parallel import _copies
