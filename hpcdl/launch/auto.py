@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from hpcdl.parallel.auto import Config
     from hpcdl.plan.found import Found
 
-NO_MATTER = {"name": "", "seed": 0, "code": None}
-"""Keys at the root that change neither memory nor time: points of a sweep over them are one search."""
-
 
 @dataclass(kw_only=True)
 class Chooser:
@@ -62,8 +59,9 @@ class Chooser:
 
 
 def _alike(spec: ExperimentSpec) -> ExperimentSpec:
+    """Without what changes neither memory nor time: points of a sweep over that are one search."""
     optim = OptimSpec(name=spec.optim.name, momentum=spec.optim.momentum)
-    return dataclasses.replace(spec, **NO_MATTER, optim=optim)
+    return dataclasses.replace(spec, name="", seed=0, code=None, optim=optim)
 
 
 def _search(spec: ExperimentSpec, kept: Sequence[str], options: LaunchOptions | None) -> Found:

@@ -178,9 +178,15 @@ class _Search(Costs):
             if self.refused(mesh):
                 continue
             beyond = large.setdefault(_alike(mesh), {})
-            if not offload and not self._may_fit(mesh, levels[level], sharded_most[_alike(mesh)], beyond):
-                if level + 1 < len(levels):  # no quicker than with more recomputed: later, perhaps never
-                    queue.push(max(bound, self._quick(mesh, levels[level + 1])), mesh, level + 1)
+            most, before = sharded_most[_alike(mesh)], level
+            while (
+                not offload and level < len(levels) and not self._may_fit(mesh, levels[level], most, beyond)
+            ):
+                level += 1
+            if level == len(levels):
+                continue
+            if level > before:  # no quicker than with more recomputed: later, perhaps never
+                queue.push(max(bound, self._quick(mesh, levels[level])), mesh, level)
                 continue
             for size in self.ways.micro_batches(mesh.data_ranks):
                 start = dataclasses.replace(mesh, checkpointing=levels[level], micro_batch_size=size)

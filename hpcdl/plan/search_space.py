@@ -239,10 +239,11 @@ class Space:
         degrees = {name: getattr(choice, name) for name in DIMENSIONS}
         if self.spec.cluster.min_nodes is not None:  # whatever is left when a node was lost
             degrees["dp_shard" if choice.dp_shard > 1 and choice.dp_replicate == 1 else "dp_replicate"] = -1
+        make: Any = parallel.get(choice.strategy).Config
         if choice.strategy in OFF_THE_MESH:
-            return parallel.get(choice.strategy).Config(name=choice.strategy, **degrees)
+            return make(name=choice.strategy, **degrees)
         base = self.base
-        return parallel.get(choice.strategy).Config(
+        return make(
             name=choice.strategy,
             **degrees,
             bucket_cap_mb=base.bucket_cap_mb,
