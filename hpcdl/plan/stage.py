@@ -181,9 +181,8 @@ class Stage:
         entered = self._entered() if stays else add(self._entered(), self.within)
         last_kept = self.last.kept
         before_last = add(self.kept, times(-1, last_kept))
-        yield self._at(
-            "forward", self.last.forward, base, entered, before_last, self.cached, self.block_forward
-        )
+        cast = add(self.cached, times(-1, self.last.cached))  # its own are in what its pass holds
+        yield self._at("forward", self.last.forward, base, entered, before_last, cast, self.block_forward)
         left = 0.0
         if self.end is not None:
             yield self._at("loss", self.end.forward, base, self.kept, self.cached, self.ends)
