@@ -209,7 +209,9 @@ class Shares:
         model, block = self.model, self.model.block
         whole = block.batch * model.spec.data.seq_len / model.dims.cp
         rotary = 2 * block.residual * whole * block.head_dim
-        found = of(ACTIVATIONS, rotary)
+        # saved by blocks that keep their activations; held by the pass for those that are computed again
+        again = model.spec.trainer.activation_checkpointing == "full"
+        found = of(TEMPORARY if again else ACTIVATIONS, rotary)
         if self.teacher is not None:
             found = add(found, of(TEMPORARY, self.teacher.taught))
         if model.sharded:

@@ -260,5 +260,8 @@ class Stage:
         wide = tuple(map(max, found, block, end))
         done = list(map(max, wide, add(under_way, self.around)))
         done[GRADIENTS] = 0.0 if self.bucketed else self.gradients + self.around[GRADIENTS]
-        done[BUFFERS] = max(done[BUFFERS], self.cached[BUFFERS] + self.kept[BUFFERS])
+        others = (
+            self.kept[BUFFERS] + self.cached[BUFFERS] - self.last.kept[BUFFERS] - self.last.cached[BUFFERS]
+        )
+        done[BUFFERS] = max(done[BUFFERS], others + self.last.highest[BUFFERS])
         return tuple(done)
