@@ -82,7 +82,13 @@ def _search(spec: ExperimentSpec, kept: Sequence[str], options: LaunchOptions | 
 
 
 def _nothing(found: Found) -> Fault:
+    from hpcdl.plan import units
+
     fixes = found.remedies[:3]
+    if not fixes and found.nearest is not None:
+        fixes = (
+            f"{units.gib(found.nearest.peak_bytes)} for each process and 10 % to spare, or a smaller model",
+        )
     return Fault(
         key="parallel",
         value="auto",
