@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcdl.distributed.engine import Batch
+from hpcdl.distributed.engine import Batch, Engine
 from hpcdl.distributed.mesh import Grid
 from hpcdl.spec import ExperimentSpec
 from hpcdl.tasks.policy_gradient import Config
@@ -51,7 +51,7 @@ class Player:
             torch.manual_seed(spec.seed)  # the same on every rank
             self.policy = Policy(spec.model.mlp, self.sizes).to(grid.device)
         self._loss = Loss(self.policy, self.config, grid.device)
-        self.engine = PolicyEngine(
+        self.engine: Engine = PolicyEngine(
             spec.parallel, self._loss, grid, lambda parameters: optim.build(spec.optim, parameters)
         )
         self.engine.updates = self.config.updates(spec.trainer.global_batch_size)
