@@ -21,7 +21,7 @@ TOOLS = {
     "merge": "adapters into their base: a model that needs no peft (hpcdl merge --help)",
     "quantize": "a model in few bits: a folder that is loaded again (hpcdl quantize --help)",
     "prune": "weights of a model taken out: a folder with zeros in it (hpcdl prune --help)",
-    "export": "a model as GGUF, ONNX, ExecuTorch: proved before it is named (hpcdl export --help)",
+    "export": "a model as GGUF or ONNX, proved before it is named (hpcdl export --help)",
 }
 """Commands of hpcdl.launch.tools, which composes configs and is imported only for them."""
 EXAMPLES = """\

@@ -68,7 +68,6 @@ names, get = _folder.names, _folder.get
 PACKAGES = {
     "llama_cpp": ("llama_cpp",),
     "onnxruntime": ("onnxruntime", "tokenizers"),
-    "executorch": ("executorch", "tokenizers"),
     "torch": ("torch", "transformers"),
 }
 """What each imports; of a runtime that isn't here, nothing."""

@@ -52,7 +52,10 @@ def run(request: Request) -> dict[str, Any]:
     spec, asked, out = request.spec, request.options, request.out
     assert out is not None, "the command finds one"
     form, quant = formats.chosen(asked["to"], asked["quant"])
-    formats.refuse_missing(form.NEEDS, f"--to {asked['to']}")
+    needed = (*form.NEEDS, *runtimes.PACKAGES[form.RUNTIME])
+    formats.refuse_missing(
+        tuple(dict.fromkeys(needed)), f"--to {asked['to']} (written, then proved in its runtime)"
+    )
     process.set_threads(spec, who := process.from_environment(), process.choose_device(spec, who))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=out.parent) as room:
