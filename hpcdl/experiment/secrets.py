@@ -96,7 +96,11 @@ def hidden(found: Iterable[Fault], plain: Mapping[str, Any]) -> list[Fault]:
     return [
         dataclasses.replace(
             fault,
-            **{name: hider.hide(getattr(fault, name)) for name in ("value", "problem", "nearest", "fix")},
+            value=hider.hide(fault.value),
+            problem=hider.hide(fault.problem),
+            nearest=hider.hide(fault.nearest),
+            fix=hider.hide(fault.fix),
+            fixes=tuple(hider.hide(fix) for fix in fault.fixes),
         )
         for fault in found
     ]

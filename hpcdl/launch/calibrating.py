@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcdl.plan import beside, hardware, memory, time
+from hpcdl.plan import beside, devices, hardware, memory, time
 from hpcdl.plan import calibrate as fit
 from hpcdl.plan.calibrate import Calibration, Held, Timed
 from hpcdl.plan.records import Hardware, of_rank
@@ -86,7 +86,7 @@ def _peak(record: dict[str, Any]) -> int | None:
     """The most that the device's memory had of this process; None: not measured."""
     measured, ended = record["measured"], record.get("ended") or {}
     if record["device"] == "cpu":
-        return max(measured["peak"], ended.get("peak", 0))
+        return int(max(measured["peak"], ended.get("peak", 0)))
     if "beside" not in ended:
         return None
     reserved = max(measured["reserved"], ended["reserved"])
@@ -104,8 +104,8 @@ def _timed(run: RunDir, spec: ExperimentSpec, world_size: int) -> Iterator[Timed
         return
     here = hardware.of(spec, ask=False)
 
-    def predict(factors: fit.devices.Calibration) -> float | None:
-        found = time.step(spec, fit.devices.calibrated(here, factors, ""), world_size)
+    def predict(factors: devices.Calibration) -> float | None:
+        found = time.step(spec, devices.calibrated(here, factors, ""), world_size)
         return None if found is None else found.step_s
 
     yield Timed(device=here.device.name, step_s=statistics.median(steps), predict=predict)

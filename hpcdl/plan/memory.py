@@ -65,7 +65,11 @@ def why_unknown(spec: ExperimentSpec) -> str | None:
     """Why no closed form is known, in words; None where one is."""
     if not getattr(tasks.get(spec.task.name), "PLANNED", True):
         own: Any = getattr(tasks.get(spec.task.name), "why_unplanned", None)
-        return str(own(spec)) if own else f"task={spec.task.name} computes more than one model's passes over text"
+        return (
+            str(own(spec))
+            if own
+            else f"task={spec.task.name} computes more than one model's passes over text"
+        )
     if spec.model.shape is None:
         return f"the dimensions of {spec.model.name} stand with its weights only: say them in model.shape"
     shape_of: Any = getattr(tasks.get(spec.task.name), "teacher_shape", None)

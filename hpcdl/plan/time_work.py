@@ -143,7 +143,7 @@ class Work:
     def _elementwise(self) -> float:
         """Bytes that a block's norms, rotary embedding, activation, sums and casts move forward."""
         tokens, width, e, r = self.tokens, self.shape.hidden_size, self.compute, self.residual
-        stream = tokens * width
+        stream: float = tokens * width
         if self.dims.tp > 1 and getattr(self.spec.parallel, "sequence_parallel", False):
             stream /= self.dims.tp
         queries, keys = self.heads_width
@@ -239,7 +239,7 @@ class Work:
     @cached_property
     def _gradients(self) -> float:
         """Seconds to cast a block's weights and gradients, and to add the gradients up."""
-        numbers = sum(beside.parameters for _, beside, _ in self._of_block)
+        numbers: float = sum(beside.parameters for _, beside, _ in self._of_block)
         if not self.frozen:
             numbers += sum(matrix.numel for matrix, *_ in self._of_block)
         numbers /= self.dims.tp
@@ -259,7 +259,7 @@ class Work:
     @cached_property
     def head(self) -> Pass:
         """The loss with its gradients, which its forward pass takes (hpcdl.distributed.losses)."""
-        rows = self.shape.vocab_size
+        rows: float = self.shape.vocab_size
         if getattr(self.spec.parallel, "loss_parallel", False):
             rows /= self.dims.tp
         times = 2 if self.frozen else 3
@@ -276,7 +276,7 @@ class Work:
     @cached_property
     def embedding(self) -> Pass:
         """Looked up, and its gradient, which is dense."""
-        moved = 3 * self.residual * self.tokens * self.shape.hidden_size
+        moved: float = 3 * self.residual * self.tokens * self.shape.hidden_size
         if not self.frozen:
             moved += 8 * self.shape.vocab_size * self.shape.hidden_size / self.dims.tp
         return Pass(moved=moved / self._bandwidth, operations=OPERATIONS["edge"])

@@ -48,7 +48,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpShape:
-    """A policy for environments: layers between an observation and the actions, and as many of its own for the value."""
+    """A policy for environments: layers from an observation to the actions, and as many of its own for the value."""
 
     widths: tuple[Annotated[int, Ge(1)], ...] = (64, 64)
     """Units of each hidden layer."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hpcdl.plan.cgroups import of_memory
 from hpcdl.monitor.network import Network
 from hpcdl.monitor.node import Memory, Node
+from hpcdl.plan.cgroups import of_memory
 
 MIB = 1 << 20
 NO_LIMIT = "9223372036854771712\n"
