@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,27 @@ def parallelize(spec: ExperimentSpec, net: Network, grid: Grid) -> Engine:
 def from_checkpoint(
     spec: ExperimentSpec, place: str | None, path: Path, device: torch.device, text: Rows | None = None
 ) -> Network:
-    """The trained model, whole, on this rank alone: loaded anew, with a checkpoint's weights."""
+    """The trained model, whole, on this rank alone: loaded anew, with a checkpoint's weights.
+
+    It goes to `device` where there is room for it: what was shared out since no GPU could hold it stays on the CPU.
+    """
     from hpcdl.worker.reading import load_weights  # torch's checkpoints take half a second to import
 
     net = prepare(spec, load(spec, place), device, text)
     load_weights(path, net.model)
-    net.model.to(device)
+    net = replace(net, device=_with_room(net.model, device))
+    net.to_device()
     return net
+
+
+def _with_room(model: nn.Module, device: torch.device) -> torch.device:
+    """`device`, or the CPU where the whole model and a tenth more doesn't fit into what that GPU has free."""
+    if device.type != "cuda":
+        return device
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return device if 1.1 * needed < free else torch.device("cpu")
 
 
 def merged(spec: ExperimentSpec, net: Network, place: str | None, text: Rows | None = None) -> Any:
