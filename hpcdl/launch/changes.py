@@ -83,10 +83,32 @@ def found(point: Point, plan: Planner, composer: Composer) -> tuple[str, ...]:
                 fit.append(one)
         if len(fit) >= SHOWN:
             break
+    if not fit:
+        fit += _all_that_it_takes(singles, point, plan, composer)
     chosen = sorted(fit, key=lambda one: (one.change.rank, _cost(one)))[:SHOWN]
     chosen = [_milder(one, singles, point, plan, composer) for one in chosen]
     chosen.sort(key=lambda one: (one.change.rank == 2, _cost(one)))
     return tuple(in_words(one, before) for one in chosen)
+
+
+def _all_that_it_takes(
+    singles: Sequence[Change], point: Point, plan: Planner, composer: Composer
+) -> Iterator[Tried]:
+    """As many changes together as a run needs that is far too big: all that go together, less those it does without."""
+    kept: list[Change] = []
+    for change in sorted(_leanest(singles), key=lambda one: (one.rank, -len(one.keys))):
+        apart = not any(change.keys & other.keys for other in kept)
+        if apart and _composed(_joined([*kept, change]), point, composer) is not None:
+            kept.append(change)
+    tried = _tried(_joined(kept), point, plan, composer) if kept else None
+    if tried is None:
+        return
+    for change in sorted(kept, key=lambda one: one.rank, reverse=True):
+        fewer = [other for other in kept if other is not change]
+        enough = _tried(_joined(fewer), point, plan, composer) if fewer else None
+        if enough is not None:
+            kept, tried = fewer, enough
+    yield tried
 
 
 def _milder(one: Tried, singles: Sequence[Change], point: Point, plan: Planner, composer: Composer) -> Tried:
@@ -252,24 +274,32 @@ def _leanest(singles: Sequence[Change]) -> list[Change]:
 
 def _together(changes: Sequence[Change]) -> Iterator[Change]:
     keys = [key for change in changes for key in change.keys]
-    if len(keys) > len(set(keys)):
-        return
-    yield Change(
+    if len(keys) == len(set(keys)):
+        yield _joined(changes)
+
+
+def _joined(changes: Sequence[Change]) -> Change:
+    return Change(
         overrides=tuple(text for change in changes for text in change.overrides),
         rank=max(change.rank for change in changes),
         what="; ".join(change.what for change in changes),
     )
 
 
-def _tried(change: Change, point: Point, plan: Planner, composer: Composer) -> Tried | None:
-    """The change's plan, if it can be and fits."""
+def _composed(change: Change, point: Point, composer: Composer) -> ExperimentSpec | None:
+    """The point with a change; None where the rules refuse it."""
     overrides, faults = composer.parse(change.overrides)
     groups = {override.key_or_group for override in overrides}
     kept = [each for each in point.overrides if each.key_or_group not in groups]
     composed = composer.compose([*kept, *overrides])
     if faults or composed.faults:
         return None
-    spec = experiment.check(composed.plain).spec
+    return experiment.check(composed.plain).spec
+
+
+def _tried(change: Change, point: Point, plan: Planner, composer: Composer) -> Tried | None:
+    """The change's plan, if it can be and fits."""
+    spec = _composed(change, point, composer)
     if spec is None:
         return None
     planned = plan(spec)

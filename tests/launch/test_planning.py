@@ -83,6 +83,33 @@ def test_each_change_that_is_named_makes_it_fit_and_they_go_up_in_cost(
     assert not slurm.calls("sbatch")
 
 
+def test_what_is_far_too_big_is_told_all_that_it_takes(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No three changes are enough: as many as it takes, and none that it could do without."""
+    far = (
+        "+experiment=pretrain_tiny",
+        "model=llama3_8b",
+        "cluster=slurm",
+        "cluster.mem_gb=17",
+        "cluster.processes_per_node=2",
+    )
+    far += (
+        "cluster.partition=small",
+        "+cluster.partitions.small.mem_gb=17",
+        "+cluster.partitions.small.nodes=1",
+    )
+    assert main(far) == 2
+    change, forced = fixes(capsys.readouterr().err)
+    typed = change.split()
+    assert len(typed) > 3 and forced.startswith("force_fit=true")
+    assert main([*far, *typed, "dry_run=true"]) == 0
+    capsys.readouterr()
+    for word in typed:
+        if word.partition("=")[0] in ("cluster.processes_per_node", "trainer.precision"):
+            assert main([*far, *(other for other in typed if other != word), "dry_run=true"]) == 2, word
+
+
 def test_force_fit_submits_it_and_is_recorded(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*BIG, "force_fit=true", "parsable=true"]) == 0
     out, err = capsys.readouterr()
