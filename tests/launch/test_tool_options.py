@@ -66,6 +66,6 @@ def test_what_makes_no_sense_is_refused(
 
 
 def test_values_are_written_as_hydra_reads_them() -> None:
-    assert [tools._literal(value) for value in (None, True, 3, 0.5, "it's", ["a", 1])] == [
+    assert [tools.literal(value) for value in (None, True, 3, 0.5, "it's", ["a", 1])] == [
         "null", "true", "3", "0.5", "'it\\'s'", "['a',1]",
     ]  # fmt: skip

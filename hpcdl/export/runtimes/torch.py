@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from hpcdl.export.runtimes._beside import Beside
 
+ONLY_WEIGHTS: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
+"""A folder holds numbers: no code of it is run (hpcdl.worker.foreign has the same)."""
+
 
 class Opened(Beside):
     """A folder that from_pretrained reads."""
@@ -24,7 +27,7 @@ class Opened(Beside):
         torch.set_num_threads(threads)
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path.parent), dtype="auto", trust_remote_code=False
+            str(path.parent), dtype="auto", **ONLY_WEIGHTS
         )
         self._model = model.eval()
         self.vocabulary = int(model.config.vocab_size)

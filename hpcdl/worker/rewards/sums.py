@@ -1,27 +1,27 @@
-"""Sums of two digits: `3+9=` wants `12`, and then nothing more.
+"""Sums of two digits, after three worked examples: `3+9=` wants `12`.
 
-1 for the right number, alone; else a tenth for each of its digits that stands where it should, so that a model which
-has never seen a sum learns to write digits first.
+1 where the answer begins with the right number, else 0. What the model writes after it doesn't count: it goes on with
+another example, as it has read three.
 """
 
 from __future__ import annotations
 
 import random
+import re
 
 from hpcdl.worker.rewards import Problem
 
-PART = 0.1
+EXAMPLES = "1+1=2\n4+8=12\n7+2=9\n"
+NUMBER = re.compile(r"\s*(\d+)")
 
 
 def problem(draw: random.Random) -> Problem:
     """One of a hundred."""
     first, second = draw.randrange(10), draw.randrange(10)
-    return Problem(f"{first}+{second}=", str(first + second))
+    return Problem(f"{EXAMPLES}{first}+{second}=", str(first + second))
 
 
 def reward(problem: Problem, answer: str) -> float:
-    """1, or what is right of it."""
-    if answer.strip() == problem.answer:
-        return 1.0
-    right = sum(mine == theirs for mine, theirs in zip(answer, problem.answer, strict=False))
-    return PART * right / len(problem.answer)
+    """1 or 0."""
+    found = NUMBER.match(answer)
+    return float(found is not None and found[1] == problem.answer)
