@@ -36,8 +36,8 @@ NEVER = re.compile(
     r"\b[A-Z]\w*(Error|Exception)\b"
 )
 """What a page for a user never says: Python's own names."""
-PAGE = re.compile(r"(The config has \d+ faults?; nothing was submitted\.|\d+\. .+|   [a-z]+: +.*|)")
-"""The lines of a page of faults."""
+PAGE = re.compile(r"(The config has \d+ faults?; nothing was submitted\.|\d+\. .+|   [a-z]+: +.*| {12}\S.*|)")
+"""The lines of a page of faults; several fixes stand below one another."""
 
 
 # --- what there is

@@ -20,7 +20,7 @@ _PEERS_LIMIT_S = 5.0
 
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 _WAITS = re.compile(
-    r"torch/distributed/|torch/autograd/graph\.py:.*_engine_run_backward|worker/control\.py:.* wait"
+    r"torch/distributed/|torch/autograd/graph\.py:.*_engine_run_backward|worker/control\.py:.* (?:wait|arrive)"
 )
 """Innermost frames of a rank that waits for others."""
 

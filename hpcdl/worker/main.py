@@ -7,6 +7,7 @@ takes seconds (torch, transformers, peft) comes after, and only what the experim
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def main(run: RunDir) -> None:
         process.leave()
     except BaseException as error:
         try:
+            # For each loader's worker that has died torch raises in this signal's handler, also amid the report.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             errors.report(run, who, progress.step, error)
         finally:
             os._exit(

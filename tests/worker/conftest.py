@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +64,7 @@ class Workers:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
             cwd=Path(__file__).parents[2],
         )  # fmt: skip
+        self._going: list[int] = []
         assert self._read() == {"ready": True}
 
     def make(self, **dotted: Any) -> RunDir:
@@ -73,15 +76,22 @@ class Workers:
         return run
 
     def start(self, run: RunDir, ranks: int = 1, **command: Any) -> list[int]:
-        """Pids of the workers; `finish` must follow."""
+        """Pids of the workers; `finish` must follow. What a failed test has left is ended."""
+        if self._going:
+            for pid in self._going:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._read()
         wanted = {"run": str(run.path), "ranks": ranks, "log": str(run.path / "log.txt"), **command}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(wanted) + "\n")
         self._process.stdin.flush()
-        return list(self._read()["pids"])
+        self._going = list(self._read()["pids"])
+        return list(self._going)
 
     def finish(self, run: RunDir) -> Finished:
         codes = self._read()["codes"]
+        self._going = []
         return Finished(run, codes, (run.path / "log.txt").read_text())
 
     def go(self, run: RunDir, ranks: int = 1, *, ok: bool = True, **command: Any) -> Finished:
