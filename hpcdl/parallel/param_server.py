@@ -85,12 +85,13 @@ def memory(config: Config, dims: ParallelDims, trained: Trained) -> tuple[Around
 
     A worker has no optimizer's state. Synchronous: the server holds the gradients of all workers (rank 0's own come
     as copies too), their mean and the next snapshot, and a worker gets weights while its gradients are there;
-    asynchronous: each push by itself, and the snapshots that are being fetched.
+    asynchronous: each push by itself, one that waits for the lock, and the snapshots that are being fetched. In both
+    TensorPipe has a copy of each message on its way: gradients in, weights out.
     """
     whole, others = 4 * trained.numbers, dims.dp_replicate - 1
     synchronous = config.mode == "sync"
-    pushed = (others + 3 if synchronous else others + 1) * whole
-    server = Around(ranks=1, weights=2 * whole, exchanging=pushed, beside=RPC_BYTES)
+    pushed = (others + 3 if synchronous else others + 2) * whole
+    server = Around(ranks=1, weights=2 * whole, exchanging=pushed, beside=RPC_BYTES + 2 * others * whole)
     if not others:
         return (server,)
     got = whole if synchronous else 0.0

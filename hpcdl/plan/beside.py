@@ -40,8 +40,11 @@ go in each step. It takes some twenty steps until the process is at its largest:
 384 MiB (1.7 times), with all weights trained 0.9 to 1.0 GiB for 944 to 1,147 MiB, of which 513 are gradients (0.9
 to 1.0 times).
 """
-ARENA = 24 * MIB
-"""The same whatever the tensors' size: a tiny model's 35 MiB in 300 steps for 20 MiB."""
+ARENA = 60 * MIB
+"""The same whatever the tensors' size: a tiny model's 35 MiB in 300 steps for 20 MiB, and up to 107 MiB for 19 MiB
+where every block is computed again (benchmarks/planner.py, the deep model under LoRA)."""
+MAPPED = 32 * MIB
+"""A piece from this size on is given back when it is freed (glibc's highest M_MMAP_THRESHOLD)."""
 CHUNKS = 0.02
 """Of what lies there while no step goes on: pieces too small to be given back."""
 
@@ -76,6 +79,7 @@ def allocator(
     made: float,
     gradients: float,
     *,
+    loaded: float = 0.0,
     tidy: bool = False,
 ) -> int:
     """Bytes beyond tensors at their peak.
@@ -87,9 +91,10 @@ def allocator(
         elsewhere: what the process holds at most outside of steps: while it loads, or copies a checkpoint.
         made: of `tensors` those that each step makes anew.
         gradients: of these the gradients, and the buckets that they are in.
+        loaded: what FSDP lets go of the whole model when it shards it, and its exchanges take: pieces that fit nothing.
         tidy: malloc was told to keep no holes (hpcdl.distributed.allocator).
     """
     if device == "cuda":
         return round(with_inside - tensors + FRAGMENTS * with_inside + CUBLAS)
     holes = CHUNKS * made if tidy else max(HOLES * (made - gradients), HOLES_OF_ALL * made)
-    return round(max(with_inside + holes, (1 + CHUNKS) * elsewhere) - tensors + ARENA)
+    return round(max(with_inside + holes + loaded, (1 + CHUNKS) * elsewhere) - tensors + ARENA)

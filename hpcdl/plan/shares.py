@@ -328,6 +328,7 @@ class Shares:
                 elsewhere,
                 made=sum(highest.bytes),
                 gradients=highest.bytes[GRADIENTS] + (4 * self.trained if around.bucketed else 0.0),
+                loaded=self.let_go if host else 0.0,
                 tidy=self.matrix_by_matrix,
             ),
             runtime=beside.runtime(
@@ -340,6 +341,25 @@ class Shares:
     def _profiler(self) -> int:
         monitor = self.model.spec.monitor
         return beside.PROFILER if monitor.name != "none" and monitor.communication_steps else 0
+
+    @property
+    def let_go(self) -> float:
+        """Under FSDP: what its shards leave of the whole model that was loaded, in pieces as large as parameters were;
+        a checkpoint's copies, which no such hole takes; and gloo's copies of the largest group that is exchanged.
+
+        Measured with two and four ranks (benchmarks/planner.py): 60 to 240 MiB beyond what a step's own pieces leave.
+        """
+        model = self.model
+        if not model.sharded or self.matrix_by_matrix:
+            return 0.0
+        group = max(self._a_block / model.seen, self.tables * model.table_numel)
+        exchanged = (
+            2 * model.seen + 2 * 4
+        ) * group  # in and out of a gather, and of a reduce-scatter in fp32
+        sizes = [(4.0 * matrix.numel, matrix.count) for matrix in model.matrices]
+        kept = sum(size * count for size, count in sizes if size < beside.MAPPED)
+        left = kept / sum(size * count for size, count in sizes) * max(0.0, self.loading - self.weights)
+        return left + 4 * self.trained + self.optimizer + exchanged
 
     def elsewhere(self, around: Around) -> float:
         """What the process holds outside of steps, at most: the whole model as it is loaded, copies of a checkpoint.
