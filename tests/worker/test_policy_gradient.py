@@ -21,7 +21,9 @@ from hpcdl.spec.plain import dump_yaml, to_plain
 from hpcdl.worker.rl.advantages import generalised, normal, within_groups
 from hpcdl.worker.rl.answering import sequences
 from hpcdl.worker.rl.environments import choose
-from tests.factory import tiny_plain
+from hpcdl.worker.rl.problems import Problems
+from hpcdl.worker.tokenizer import ByteTokenizer
+from tests.factory import tiny_plain, tiny_spec
 from tests.worker.conftest import Finished, Workers
 
 pytestmark = pytest.mark.torch
@@ -254,6 +256,16 @@ def asked(own_reward: str, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(workers: Workers, own_reward: str) -> Finished:
     return workers.train(1, **asked(own_reward))
+
+
+def test_what_is_held_out_is_not_trained_on(own_reward: str) -> None:
+    """Fifty problems, ten of them held out: drawn by chance, most of these would come in eighty draws."""
+    trainer = {**SUMS["trainer"], "eval_samples": 10}
+    problems = Problems(tiny_spec(**asked(own_reward, trainer=trainer)), ByteTokenizer())
+    trained = [problem for iteration in range(1, 21) for problem in problems.of(iteration)]
+    assert len(trained) == 80 and len(set(trained)) > 25
+    assert not set(trained) & set(problems.heldout())
+    assert trained[4:8] == problems.of(2)
 
 
 @pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])

@@ -21,6 +21,9 @@ from hpcdl.worker.rewards import Problem
 from hpcdl.worker.rl import draw
 from hpcdl.worker.tokenizer import Tokenizer
 
+DRAWS = 100
+"""Times that a problem is drawn until it is none of those held out."""
+
 
 class Problems:
     """Those to train on, and those held out; each with its reward."""
@@ -39,6 +42,7 @@ class Problems:
         self._reward = rewards.load(self._config.reward)
         self._given: list[Problem] = []
         self._heldout: list[Problem] = []
+        self._kept: frozenset[Problem] = frozenset()
         content = [self._reward.path.read_text(encoding="utf-8"), tokenizer.digest, spec.data.kind]
         if spec.data.kind != "none":
             content.append(self._read())
@@ -78,7 +82,7 @@ class Problems:
         first = (iteration - 1) * count
         if self._given:
             return [self._given[row] for row in self._order.rows(first, count)]
-        return [self._made(draw.PROBLEM, first + number) for number in range(count)]
+        return [self._other(first + number) for number in range(count)]
 
     def heldout(self) -> list[Problem]:
         """`trainer.eval_samples` at most, the same at each evaluation."""
@@ -87,9 +91,20 @@ class Problems:
             return self._heldout[:most]
         return [self._made(draw.HELDOUT + draw.PROBLEM, number) for number in range(most)]
 
-    def _made(self, purpose: int, number: int) -> Problem:
+    def _other(self, number: int) -> Problem:
+        """One to train on: drawn anew while it is among those held out; a reward may know no others than these."""
+        if not self._kept:
+            self._kept = frozenset(self.heldout())
+        made = self._made(draw.PROBLEM, number)
+        for again in range(1, DRAWS):
+            if made not in self._kept:
+                break
+            made = self._made(draw.PROBLEM, number, again)
+        return made
+
+    def _made(self, purpose: int, *place: int) -> Problem:
         assert self._reward.problem is not None, "checked before submission"
-        made = self._reward.problem(random.Random(draw.number(self._spec.seed, purpose, number)))
+        made = self._reward.problem(random.Random(draw.number(self._spec.seed, purpose, *place)))
         if len(self.tokens(made)) > self.room:
             raise HpcdlError(
                 f"task.reward={self._config.reward}: a prompt of {len(self.tokens(made))} tokens has no room in"
