@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from hpcdl.launch import hang, stacks
@@ -164,6 +165,7 @@ threading.Thread(target=threading.Event().wait, daemon=True).start()
 def stuck():
     lock = threading.Lock()
     lock.acquire()
+    open(os.environ["THERE"], "w").close()
     lock.acquire()  # in C, for ever
 
 stuck()
@@ -175,8 +177,11 @@ def stuck(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     (tmp_path / "worker").mkdir()
     (tmp_path / "worker" / "main.py").write_text(RANK)
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "worker" / "main.py"], env={beats.FOLDER: str(tmp_path), "RANK": "2"}
-    )
+        [sys.executable, tmp_path / "worker" / "main.py"],
+        env={beats.FOLDER: str(tmp_path), "RANK": "2", "THERE": str(tmp_path / "there")},
+    )  # fmt: skip
+    rank = psutil.Process(process.pid)
+    until(lambda: (tmp_path / "there").exists() and rank.status() == "sleeping", "the rank is stuck")
     yield process
     process.kill()
     process.wait()
@@ -192,7 +197,7 @@ def test_a_rank_in_c_code_is_dumped(tmp_path: Path, stuck: subprocess.Popen[byte
     assert found is not None
     (seen,) = watch.dump(found, run, "0.0", "c1")
     assert (seen.rank, seen.step, seen.state) == (2, 5, "S")
-    assert seen.frames[:2] == ("worker/main.py:12 stuck", "worker/main.py:14 <module>")
+    assert seen.frames[:2] == ("worker/main.py:13 stuck", "worker/main.py:15 <module>")
     text = (run.errors / "try0.0-restart0-rank2-stacks.txt").read_text()
     assert text.count("most recent call first") == 2, "all threads"
 
