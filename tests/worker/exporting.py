@@ -122,7 +122,39 @@ def refused(path: Path, folder: str, break_: str, accept_loss: bool = False) -> 
     return export(path, folder, "onnx", "f32", accept_loss=accept_loss)
 
 
-def export(path: Path, folder: str, to: str, quant: str, accept_loss: bool = False) -> dict[str, Any]:
+def damaged_program(path: Path, folder: str) -> dict[str, Any]:
+    """What the gate says of an ExecuTorch program with a tensor's signs turned, cut off, and whole again."""
+    from hpcdl.export.formats import executorch
+
+    export(path, folder, "executorch", "f32")
+    file = path / "out" / executorch.FILE
+    whole = file.read_bytes()
+    (told,) = (
+        each
+        for each in json.loads((file.parent / executorch.PLACES).read_text())
+        if each["name"] == "model.layers.1.mlp.up_proj.weight"
+    )
+    lies = executorch._Stored(file).at(told["place"])
+    turned = bytearray(lies)
+    for at in range(3, len(turned), 4):
+        turned[at] ^= 0x80
+    assert whole.count(lies) == 1
+    found = {}
+    for name, damaged in (
+        ("turned", whole.replace(lies, bytes(turned))),
+        ("cut", whole[:-5000]),
+        ("whole", whole),
+    ):
+        file.write_bytes(damaged)
+        found[name] = str(
+            export(path, folder, "executorch", "f32", check=str(file.parent)).get("error", "ok")
+        )
+    return found
+
+
+def export(
+    path: Path, folder: str, to: str, quant: str, *, accept_loss: bool = False, check: str | None = None
+) -> dict[str, Any]:
     """What the whole command says, in this process."""
     from hpcdl.errors import HpcdlError
     from hpcdl.worker.tools import Request
@@ -133,7 +165,7 @@ def export(path: Path, folder: str, to: str, quant: str, accept_loss: bool = Fal
         model={"name": "tiny", "path": folder, "tokenizer": "auto"}, trainer__eval_samples=4,
         trainer__threads_per_process=1,
     )  # fmt: skip
-    asked = {"to": to, "quant": quant, "accept_loss": accept_loss, "check": None, "embedding_quant": None}
+    asked = {"to": to, "quant": quant, "accept_loss": accept_loss, "check": check, "embedding_quant": None}
     try:
         return run(Request(spec=spec, options=asked, out=path / "out"))
     except HpcdlError as error:

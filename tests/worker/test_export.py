@@ -21,11 +21,13 @@ REQUIRED = os.environ.get("HPCDL_REQUIRE_EXPORT", "").split(",")
 def runtime(package: str) -> pytest.MarkDecorator:
     """Left out where the runtime isn't installed; HPCDL_REQUIRE_EXPORT=onnxruntime,llama_cpp makes that a failure."""
     absent = importlib.util.find_spec(package) is None and package not in REQUIRED
-    return pytest.mark.skipif(absent, reason=f"{package} is not installed (pip install 'hpcdl[export,gguf]')")
+    return pytest.mark.skipif(
+        absent, reason=f"{package} is not installed (pip install 'hpcdl[export,gguf,executorch]')"
+    )
 
 
 pytestmark = pytest.mark.torch
-onnx, llama_cpp = runtime("onnxruntime"), runtime("llama_cpp")
+onnx, llama_cpp, executorch = runtime("onnxruntime"), runtime("llama_cpp"), runtime("executorch")
 ASKED = {"accept_loss": False, "check": None, "embedding_quant": None}
 TRAINED = {"peft__name": "lora", "peft__rank": 4, "trainer__max_steps": 8, "trainer__eval_samples": 4}
 
@@ -91,6 +93,30 @@ def test_onnxruntime_proves_onnx(
     assert "error" not in found, found
     assert found["faults"] is None and "onnxruntime" in found["runtime"]
     assert found["logits_difference"] < most and 10 << 20 < found["peak_rss_bytes"] < 300 << 20
+
+
+@executorch
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "quant", "most"), [("untied", "f32", 1e-4), ("tied", "int8", 0.15), ("qwen2", "int4", 0.5)]
+)
+def test_executorch_proves_its_program(
+    workers: Workers, models: dict[str, str], name: str, quant: str, most: float
+) -> None:
+    found = made(workers, "export", folder=models[name], to="executorch", quant=quant)
+    assert "error" not in found, found
+    assert found["faults"] is None and "ExecuTorch" in found["runtime"]
+    assert found["logits_difference"] < most and found["tokens_per_s"] > 0
+
+
+@executorch
+@pytest.mark.slow
+def test_a_damaged_program_is_found(workers: Workers, models: dict[str, str]) -> None:
+    """A tensor's signs turned, and a file that ends too early."""
+    found = made(workers, "damaged_program", folder=models["tied"])
+    assert "model.layers.1.mlp.up_proj.weight differs from the source's by 2 of its size" in found["turned"]
+    assert "model.pte" in found["cut"]
+    assert found["whole"] == "ok"
 
 
 @onnx

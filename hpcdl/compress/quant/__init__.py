@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 OPTIONAL = ("torchao", "bitsandbytes")
 """Packages that quantize. transformers and peft import them wherever they are installed: seconds a process."""
+WRITERS: dict[str, tuple[str, ...]] = {"executorch": ("torchao",)}
+"""Formats of hpcdl/export that are written with one of them."""
 
 
 class Scheme(Protocol):
@@ -108,11 +110,17 @@ def why_whole(spec: ExperimentSpec) -> str | None:
     return None if why is None else why(resolved(spec))
 
 
-def needs(spec: ExperimentSpec) -> Iterable[str]:
-    """Packages of OPTIONAL that the experiment uses."""
+def needs(spec: ExperimentSpec, written: str | None = None) -> Iterable[str]:
+    """Packages of OPTIONAL that the experiment uses.
+
+    Args:
+        spec: the experiment.
+        written: the format that a model is exported to; None: what the experiment's task says, if it exports.
+    """
     asked = getattr(get(spec.quant.scheme), "needs", None)
     used = get(spec.quant.scheme).NEEDS if asked is None else asked(resolved(spec))
-    return {*used, "bitsandbytes"} if spec.optim.name == "adamw8bit" else used
+    of_format = WRITERS.get(str(written or getattr(spec.task, "to", "")), ())
+    return {*used, *of_format, *(["bitsandbytes"] if spec.optim.name == "adamw8bit" else [])}
 
 
 def hide_unused(used: Iterable[str]) -> None:

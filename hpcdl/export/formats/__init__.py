@@ -49,11 +49,6 @@ class Format(Protocol):
         ...
 
 
-UNWRITTEN = {
-    "executorch": "not there yet: the decoder and its cache have not been brought through torch.export, and without"
-    " a file that was run nothing would be proved"
-}
-"""Formats that one may ask for, and why there is none."""
 _folder: Folder[Format] = Folder(__name__, __path__)
 names, get = _folder.names, _folder.get
 
@@ -64,8 +59,6 @@ def chosen(name: str, quant: str | None) -> tuple[Format, str]:
     Raises:
         UsageError: there is no such one.
     """
-    if name in UNWRITTEN:
-        raise UsageError(f"--to {name}: {UNWRITTEN[name]}\nallowed: {', '.join(names())}")
     if name not in names():
         raise UsageError(_unknown("--to", name, names()))
     found = get(name)
@@ -85,7 +78,7 @@ def refuse_missing(packages: tuple[str, ...], what: str) -> None:
 
     missing = [each for each in packages if importlib.util.find_spec(each) is None]
     if missing:
-        raise HpcdlError(f"{what} needs {', '.join(missing)}: pip install 'hpcdl[export,gguf]'")
+        raise HpcdlError(f"{what} needs {', '.join(missing)}: pip install 'hpcdl[export,gguf,executorch]'")
 
 
 def _unknown(option: str, given: str, allowed: tuple[str, ...]) -> str:

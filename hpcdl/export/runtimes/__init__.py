@@ -1,7 +1,7 @@
 """Runtimes of exported models: one file each, found by name, and the process that one of them is used in.
 
 A runtime's file holds `open(path, threads, context) -> Model`. It is imported by that process only (`__main__.py`):
-elsewhere `ask` starts it and gives what it found. No runtime but torch's imports torch.
+elsewhere `ask` starts it and gives what it found. No runtime but torch's and ExecuTorch's imports torch.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Runtime(Protocol):
 _folder: Folder[Runtime] = Folder(__name__, __path__)
 names, get = _folder.names, _folder.get
 PACKAGES = {
+    "executorch": ("executorch", "tokenizers"),
     "llama_cpp": ("llama_cpp",),
     "onnxruntime": ("onnxruntime", "tokenizers"),
     "torch": ("torch", "transformers"),

@@ -11,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from hpcdl.export.runtimes._beside import Beside
-
-ONLY_WEIGHTS: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
-"""A folder holds numbers: no code of it is run (hpcdl.worker.foreign has the same)."""
+from hpcdl.foreign import ONLY_WEIGHTS
 
 
 class Opened(Beside):

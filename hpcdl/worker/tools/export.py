@@ -23,6 +23,7 @@ from hpcdl.distributed.losses import IGNORE
 from hpcdl.errors import HpcdlError, RunFailedError
 from hpcdl.export import CARD, bytewise, card, compact, formats, gate, runtimes
 from hpcdl.export.source import Source, read_json
+from hpcdl.foreign import ONLY_WEIGHTS
 from hpcdl.runs.files import write_atomic, write_json
 from hpcdl.runs.store import now
 from hpcdl.spec import ExperimentSpec
@@ -30,7 +31,6 @@ from hpcdl.worker import adapters, merging, model, process, quantized
 from hpcdl.worker.cache import make_readable
 from hpcdl.worker.data.batches import Order, batch
 from hpcdl.worker.data.prepare import open_dataset
-from hpcdl.worker.foreign import ONLY_WEIGHTS
 from hpcdl.worker.tokenizer import ByteTokenizer, Tokenizer
 from hpcdl.worker.tools import Request
 from hpcdl.worker.tools.merge import base_folder, put_in_place, tokenizer_of
