@@ -27,6 +27,11 @@ class Schedule:
     splits_backward: bool = False
     """The gradients of inputs and of weights are computed at different times."""
 
+    @property
+    def one_stage(self) -> bool:
+        """A rank has no more than one."""
+        return self.stages_per_rank == 1 and not self.any_number
+
 
 SCHEDULES = {
     "gpipe": Schedule(torch_name="ScheduleGPipe"),

@@ -24,36 +24,6 @@ build = _mesh.build
 memory = _mesh.memory
 
 
-def under_way(config: _mesh.MeshConfig, ranks: int, rank: int, micro_batches: int) -> float:
-    """Micro-batches whose activations a rank keeps at a time, in units of all of its stages; at most.
-
-    GPipe keeps all; 1F1B as many as there are ranks from here to the end; interleaved, what its warm-up has begun
-    (torch.distributed.pipelining.schedules, _get_warmup_ops). The zero-bubble ones keep a stage's activations, and
-    what went back through them, until the weights' gradients are computed: upper bounds of what 2 and 4 ranks were
-    seen to hold. Qi et al., 2024, and DeepSeek-V3's report have a V-shaped pipeline's activations alone: as many
-    micro-batches as ranks, and one more.
-    """
-    at_once = config.microbatches or micro_batches
-    if ranks == 1:
-        return 1.0
-    each = layout.stages_per_rank(config.schedule, config.stages_per_rank)
-    to_end = ranks - rank
-    if config.schedule == "gpipe":
-        return float(at_once)
-    if config.schedule == "1f1b":
-        return float(min(at_once, to_end))
-    if config.schedule == "zbv":
-        return min(float(at_once), 1.5 * ranks)
-    if config.schedule == "dualpipev":
-        return min(float(at_once), ranks + (0.5 if rank else 1.25))
-    a_round = at_once // max(1, at_once // ranks)
-    if config.schedule == "interleaved_zb":
-        begun = (each - 1) * a_round + to_end + 1 + 3 * rank
-    else:
-        begun = (each - 1) * a_round + 2 * (to_end - 1) + 1
-    return min(begun, at_once * each) / each
-
-
 def faults(config: _mesh.MeshConfig, dims: ParallelDims, spec: ExperimentSpec) -> Iterator[Fault]:
     """A block a stage at least, and enough micro-batches to fill the pipeline."""
     if dims.pp == 1:

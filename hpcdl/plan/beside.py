@@ -45,6 +45,9 @@ ARENA = 60 * MIB
 where every block is computed again (benchmarks/planner.py, the deep model under LoRA)."""
 MAPPED = 32 * MIB
 """A piece from this size on is given back when it is freed (glibc's highest M_MMAP_THRESHOLD)."""
+RESULT = 48 * MIB
+"""What the first rank loads at a run's end to leave its card and its plot (matplotlib, and what merges an adapter): a
+process without holes to take it in had 25 MiB more than was planned (a pipeline's first stage, DoRA)."""
 CHUNKS = 0.02
 """Of what lies there while no step goes on: pieces too small to be given back."""
 
@@ -89,7 +92,7 @@ def allocator(
         tensors: of a step, at most.
         with_inside: the same with what operators take for themselves.
         elsewhere: what the process holds at most outside of steps: while it loads, or copies a checkpoint.
-        made: of `tensors` those that each step makes anew.
+        made: of `tensors` those that each step makes anew, in pieces below MAPPED.
         gradients: of these the gradients, and the buckets that they are in.
         loaded: what FSDP lets go of the whole model when it shards it, and its exchanges take: pieces that fit nothing.
         tidy: malloc was told to keep no holes (hpcdl.distributed.allocator).

@@ -91,6 +91,19 @@ class Block:
         """Tokens between the matrices: all of them, though the stream is split."""
         return self.batch * self.length * (self.tp if self.split_stream else 1)
 
+    @property
+    def split_gradients(self) -> float:
+        """Bytes that wait where gradients of inputs are computed first: of each trained matrix's result, and norm's.
+
+        Source: torch.distributed.pipelining, _backward.py, `param_groups`.
+        """
+        results = sum(
+            (linear.rows if linear.trained or linear.rank else 0.0) + linear.rank
+            for _, linear in self.linears
+        )
+        norms = 2 * self.width if self.trained_norms else 0
+        return self.compute * self.inside * results + self.residual * self.tokens * norms
+
 
 @dataclass(slots=True)
 class Passing:

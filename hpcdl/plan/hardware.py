@@ -44,6 +44,7 @@ def of(spec: ExperimentSpec, *, ask: bool = True) -> Hardware:
         ask: whether Slurm, and this machine's driver, may be asked; each is asked once a process.
     """
     cluster = spec.cluster
+    ask = ask and cluster.kind != "kubernetes"  # a pod has what the config says
     device, links, sources = (_gpu if on_gpus(cluster) else _cpu)(spec, ask)
     return Hardware(
         device=device,
@@ -245,6 +246,8 @@ def whole_node(cluster: ClusterSpec, *, ask: bool = True) -> Known:
     if told:
         size, name = min(told)
         return Known(value=round(size * GIB), source=f"cluster.partitions.{name}.mem_gb")
+    if cluster.kind == "kubernetes":
+        return Known(value=None, source="nobody says how much memory a pod has: cluster.mem_gb=…")
     kinds, why = _kinds(cluster) if ask else ([], "not asked")
     if kinds:
         least = min(kinds, key=lambda kind: kind.memory_bytes)

@@ -88,10 +88,10 @@ def _chunked(tape: Tape, rows: Var, head: Head, own: Var | Weight) -> Var:
     matrix = tape.new(e * numel) if head.held != e else None
     grad_hidden = tape.new(rows.bytes)
     grad_weight = tape.new(head.held * numel) if own.bytes else None
-    chunk = min(head.tokens, max(64, CHUNK_LOGITS[head.device] // max(1, int(head.chunk_rows))))
+    most = min(head.tokens, max(64, CHUNK_LOGITS[head.device] // max(1, int(head.chunk_rows))))
     logits: Store | None = None
     delta: Store | None = None
-    for _ in range(2 if head.tokens > chunk else 1):
+    for chunk in _first_two(head.tokens, most):
         few = tape.new(25 * chunk)
         made = tape.new(e * chunk * head.rows)
         if e != 4:  # .float() makes another
@@ -121,6 +121,11 @@ def _chunked(tape: Tape, rows: Var, head: Head, own: Var | Weight) -> Var:
     if matrix is not None:
         tape.drop(matrix)
     return out
+
+
+def _first_two(tokens: float, chunk: float) -> list[float]:
+    """Sizes of the first chunks: those that come later are no larger."""
+    return [chunk] if tokens <= chunk else [chunk, min(chunk, tokens - chunk)]
 
 
 def _in_parts(tape: Tape, rows: Var, head: Head) -> Var:
@@ -158,22 +163,23 @@ def _distilled(tape: Tape, rows: Var, head: Head, own: Var | Weight) -> Var:
     grad_hidden = tape.new(rows.bytes)
     grad_weight = tape.new(head.held * numel) if own.bytes else None
     chunk = min(head.tokens, max(16, CHUNK_LOGITS[head.device] // (DISTILLED * max(1, int(vocabulary)))))
-    one = 4 * chunk * vocabulary
-    before = (
-        [tape.new(one), tape.new(one)] if head.tokens > chunk else []
-    )  # student and slope of the last chunk
-    student = tape.new(one)
-    tape.pass_by(e * chunk * vocabulary if e != 4 else 0.0)
-    # the teacher's logits, log q, log p, p and a product: hpcdl.distributed.distillation._divergence
-    within = [tape.new(one) for _ in range(3)]
-    tape.pass_by(2 * one)
-    tape.take(one)
+    before: list[Store] = []  # student and slope of the chunk before, until the next one has its own
+    for part in _first_two(head.tokens, chunk):
+        one = 4 * part * vocabulary
+        student = tape.new(one)
+        tape.pass_by(e * part * vocabulary if e != 4 else 0.0)
+        # the teacher's logits, log q, log p, p and a product: hpcdl.distributed.distillation._divergence
+        within = [tape.new(one) for _ in range(3)]
+        tape.pass_by(2 * one)
+        tape.take(one)
+        tape.drop_all(before)
+        tape.drop_all(within[1:])
+        delta = tape.new(e * part * vocabulary) if e != 4 else None
+        if grad_weight is not None:
+            tape.pass_by(e * numel)
+        tape.drop_all([delta] if delta else [])
+        before = [student, within[0]]
     tape.drop_all(before)
-    tape.drop_all(within[1:])
-    delta = tape.new(e * chunk * vocabulary) if e != 4 else None
-    if grad_weight is not None:
-        tape.pass_by(e * numel)
-    tape.drop_all([student, within[0], *([delta] if delta else [])])
     saves = [grad_hidden] + ([grad_weight] if grad_weight is not None else [])
     out = tape.op(4, to=[(rows, rows.bytes), (own, head.held * numel)], saves=saves)
     tape.drop_all([*saves, *matrices, theirs])

@@ -106,10 +106,22 @@ class Default:
 
 
 @functools.cache
+def configuration() -> str:
+    """The cluster's configuration and its partitions, in scontrol's words; empty where nobody answers."""
+    said = _run(["scontrol", "-o"], "show config\nshow partition\n")
+    return "" if isinstance(said, Said) else said
+
+
+@functools.cache
 def defaults() -> dict[str, Default]:
     """Each partition's default memory, and under `""` the cluster's; empty where Slurm doesn't hold jobs to it."""
-    said = _run(["scontrol", "-o"], "show config\nshow partition\n")
-    return {} if isinstance(said, Said) else read_defaults(said)
+    return read_defaults(configuration())
+
+
+def max_array_size() -> int | None:
+    """The cluster's MaxArraySize, which bounds the index of an array's task; None where Slurm doesn't say."""
+    found = re.search(r"^MaxArraySize *= *(\d+)", configuration(), re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def read_defaults(text: str) -> dict[str, Default]:

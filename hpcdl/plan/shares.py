@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from hpcdl import parallel
-from hpcdl.compress import quant
 from hpcdl.distributed import stages as layout
-from hpcdl.parallel import pp
-from hpcdl.plan import beside, teacher
+from hpcdl.plan import beside, pieces, teacher
+from hpcdl.plan.crowd import Crowd, alone, crowds
 from hpcdl.plan.decoder import Decoder
 from hpcdl.plan.loss import Head
+from hpcdl.plan.outside import Outside
 from hpcdl.plan.records import RankMemory
 from hpcdl.plan.stage import Instant, Stage, of
 from hpcdl.plan.tape import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Bytes, add
@@ -159,12 +159,22 @@ class Shares:
         return replace(self.model.head, teacher=width, teacher_held=self.teacher.plain)
 
     @cached_property
-    def under_way(self) -> float:
-        """Micro-batches in a pipeline rank at a time."""
+    def crowds(self) -> tuple[Crowd, ...]:
+        """Micro-batches in this rank at a time."""
         model = self.model
         if model.dims.pp == 1 or model.config is None:
-            return 1.0
-        return pp.under_way(model.config, model.dims.pp, self.rank, model.micro_batches)
+            return alone(self.micro_batches > 1)
+        at_once = model.config.microbatches or model.micro_batches
+        rounds = model.micro_batches > at_once
+        found = parts(model)
+        sizes = tuple(len(found[stage]) if stage < len(found) else 0 for stage in self.stages)
+        return crowds(model.config.schedule, model.dims.pp, self.rank, sizes, at_once, rounds=rounds)
+
+    @property
+    def block_by_block(self) -> bool:
+        """Whether a pipeline gathers a block when its turn comes; schedules of several stages gather whole stages."""
+        config = self.model.config
+        return config is not None and layout.SCHEDULES[config.schedule].one_stage
 
     def stage(self, around: Around) -> Stage:
         """The step's part here."""
@@ -174,6 +184,7 @@ class Shares:
         recomputed = {"none": 0, "full": self.layers, "selective": -(-self.layers // 2)}[how]
         tied = model.shape.tie_word_embeddings and self.first and self.last and model.dims.pp == 1
         there = self.micro_batches > 1
+        in_turn = model.sharded and model.dims.pp > 1
         exchanging = around.exchanging + (4 * self.trained if around.bucketed and there else 0.0)
         return Stage(
             block=block,
@@ -185,8 +196,7 @@ class Shares:
             recomputed=recomputed,
             parked=spec.trainer.activation_offload != "none"
             and (model.device == "cuda" or spec.trainer.activation_offload == "disk"),
-            micro_batches=self.micro_batches,
-            under_way=self.under_way,
+            crowds=self.crowds,
             bucketed=around.bucketed,
             gradients=4 * self.trained,
             largest=self.largest,
@@ -195,10 +205,12 @@ class Shares:
             block_forward=self._gathered(2.0),
             block_backward=self._gathered(2.0),
             reducing=of(TEMPORARY, 4 * model.block_trained if model.sharded else 0.0),
-            ends=of(BUFFERS, self._a_block if model.sharded else 0.0),
+            ends=of(BUFFERS, self.a_block if model.sharded else 0.0),
             of_each=self._of_each,
             after=of(TEMPORARY, exchanging if not around.bucketed else 0.0),
             updating=of(TEMPORARY, 0.0),
+            staying=self.a_block if in_turn and not self._keeps_gathered else 0.0,
+            whole=4 * self.trained_whole if in_turn else 0.0,
             shards=model.shards if model.sharded else 0,
             seen=model.seen if not model.frozen else model.adapter_seen,
         )
@@ -218,11 +230,7 @@ class Shares:
             ends = model.seen * (self.tables * model.table_numel + self.last * model.shape.hidden_size)
             found = add(found, of(BUFFERS, ends))
             if model.config is not None and self._keeps_gathered:
-                found = add(found, of(BUFFERS, self.layers * self._a_block))
-            if (
-                model.dims.pp > 1
-            ):  # and gradients are shared out after the last one, whole and in fp32 until then
-                found = add(found, of(GRADIENTS, 4 * (self.trained_whole - self.trained)))
+                found = add(found, of(BUFFERS, self.layers * self.a_block))
         if model.dims.pp > 1:
             stream = block.residual * block.tokens * block.width
             at_once = (model.config.microbatches if model.config else 0) or model.micro_batches
@@ -251,14 +259,14 @@ class Shares:
 
     @property
     def _keeps_gathered(self) -> bool:
-        """In a pipeline weights stay gathered from the first backward pass to the last (pipelining/stage.py)."""
+        """Whether weights stay gathered throughout a step; of a pipeline's several stages at most."""
         config = self.model.config
         if config is None:
             return False
-        return not config.reshard_after_forward or self.model.dims.pp > 1
+        return not config.reshard_after_forward or (self.model.dims.pp > 1 and not self.block_by_block)
 
     @property
-    def _a_block(self) -> float:
+    def a_block(self) -> float:
         """Bytes of a block's parameters, gathered."""
         model = self.model
         base = sum(m.numel * model.share(m) * model.in_block(m) for m in model.matrices)
@@ -274,7 +282,7 @@ class Shares:
         """
         if not self.model.sharded:
             return of(BUFFERS, 0.0)
-        return of(BUFFERS, max(0.0, blocks - self._keeps_gathered) * self._a_block)
+        return of(BUFFERS, max(0.0, blocks - self._keeps_gathered) * self.a_block)
 
     # --- together -------------------------------------------------------------------------------------------
 
@@ -312,8 +320,10 @@ class Shares:
         held = {name: round(size) for name, size in always.items()}
         at_peak = {**held, **{n: round(size) for n, size in zip(KINDS, highest.bytes, strict=True)}}
         host = model.device == "cpu"
-        resident = self.untouched if host else 0.0
-        elsewhere = self.elsewhere(around) if host else 0.0
+        small = pieces.kept(model, highest.bytes)
+        outside = Outside(shares=self)
+        resident = outside.untouched if host else 0.0
+        elsewhere = outside.most(around) if host else 0.0
         return RankMemory(
             stage=self.rank,
             ranks=around.ranks,
@@ -326,10 +336,10 @@ class Shares:
                 tensors,
                 inside - resident,
                 elsewhere,
-                made=sum(highest.bytes),
-                gradients=highest.bytes[GRADIENTS] + (4 * self.trained if around.bucketed else 0.0),
-                loaded=self.let_go if host else 0.0,
-                tidy=self.matrix_by_matrix,
+                made=sum(small),
+                gradients=small[GRADIENTS] + (4 * self.trained if around.bucketed else 0.0),
+                loaded=outside.let_go if host else 0.0,
+                tidy=outside.matrix_by_matrix,
             ),
             runtime=beside.runtime(
                 model.device, many=model.dims.world_size > 1, words=model.spec.model.tokenizer != "byte"
@@ -341,67 +351,3 @@ class Shares:
     def _profiler(self) -> int:
         monitor = self.model.spec.monitor
         return beside.PROFILER if monitor.name != "none" and monitor.communication_steps else 0
-
-    @property
-    def let_go(self) -> float:
-        """Under FSDP: what its shards leave of the whole model that was loaded, in pieces as large as parameters were;
-        a checkpoint's copies, which no such hole takes; and gloo's copies of the largest group that is exchanged.
-
-        Measured with two and four ranks (benchmarks/planner.py): 60 to 240 MiB beyond what a step's own pieces leave.
-        """
-        model = self.model
-        if not model.sharded or self.matrix_by_matrix:
-            return 0.0
-        group = max(self._a_block / model.seen, self.tables * model.table_numel)
-        exchanged = (
-            2 * model.seen + 2 * 4
-        ) * group  # in and out of a gather, and of a reduce-scatter in fp32
-        sizes = [(4.0 * matrix.numel, matrix.count) for matrix in model.matrices]
-        kept = sum(size * count for size, count in sizes if size < beside.MAPPED)
-        left = kept / sum(size * count for size, count in sizes) * max(0.0, self.loading - self.weights)
-        return left + 4 * self.trained + self.optimizer + exchanged
-
-    def elsewhere(self, around: Around) -> float:
-        """What the process holds outside of steps, at most: the whole model as it is loaded, copies of a checkpoint.
-
-        At its end the first rank loads the whole model anew, beside its own part (hpcdl.worker.training.finish).
-        """
-        copied = 4 * self.trained + self.optimizer
-        always = self.weights + around.weights + self.adapters + self.optimizer + around.optimizer
-        dims = self.model.dims
-        ends = self.loading if self.rank == 0 and dims.world_size > dims.dp_replicate else 0.0
-        return max(self.loading, always + copied, always + ends)
-
-    @cached_property
-    def matrix_by_matrix(self) -> bool:
-        """Whether a quantized base is read from disk so (hpcdl.worker.streaming)."""
-        spec = self.model.spec
-        return spec.model.source == "path" and spec.quant.scheme != "none" and not quant.why_whole(spec)
-
-    @cached_property
-    def loading(self) -> float:
-        """Every rank reads the whole model before it is taken apart (hpcdl.worker.model.load, streaming).
-
-        Random weights are made in fp32; a quantized base read from a folder comes matrix by matrix.
-        """
-        model, spec = self.model, self.model.spec
-        if spec.model.source == "random":
-            return 4.0 * sum(m.numel * m.count for m in model.matrices)
-        if self.matrix_by_matrix:
-            held = sum(model.held(m).bytes * m.count for m in model.matrices) - self.untouched
-            return held + 2 * model.plain * max(m.numel for m in model.matrices if m.role == "block")
-        return float(model.plain * sum(m.numel * m.count for m in model.matrices))
-
-    @property
-    def untouched(self) -> float:
-        """Of the weights what isn't in memory: of a model mapped from disk the embedding, but for a few rows.
-
-        With `quant.resident=layer` all but the matrix at work.
-        """
-        model, spec = self.model, self.model.spec
-        if not self.matrix_by_matrix:
-            return 0.0
-        if getattr(spec.quant, "resident", "all") == "layer":
-            return self.weights - max(model.held(matrix).bytes for matrix in model.matrices)
-        mapped = model.held(model.table).whole == 0 and not model.shape.tie_word_embeddings
-        return model.held(model.table).bytes if mapped else 0.0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hpcdl.plan.block import Block
+from hpcdl.plan.crowd import Crowd
 from hpcdl.plan.loss import Head
 from hpcdl.plan.passes import NOTHING, Passes, Peak, block_passes, end_passes
 from hpcdl.plan.records import Moment
@@ -51,10 +52,8 @@ class Stage:
     """Of the blocks those that are computed again on the way back."""
     parked: bool
     """Their inputs wait somewhere else."""
-    micro_batches: int
-    """Of a step."""
-    under_way: float
-    """Micro-batches whose forward pass is done and whose backward pass isn't, at most: 1 without a pipeline."""
+    crowds: tuple[Crowd, ...]
+    """What of other micro-batches is there at moments that may be the highest."""
     bucketed: bool
     """DDP's buckets hold gradients, which are there all the time."""
     gradients: float
@@ -75,6 +74,12 @@ class Stage:
     """There in the loss."""
     of_each: Bytes = NOTHING
     """Pipeline: of each micro-batch under way, beside what its blocks keep."""
+    staying: float = 0.0
+    """Pipeline under FSDP: bytes of a block's weights that stay gathered once it has been gone back through, until its
+    next forward pass."""
+    whole: float = 0.0
+    """Pipeline under FSDP: bytes of gradients, which are shared out after the last backward pass only; 0: shared out
+    block by block."""
     after: Bytes = NOTHING
     """Beside the gradients once they are there: what is summed up over ranks, or sent."""
     updating: Bytes = NOTHING
@@ -94,23 +99,30 @@ class Stage:
     @cached_property
     def there(self) -> bool:
         """Whether gradients of an earlier micro-batch are there."""
-        return self.micro_batches > 1
+        return any(crowd.there for crowd in self.crowds)
+
+    @property
+    def _own(self) -> bool:
+        """Whether the part of the model that is gone through has them; `moments` takes those one by one."""
+        return self.crowds[0].own
 
     @property
     def _into(self) -> bool:
         """Whether a block's gradients are added to those of an earlier micro-batch at once."""
-        return self.there and not self.shards
+        return self._own and not self.shards
 
     def _left(self, passes: Passes) -> float:
         """Bytes of gradients that a pass leaves."""
-        if self.there or self.bucketed:
+        if self._own or self.bucketed:
             return 0.0
-        return passes.gradients * 4 / self.seen / self.shards if self.shards else passes.gradients
+        if not self.shards:
+            return passes.gradients
+        return passes.gradients * 4 / self.seen / (1 if self.whole else self.shards)
 
     def _passes(self, *, wants: bool, recompute: bool) -> Passes:
         return block_passes(
             self.block, wants=wants, recompute=recompute, gradients_there=self._into,
-            bucketed=self.bucketed and not self.there, parked=self.parked and recompute,
+            bucketed=self.bucketed and not self._own, parked=self.parked and recompute,
         )  # fmt: skip
 
     @cached_property
@@ -134,7 +146,11 @@ class Stage:
     def others(self) -> Bytes:
         """What all but the first keep."""
         again = self.recomputed - (1 if self.recomputed else 0)
-        return add(times(again, self.again.kept), times(self.layers - 1 - again, self.plain.kept))
+        plain = self.layers - 1 - again
+        return add(
+            times(again, self.again.kept) if again else NOTHING,
+            times(plain, self.plain.kept) if plain else NOTHING,
+        )
 
     @cached_property
     def last(self) -> Passes:
@@ -164,37 +180,63 @@ class Stage:
             return None
         return end_passes(
             self.block, self.head, wants=True, gradients_there=self._into,
-            bucketed=self.bucketed and not self.there, tied=self.tied,
+            bucketed=self.bucketed and not self._own, tied=self.tied,
         )  # fmt: skip
 
     # --- its moments --------------------------------------------------------------------------------------
 
     def moments(self) -> Iterator[Instant]:
         """All that may be the highest."""
-        gathered = of(GRADIENTS, self.gradients if self.there else 0.0)
-        base = add(self.around, gathered)
-        # micro-batches of a pipeline that wait for their way back, this one left out
-        base = add(base, times(self.under_way - 1, self.kept), times(self.under_way, self.of_each))
+        for own in {crowd.own for crowd in self.crowds}:
+            alike = tuple(crowd for crowd in self.crowds if crowd.own == own)
+            stage = self if len(alike) == len(self.crowds) else replace(self, crowds=alike)
+            for crowd in alike:
+                yield from stage.of_a_crowd(crowd)
+        yield from self._done()
+
+    def of_a_crowd(self, crowd: Crowd) -> Iterator[Instant]:
+        """Those of one pass, forward or back."""
+        base = self._others(crowd)
         stays = self.recomputed > 0 or self.block.cp > 1  # a mask that the engine has made is the engine's
         if stays:
             base = add(base, self.within)
+        if crowd.back:
+            yield from self._backward(crowd, base)
+            return
         entered = self._entered() if stays else add(self._entered(), self.within)
         last_kept = self.last.kept
         before_last = add(self.kept, times(-1, last_kept))
         cast = add(self.cached, times(-1, self.last.cached))  # its own are in what its pass holds
         yield self._at("forward", self.last.forward, base, entered, before_last, cast, self.block_forward)
-        left = 0.0
-        if self.end is not None:
+        if self.staying and crowd.there:  # its blocks are let go one by one
+            left = of(BUFFERS, self.staying * self.layers)
+            yield self._at("forward", self.first.forward, base, entered, self.first.cached, left)
+        if self.end is not None and crowd.end:
             yield self._at("loss", self.end.forward, base, self.kept, self.cached, self.ends)
+
+    def _backward(self, crowd: Crowd, base: Bytes) -> Iterator[Instant]:
+        left = 0.0
+        if self.end is not None and crowd.end:
             yield self._at("loss", self.end.backward, base, self.kept, self.ends)
             left = self._left(self.end)
         found = add(base, of(GRADIENTS, left))
         for passes, before, after in self._places():
-            rest = of(GRADIENTS, self._left(self.last) * after)
+            rest = add(of(GRADIENTS, self._left(self.last) * after), of(BUFFERS, self.staying * after))
             # FSDP keeps what a block's gradients were reduced from until the next block's are
             reduced = self.reducing if after else NOTHING
             yield self._at("backward", passes.backward, found, before, rest, self.block_backward, reduced)
-        yield from self._after(base, found)
+        yield from self._embedded(found)
+
+    def _others(self, crowd: Crowd) -> Bytes:
+        """Of other micro-batches: what they keep, and the gradients that they have left."""
+        gradients = (self.whole or self.gradients) * crowd.there
+        found = add(self.around, of(GRADIENTS, gradients))
+        found = add(found, times(crowd.under_way - 1, self.kept), times(crowd.under_way, self.of_each))
+        if crowd.losses and self.end is not None:
+            found = add(found, times(crowd.losses, self.end.kept))
+        if crowd.split:
+            found = add(found, of(TEMPORARY, crowd.split * self.layers * self.block.split_gradients))
+        return found
 
     def _places(self) -> Iterator[tuple[Passes, Bytes, int]]:
         """Blocks that may be the highest on the way back, what those before them keep, and how many come after.
@@ -221,19 +263,32 @@ class Stage:
         kept = self.first.kept[ACTIVATIONS] >= self.stream and (self.block.residual == 4 or self.recomputed)
         return of(TEMPORARY, 0.0 if kept and not self.parked else self.stream)
 
-    def _after(self, base: Bytes, found: Bytes) -> Iterator[Instant]:
-        """The embedding's gradient, and what becomes of all of them."""
-        if self.embedding:
-            blocks = self._left(self.first) + self._left(self.last) * (self.layers - 1)
-            # a tied head's gradient has waited, and the sum of both is a third tensor
-            waits = self.there or self.bucketed or self.shards > 0
-            size = self.embedding * ((3 if waits else 2) if self.tied else 1)
-            back = add(
-                found,
-                of(GRADIENTS, blocks),
-                of(TEMPORARY, size + self.stream * (2 * self.block.tp if self.block.tp > 1 else 1)),
+    def _embedded(self, found: Bytes) -> Iterator[Instant]:
+        """The embedding's gradient."""
+        if not self.embedding:
+            return
+        blocks = self._left(self.first) + self._left(self.last) * (self.layers - 1)
+        # a tied head's gradient has waited, and the sum of both is a third tensor
+        waits = self._own or self.bucketed or self.shards > 0
+        size = self.embedding * ((3 if waits else 2) if self.tied else 1)
+        back = add(
+            found,
+            of(GRADIENTS, blocks),
+            of(BUFFERS, self.staying * self.layers),
+            of(TEMPORARY, size + self.stream * (2 * self.block.tp if self.block.tp > 1 else 1)),
+        )
+        yield Instant(moment="backward", bytes=back, with_inside=sum(back))
+
+    def _done(self) -> Iterator[Instant]:
+        """What becomes of all gradients."""
+        if self.whole:  # shared out a block at a time, with all weights still gathered
+            sharing = add(
+                self.around,
+                of(GRADIENTS, self.whole),
+                of(BUFFERS, self.staying * self.layers),
+                times(1 + 1 / max(1, self.shards), self.reducing),
             )
-            yield Instant(moment="backward", bytes=back, with_inside=sum(back))
+            yield Instant(moment="backward", bytes=sharing, with_inside=sum(sharing))
         whole = of(GRADIENTS, 0.0 if self.bucketed else self.gradients)
         sent = add(whole, self.after)
         yield Instant(moment="backward", bytes=sent, with_inside=sum(sent))
@@ -253,13 +308,14 @@ class Stage:
 
     def highest(self, instants: Sequence[Instant]) -> Bytes:
         """Each kind by itself, from what `moments` gave."""
-        under_way = times(self.under_way, self.kept)
+        most = max(crowd.under_way for crowd in self.crowds)
+        under_way = times(most, self.kept)
         end = self.end.highest if self.end else NOTHING
         found = [max(each) for each in zip(*(instant.bytes for instant in instants), strict=True)]
         block = tuple(map(max, self.first.highest, self.last.highest))
         wide = tuple(map(max, found, block, end))
         done = list(map(max, wide, add(under_way, self.around)))
-        done[GRADIENTS] = 0.0 if self.bucketed else self.gradients + self.around[GRADIENTS]
+        done[GRADIENTS] = 0.0 if self.bucketed else self.whole or self.gradients
         others = (
             self.kept[BUFFERS] + self.cached[BUFFERS] - self.last.kept[BUFFERS] - self.last.cached[BUFFERS]
         )

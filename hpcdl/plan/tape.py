@@ -55,6 +55,11 @@ class Weight:
     bucketed: bool = False
     """DDP: its gradient goes into a bucket as soon as it is there."""
 
+    @property
+    def wants(self) -> bool:
+        """Whether it gets a gradient."""
+        return self.bytes > 0
+
 
 @dataclass(slots=True)
 class Node:
@@ -164,7 +169,7 @@ class Tape:
             passing: as Node's.
             unmade: the result is never made, only what is saved of it.
         """
-        to = [(each, made) for each, made in to if (each.bytes if isinstance(each, Weight) else each.wants)]
+        to = [pair for pair in to if pair[0].wants]
         if view is not None:
             view.refs += 1
         out = Var(self.new(0.0 if unmade else size, kind) if view is None else view, bool(to), size)

@@ -28,6 +28,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     nodes.ask.cache_clear()
     nodes.defaults.cache_clear()
+    nodes.configuration.cache_clear()
     hardware._this_machines.cache_clear()
 
 
