@@ -6,6 +6,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ class Environment:
     requirements: tuple[str, ...]
     sources: tuple[Path, ...] = ()
     """Files and folders that the requirements point to: a change in them makes the environment stale."""
+    over_this_python: bool = False
+    """This Python's own packages are seen in it: a peer then trains with the very same torch."""
 
     @property
     def bin(self) -> Path:
@@ -46,6 +50,8 @@ class Environment:
             Why it could not be made, in pip's words; None if it was.
         """
         subprocess.run([sys.executable, "-m", "venv", cache() / self.name], check=True)
+        if self.over_this_python:
+            self._see_this_python()
         options = ("--quiet", "--disable-pip-version-check")
         command = [self.bin / "pip", "install", *options, *self.requirements]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -55,8 +61,16 @@ class Environment:
         self._stamp.write_text(self._fingerprint())
         return None
 
+    def _see_this_python(self) -> None:
+        ask = (self.bin / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+        mine = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+        # By a .pth, not by --system-site-packages: that shows the Python below this one, where this is a venv.
+        (mine / "beneath.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+
     def _fingerprint(self) -> str:
         digest = hashlib.sha256("\n".join(self.requirements).encode())
+        if self.over_this_python:
+            digest.update(sysconfig.get_path("purelib").encode())
         for source in self.sources:
             for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
                 if file.is_file() and "__pycache__" not in file.parts:
@@ -81,21 +95,24 @@ PEERS = (
     # leptonai 0.47 has no leptonai.api.v1, which NeMo-Run 0.11 imports at its start.
     Environment(name="nemo-run", requirements=("nemo-run==0.11.*", "leptonai<0.47")),
 )
-ALL = (HPCDL, *PEERS)
+LIGHTNING = Environment(name="lightning", requirements=("lightning==2.6.*",), over_this_python=True)
+"""The other frameworks of training.py come with hpcdl's train extra."""
+LAUNCHERS = (HPCDL, *PEERS)
 
 
-def prepare(*, setup: bool, say: bool = True) -> dict[str, str]:
+def prepare(*, setup: bool, say: bool = True, wanted: Sequence[Environment] = LAUNCHERS) -> dict[str, str]:
     """Sees to the environments.
 
     Args:
         setup: install what is missing or stale; hpcdl's own is brought up to date in any case.
+        wanted: which.
         say: print what is being installed.
 
     Returns:
         For each environment that can't be used, the reason.
     """
     missing = {}
-    for environment in ALL:
+    for environment in wanted:
         if environment.is_current():
             continue
         if not setup and environment is not HPCDL:

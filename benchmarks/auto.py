@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from _results import tell
 from _timing import machine, markdown, paired_ratio
 
 GOAL = 1.10
@@ -110,8 +111,11 @@ def main() -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report = {"machine": machine(), "processes": args.processes, "cluster": args.cluster, "shapes": results}
-    print(json.dumps(report, indent=1) if args.json else as_text(report))
-    return 0 if all(result["met"] for result in results) else 1
+    goals = [
+        (f"{one['shape']}: at most {GOAL:.2f} × the best of {one['strategies']}; {one['ratio']}", one["met"])
+        for one in results
+    ]
+    return tell(report, as_text(report), goals, as_json=args.json)
 
 
 def arguments() -> argparse.Namespace:

@@ -20,6 +20,7 @@ from statistics import median, quantiles
 
 import numpy as np
 import torch
+from _results import tell
 from _timing import machine, markdown
 
 from hpcdl.worker.data.loader import Loader, Reading
@@ -39,13 +40,14 @@ def main() -> int:
     parser.add_argument("--micro-batch-size", type=int, default=4, help="rows (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="that count (default: %(default)s)")
     parser.add_argument("--compute-s", type=float, default=0.1, help="of a step (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="hpcdl-bench-") as folder:
         part = rows(Path(folder), args.seq_len)
         waits, started = measure(part, args)
     shape = f"{args.micro_batch_size} × {args.seq_len} tokens"
-    print(f"{MICRO_BATCHES} micro-batches of {shape} a step of {args.compute_s} s\n")
+    title = f"{MICRO_BATCHES} micro-batches of {shape} a step of {args.compute_s} s"
     table = [
         [
             str(count),
@@ -54,11 +56,13 @@ def main() -> int:
         ]
         for count in waits
     ]
-    print(markdown(("workers", "first step", "quartile", "median wait", "quartile"), table))
     best = min(median(values) for values in waits.values())
     won = (median(waits[0]) - best) / args.compute_s
-    print(f"\nbest number over none: {won:.2%} of a step; goal {GOAL:.0%} at most; {machine()}")
-    return 0 if won <= GOAL else 1
+    goal = f"the best number beats none by at most {GOAL:.0%} of a step; {won:.2%}"
+    made = markdown(("workers", "first step", "quartile", "median wait", "quartile"), table)
+    report = {"machine": machine(), "shape": title, "waits_s": waits, "first_step_s": started, "won": won}
+    text = f"{title}\n\n{made}\n\ngoal: {goal}; {report['machine']}"
+    return tell(report, text, [(goal, won <= GOAL)], as_json=args.json)
 
 
 def rows(folder: Path, seq_len: int) -> Rows:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long a dry run of the launcher takes, beside torchx, submitit, Hydra's submitit launcher and NeMo-Run.
+"""How long a dry run of the launcher takes, beside torchx, submitit, Hydra's submitit launcher, NeMo-Run and sbatch.
 
     python benchmarks/launch.py --setup     installs the peers once, each in its own environment
     python benchmarks/launch.py             measures
@@ -10,9 +10,9 @@ Every command runs once a round, whole process, from start to end; ratios are ta
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +24,8 @@ from statistics import median
 from typing import Any
 
 from _peers import CHECKOUT, HERE, HPCDL, PEERS, Environment, prepare
-from _timing import Contender, Sample, interleave, machine, markdown, paired_ratio, warm_up
+from _results import Goal, tell
+from _timing import Contender, Sample, interleave, machine, mark, markdown, paired_ratio, warm_up
 
 GOAL = 1.5
 """hpcdl may take this many times what torchx takes."""
@@ -51,8 +52,7 @@ def main() -> int:
         "contenders": [row(contender, samples) for contender in working],
         "not_measured": missing | broken,
     }
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
-    return verdict(report)
+    return tell(report, as_text(report), goals(report), as_json=args.json)
 
 
 def arguments() -> argparse.Namespace:
@@ -109,7 +109,28 @@ def all_contenders(scratch: Path) -> list[tuple[str, Contender]]:
             "its own dry run",
             *script(nemo, "nemo_dry.py", str(scratch / "nemo-jobs")),
         ),
+        contender("", "sbatch", *by_hand(scratch)),
     ]
+
+
+def by_hand(scratch: Path) -> tuple[str, ...]:
+    """A hand-written script, handed in: what it covers, then the command."""
+    job = str(HERE / "hand_written" / "job.sbatch")
+    if shutil.which("sbatch"):
+        return (
+            "a hand-written script with --test-only: the controller looks at it",
+            "sbatch",
+            "--test-only",
+            job,
+        )
+    fake = scratch / "sbatch"
+    fake.write_text("#!/bin/sh\ncat >/dev/null\necho Submitted batch job 1\n")
+    fake.chmod(0o755)
+    return (
+        "a hand-written script for an sbatch that only answers: nothing is composed or checked",
+        str(fake),
+        job,
+    )
 
 
 def has_torch() -> bool:
@@ -161,7 +182,7 @@ def last_words(stderr: str) -> str:
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
-    head = ["command", "wall s", "CPU s", "hpcdl ÷ it, wall", "hpcdl ÷ it, CPU", "n"]
+    head = ["command", "wall s", "CPU s", "hpcdl ÷ it, wall", "hpcdl ÷ it, CPU", "n", ""]
     rows = [
         [
             line["name"],
@@ -169,6 +190,7 @@ def as_text(report: dict[str, Any]) -> str:
             f"{line['cpu_s']:.3f}",
             *map(spread, ratios(line)),
             str(line["n"]),
+            compared(line),
         ]
         for line in report["contenders"]
     ]
@@ -179,8 +201,13 @@ def as_text(report: dict[str, Any]) -> str:
         import_text(report["imports"]),
     ]
     parts += [f"NOT MEASURED: {name}: {reason}" for name, reason in report["not_measured"].items()]
-    parts.append(verdict_text(report))
+    parts += [f"goal: {words}: {'met' if met else 'MISSED'}" for words, met in goals(report)]
     return "\n\n".join(parts)
+
+
+def compared(line: dict[str, Any]) -> str:
+    ratio = line.get("ratio_wall")
+    return "" if ratio is None or line["name"].startswith("hpcdl") else mark(ratio["low"], ratio["high"])
 
 
 def ratios(line: dict[str, Any]) -> Sequence[dict[str, Any] | None]:
@@ -208,24 +235,17 @@ def ratio_to_torchx(report: dict[str, Any]) -> dict[str, Any] | None:
     return found[0] if found else None
 
 
-def verdict_text(report: dict[str, Any]) -> str:
-    ratio = ratio_to_torchx(report)
-    if ratio is None:
-        return f"goal {GOAL} × torchx: not measured"
-    met = "met" if ratio["median"] <= GOAL else "MISSED"
-    return f"goal: at most {GOAL} × torchx; measured {spread(ratio)}: {met}"
-
-
-def verdict(report: dict[str, Any]) -> int:
-    """0 if the goal is met and nothing forbidden is imported, else 1."""
+def goals(report: dict[str, Any]) -> list[Goal]:
+    """Beside torchx, and what is imported."""
     ratio, imports = ratio_to_torchx(report), report["imports"]
-    good = (
-        ratio is not None
-        and ratio["median"] <= GOAL
-        and not imports.get("fault")
-        and not imports["forbidden"]
-    )
-    return 0 if good else 1
+    quick = f"a dry run takes at most {GOAL} × torchx"
+    clean = f"a dry run imports none of {', '.join(FORBIDDEN)}"
+    return [
+        (f"{quick}; not measured", None)
+        if ratio is None
+        else (f"{quick}; {spread(ratio)}", ratio["median"] <= GOAL),
+        (clean, not imports.get("fault") and not imports["forbidden"]),
+    ]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 from _many_runs import SWEEP, Made, make
+from _results import Goal, tell
 from _timing import Contender, ContenderError, machine, markdown, run_once
 
 FAKE = Path(__file__).resolve().parent.parent / "tests" / "fake_slurm" / "bin"
@@ -69,9 +69,14 @@ def main() -> int:
         }
         rows = [measured(one, folder, environment, args) for one in questions]
     report = {"machine": machine(), "runs": args.runs, "points": args.points, "commands": rows}
-    print(json.dumps(report, indent=2) if args.json else as_text(report, rows))
-    late = [row for row in rows if row["wall_s"] is None or (row["ratio"] or 0) > 1]
-    return 1 if late else 0
+    goals: list[Goal] = [
+        (f"{row['command']}: at most {row['goal_s']} s; {row['wall_s']} s", (row["ratio"] or 0) <= 1)
+        if row["wall_s"] is not None
+        else (str(row["command"]), None)
+        for row in rows
+        if row["wall_s"] is None or row["goal_s"]
+    ]
+    return tell(report, as_text(report, rows), goals, as_json=args.json)
 
 
 def arguments() -> argparse.Namespace:

@@ -22,11 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
 
+from _results import tell
 from _timing import Ratio, machine, markdown, paired_ratio
 
 from hpcdl.monitor import records, sampler
@@ -61,6 +62,7 @@ def main() -> int:
     )
     parser.add_argument("--pairs", type=int, default=8, help="turns with and without (default: %(default)s)")
     parser.add_argument("--turn-s", type=float, default=10.0, help="length of a turn (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     table, results = [], []
@@ -70,19 +72,17 @@ def main() -> int:
             ratios = [f"{each.median:.4f} ({each.low:.4f}–{each.high:.4f})" for each in (one.wall, one.cpu)]
             table.append([name, *ratios, str(one.wall.n), f"{1e3 * one.step_s:.0f} ms", f"{one.own:.3%}"])
             results.append(one)
-    print(
-        markdown(("", "step with ÷ without", "its CPU time", "pairs", "a step", "sampler, of a core"), table)
-    )
-    print()
-    print(
-        markdown(("processes", "a sample", "every 5 s, of a core", "PSS of all"), [alone(n) for n in TREES])
-    )
+    trees = [alone(n) for n in TREES]
     where = machine()
-    print(f"\ngoal: {GOAL:.2f} at most with monitor=default; {where}")
     busy = where["load_1min"] > 2 * where["cpus"] + 2  # the training itself is a load of two
-    if busy:
-        print("THE MACHINE WAS BUSY: JUDGED BY CPU TIME")
-    return 0 if (results[0].cpu if busy else results[0].wall).median <= GOAL else 1
+    judged = results[0].cpu if busy else results[0].wall
+    by = "CPU time: THE MACHINE WAS BUSY" if busy else "wall time"
+    goal = f"a step with monitor=default at most {GOAL:.2f} × one without; {judged.median:.4f}, by {by}"
+    beside_it = ("", "step with ÷ without", "its CPU time", "pairs", "a step", "sampler, of a core")
+    by_itself = ("processes", "a sample", "every 5 s, of a core", "PSS of all")
+    text = "\n\n".join((markdown(beside_it, table), markdown(by_itself, trees), f"goal: {goal}; {where}"))
+    report = {"machine": where, "beside": [asdict(one) for one in results], "alone": trees}
+    return tell(report, text, [(goal, judged.median <= GOAL)], as_json=args.json)
 
 
 @contextmanager

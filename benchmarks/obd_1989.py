@@ -30,6 +30,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from _results import leave
 from torch import Tensor, nn
 
 from hpcdl.compress.prune import obd
@@ -264,7 +265,7 @@ def main() -> int:
              for seed in range(args.seeds if what == "points" else 1)]  # fmt: skip
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         done = dict(zip(tasks, pool.map(work, tasks), strict=True))
-    good, record = True, []
+    good, record, goals = True, [], []
     for kind in args.networks:
         found = [p for seed in range(args.seeds) for p in done["points", kind, seed]]
         record += [asdict(p) for p in found]
@@ -278,12 +279,14 @@ def main() -> int:
         draw(found, plot, kind)
         wins = better(found)
         good = good and wins
+        goals.append((f"{kind}, with retraining, 50 % deleted and more: OBD reads more digits", wins))
         print(
             f"with retraining, 50 % deleted and more: OBD reads {'more' if wins else 'NO MORE'} digits; {plot}"
         )
     if args.json:
         args.json.write_text(json.dumps(record, indent=1))
     print(f"{time.perf_counter() - started:.0f} s")
+    leave(record, goals)
     return 0 if good else 1
 
 

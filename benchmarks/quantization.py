@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from _markers import put
+from _results import leave
 
 from hpcdl.worker.cache import cache_dir
 
@@ -179,8 +180,10 @@ def main() -> None:
         if (options.steps or row.train is None)
         and (not options.only or any(word in row.name for word in options.only))
     ]
-    made = table([bench.measure(row) for row in wanted], options.steps)
+    found = [bench.measure(row) for row in wanted]
+    made = table(found, options.steps)
     print(made)
+    leave(found, [])
     if options.write:
         put(options.write, made, BEGIN, END)
 

@@ -22,7 +22,8 @@ from statistics import median
 from typing import Any
 
 from _jobs import HAND, HPCDL, MARKS, Job, Trial, run_trial, wait_for_quiet
-from _timing import machine, markdown, paired_ratio
+from _results import Goal, tell
+from _timing import machine, mark, markdown, paired_ratio
 
 GOAL = 1.10
 """hpcdl may take this many times what the hand-written job takes."""
@@ -38,10 +39,10 @@ JUDGED = (("sbatch", "first_line"), ("sbatch", "first_step"))
 def main() -> int:
     args = arguments()
     if shutil.which("sbatch") is None:
-        return in_docker()
-    report = {"machine": machine(), "settings": [setting(args, nodes) for nodes in args.nodes]}
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
-    return 0 if all(line["met"] for part in report["settings"] for line in part["spans"]) else 1
+        report = in_docker()
+    else:
+        report = {"machine": machine(), "settings": [setting(args, nodes) for nodes in args.nodes]}
+    return tell(report, as_text(report), goals(report), as_json=args.json)
 
 
 def arguments() -> argparse.Namespace:
@@ -58,10 +59,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_docker() -> int:
-    """Runs this very script on the login node of the cluster in Docker."""
+def in_docker() -> dict[str, Any]:
+    """What this very script says on the login node of the cluster in Docker."""
     script = f"{CHECKOUT_IN_CLUSTER}/benchmarks/slurm_start.py"
-    return subprocess.run([CLUSTER, "run", "python", script, *sys.argv[1:]]).returncode
+    options = [word for word in sys.argv[1:] if word != "--json"]
+    command = [CLUSTER, "run", "python", script, *options, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if "{" not in done.stdout:
+        raise SystemExit(f"no result from the cluster: {done.stdout}")
+    report: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    return report
 
 
 def setting(args: argparse.Namespace, nodes: int) -> dict[str, Any]:
@@ -128,20 +135,26 @@ def as_text(report: dict[str, Any]) -> str:
         parts.append(f"{job['nodes']} node(s) × {job['processes']} processes")
         parts.append(span_table(part["spans"]))
         parts.append(phase_table(part["phases"]))
-    parts.append(
-        f"goal: at most {GOAL} from sbatch to the first line and to the first step: {verdict(report)}"
-    )
+    parts += [f"goal: {words}" for words, _ in goals(report)]
     return "\n\n".join(parts)
 
 
 def span_table(lines: list[dict[str, Any]]) -> str:
-    head = ["from → to", "hand-written s", "hpcdl s", "ratio", "n"]
+    head = ["from → to", "hand-written s", "hpcdl s", "ratio", "n", ""]
     rows = []
     for line in lines:
         ratio = line["ratio"]
         spread = f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
         times = [f"{line[key]:.2f}" for key in ("hand_written_s", "hpcdl_s")]
-        rows.append([f"{line['from']} → {line['to']}", *times, spread, str(ratio["n"])])
+        rows.append(
+            [
+                f"{line['from']} → {line['to']}",
+                *times,
+                spread,
+                str(ratio["n"]),
+                mark(ratio["low"], ratio["high"]),
+            ]
+        )
     return markdown(head, rows)
 
 
@@ -155,14 +168,18 @@ def phase_table(by_kind: dict[str, dict[str, float]]) -> str:
     return markdown(head, rows)
 
 
-def verdict(report: dict[str, Any]) -> str:
-    judged = [
-        (f"{part['job']['nodes']} node(s) {line['from']} → {line['to']}", line["ratio"])
+def goals(report: dict[str, Any]) -> list[Goal]:
+    """From sbatch to the first line and to the first step."""
+    return [
+        (
+            f"{part['job']['nodes']} node(s) × {part['job']['processes']}, {line['from']} → {line['to']}:"
+            f" at most {GOAL}; {line['ratio']['median']:.2f}, {judge(line['ratio'])}",
+            line["met"],
+        )
         for part in report["settings"]
         for line in part["spans"]
         if (line["from"], line["to"]) in JUDGED
     ]
-    return "; ".join(f"{name} {ratio['median']:.2f}: {judge(ratio)}" for name, ratio in judged)
 
 
 def judge(ratio: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+from _results import tell
 from _timing import Contender, machine, markdown, paired_ratio, run_once
 
 GOAL = 0.25
@@ -42,8 +43,10 @@ def main() -> int:
         environment = {} if args.real else fake_slurm(Path(scratch))
         rounds = [one_round(args, Path(scratch) / str(n), environment) for n in range(args.rounds + 1)][1:]
     report = summary(args, rounds)
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
-    return 0 if report["ratio"] <= GOAL else 1
+    ratio = report["ratio"]
+    assert isinstance(ratio, float)
+    goal = f"at most {GOAL} × what submitit and Hydra take together; {report['ratio_text']}"
+    return tell(report, as_text(report), [(goal, ratio <= GOAL)], as_json=args.json)
 
 
 def arguments() -> argparse.Namespace:

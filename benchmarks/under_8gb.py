@@ -29,6 +29,7 @@ from typing import Any
 
 import _rss
 import _shards
+from _results import tell
 from _timing import machine, markdown
 
 GIB = 2**30
@@ -60,9 +61,9 @@ def main() -> int:
         "machine": {**machine(), "memory_gib": round(_rss.free_bytes()["total"] / GIB, 1)},
         "cases": cases,
     }
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
     mine = [case for case in cases if case["ours"]]
-    return 0 if all(case.get("kept") for case in mine) else 1
+    goals = [(f"{case['case']}: below {PROMISE:g} GiB", bool(case.get("kept"))) for case in mine]
+    return tell(report, as_text(report), goals, as_json=args.json)
 
 
 def arguments() -> argparse.Namespace:
