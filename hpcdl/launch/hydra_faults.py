@@ -125,7 +125,7 @@ def _told(text: str) -> str:
     told = " ".join(lines).split(" expecting ")[0].strip()
     if not told or told.startswith("LexerNoViableAlt"):
         return "it is not in the form of an override"
-    return re.sub(r"^\w+(Exception|Error) while evaluating ('[^']*'): ", r"\2: ", told)
+    return re.sub(r"^\w+(Exception|Error) while evaluating ('.*?'): (?=[A-Za-z])", r"\2: ", told)
 
 
 def _quoted(value: str) -> str:

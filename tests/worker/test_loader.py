@@ -106,18 +106,50 @@ def test_workers_leave_signals_to_their_rank(part: Rows) -> None:
     assert len(tokens(loader, range(2, 9))) == 7
 
 
+class Process:
+    """A worker, as multiprocessing tells of it."""
+
+    def __init__(self, exitcode: int | None) -> None:
+        self.pid, self.exitcode = 7, exitcode
+
+    def join(self, timeout: float) -> None:
+        assert timeout > 0
+
+
 class Dying:
-    """A DataLoader's iterator whose worker has died."""
+    """A DataLoader's iterator that fails."""
+
+    def __init__(self, error: Exception, exitcode: int | None = -9) -> None:
+        self.error, self._workers = error, [Process(exitcode)]
 
     def __next__(self) -> object:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        raise self.error
 
 
-def test_a_dead_worker_is_the_users_error(part: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_dead_worker_is_the_users_error(
+    part: Rows, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader = Loader(part, reading(), CPU)
     loader.micro_batches(1)
-    monkeypatch.setattr(loader, "_batches", Dying())
+    monkeypatch.setattr(loader, "_batches", Dying(error))
     with pytest.raises(HpcdlError, match=r"a process that loads data has died: .*pid 7.*data\.workers=0"):
+        loader.micro_batches(2)
+
+
+def test_an_error_with_its_workers_alive_stays_what_it_is(part: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Loader(part, reading(), CPU)
+    loader.micro_batches(1)
+    monkeypatch.setattr(loader, "_batches", Dying(OSError(5, "Input/output error"), exitcode=None))
+    with pytest.raises(OSError, match="Input/output"):
         loader.micro_batches(2)
 
 

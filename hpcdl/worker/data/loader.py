@@ -111,17 +111,32 @@ class Loader:
         count = -(-self._reading.global_batch_size // self._reading.ranks // self._reading.micro_batch_size)
         try:
             made = [next(self._batches) for _ in range(count)]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            told = self._death(error)
+            if not told:
                 raise
             raise HpcdlError(
-                f"a process that loads data has died: {error} (data.workers={self._workers};"
+                f"a process that loads data has died: {told} (data.workers={self._workers};"
                 " data.workers=0 loads in the training process)"
             ) from error
         self._next = step + 1
         if self._device.type != "cuda":
             return made
         return [{name: t.to(self._device, non_blocking=True) for name, t in one.items()} for one in made]
+
+    def _death(self, error: Exception) -> str:
+        """The worker that has died, if that is what `error` comes of.
+
+        torch says so itself when it hears of it by a signal or while it waits for a batch. A worker that dies while
+        this process fetches a batch's memory from it leaves no more than a broken connection.
+        """
+        if isinstance(error, RuntimeError):
+            return str(error) if "DataLoader worker" in str(error) else ""
+        for worker in getattr(self._batches, "_workers", ()):
+            worker.join(1)  # its connection breaks a moment before it is gone
+            if worker.exitcode:
+                return f"DataLoader worker (pid {worker.pid}) exited unexpectedly (exit code {worker.exitcode})"
+        return ""
 
     def close(self) -> None:
         """Ends the workers; another step may still be asked for."""
