@@ -67,8 +67,13 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code. A user's fault is one message, without traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(arguments))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of what is done, its faults told."""
     try:
-        code = _run(arguments)
+        code = work()
         sys.stdout.flush()
         return code
     except HpcdlError as error:
@@ -98,7 +103,18 @@ def _run(arguments: list[str]) -> int:
     if more:  # words after an option, which argparse doesn't take for the command's own
         options.words += more
     verb: Callable[[argparse.Namespace], int] = options.verb
-    return verb(options)
+    return _elsewhere(options, verb) if getattr(options, "runs_key", None) else verb(options)
+
+
+def _elsewhere(options: argparse.Namespace, verb: Callable[[argparse.Namespace], int]) -> int:
+    """A command on runs, of which some may lie on another machine (hpcdl.launch.remote)."""
+    from hpcdl.runs import away
+
+    if options.host is None and not away.is_any(options.runs_dir):
+        return verb(options)
+    from hpcdl.launch.remote import verbs
+
+    return verbs.run(options, verb)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,4 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         own.set_defaults(verb=verb.run)
         verb.add(own)
+        if key := getattr(verb, "RUNS", None):
+            own.add_argument(
+                "--host", metavar="HOST", help="its runs lie there (cluster.login_host), and it is done there"
+            )
+            own.set_defaults(verb_name=name, runs_key=key)
     return parser

@@ -533,4 +533,11 @@ def test_nothing_is_loaded_that_could_run() -> None:
             assert None in words and ("NO_CODE" in words[None] or "ONLY_WEIGHTS" in words[None]), where
     texts = "".join(path.read_text() for path in SOURCES)
     assert "trust_remote_code=True" not in texts and '"trust_remote_code": True' not in texts
+    known = {  # a mount point of containers; a folder whose owner and mode are looked at before it is used
+        'SCRATCH = "/tmp"': "hpcdl/launch/containers.py",
+        'Path(f"/tmp/hpcdl-ssh-{os.getuid()}")': "hpcdl/launch/remote/connection.py",
+    }
+    for each in known:
+        assert each in texts, "no longer there"
+        texts = texts.replace(each, "")
     assert '"/tmp' not in texts, "names in /tmp can be foretold; tempfile makes others"

@@ -12,6 +12,8 @@ rules.py      rules between sections
 ranks.py      rules of the ranks: degrees and processes, the batch and who shares it
 elastic.py    rules of a run that may lose nodes: every size that it may come down to
 resources.py  rules of the cluster: what a partition has, what Slurm's options look like
+kubernetes.py rules of cluster=kubernetes
+login.py      rules of the login node that is submitted to over ssh
 identity.py   spec → run id
 """
 
@@ -27,7 +29,7 @@ from hpcdl.experiment import resolve, rules, secrets, sections
 from hpcdl.experiment.identity import digest
 from hpcdl.spec import ExperimentSpec, LaunchOptions
 
-__all__ = ["Checked", "check", "digest", "load", "load_all", "merge_faults"]
+__all__ = ["Checked", "check", "digest", "formed", "load", "load_all", "merge_faults"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ def check(plain: Mapping[str, Any], *, doubtful: Collection[str] = (), skip: Col
     literal = secrets.faults(plain)
     parts, found = resolve.resolve(parts)
     trusted = {key: value for key, value in parts.items() if key not in doubtful}
-    formed = not (faults or found or literal or doubtful or skip or rules.malformed(trusted))
+    formed = not (faults or found or literal or doubtful or skip or rules.of_form(trusted))
     found += rules.broken(trusted)
     names = {field.name for field in dataclasses.fields(ExperimentSpec)}
     spec = ExperimentSpec(**{key: parts[key] for key in names}) if names <= parts.keys() else None
@@ -97,6 +99,17 @@ def check(plain: Mapping[str, Any], *, doubtful: Collection[str] = (), skip: Col
     if faults:
         return Checked(options=options, faults=tuple(faults), impossible=True)
     return Checked(spec=spec, options=options)
+
+
+def formed(plain: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Fault, ...]]:
+    """A config's sections, and what is wrong with each by itself. Nothing is looked up: neither files nor other runs,
+    which may be on another machine.
+    """
+    parts, faults = sections.validate(plain)
+    literal = secrets.faults(plain)
+    kept = {fault.key for fault in literal}
+    others = [fault for fault in (*faults, *rules.of_form(parts)) if fault.key not in kept]
+    return parts, tuple(literal + (secrets.hidden(others, plain) if literal else others))
 
 
 def merge_faults(found: Iterable[tuple[str, Iterable[Fault]]]) -> tuple[Fault, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpcdl import compress, tasks
 from hpcdl.errors import Fault, nearest_name
-from hpcdl.experiment import holding, places, resuming
+from hpcdl.experiment import containers, holding, places, resuming
 from hpcdl.spec import DataSpec, ModelShape, ModelSpec
 
 
@@ -29,6 +29,9 @@ def resolve(parts: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
         faults += found
     if "data" in parts:
         parts["data"], found = _data(parts["data"])
+        faults += found
+    if "cluster" in parts:
+        parts["cluster"], found = containers.resolve(parts["cluster"])
         faults += found
     if "trainer" in parts and "runs_dir" in parts:
         folder = Path(absolute(parts["runs_dir"]))

@@ -10,23 +10,17 @@ from typing import Any
 from hpcdl import compress, parallel, tasks
 from hpcdl.compress import offload, prune, quant
 from hpcdl.errors import Fault
-from hpcdl.experiment import elastic, ranks, resources, resuming
+from hpcdl.experiment import containers, elastic, kubernetes, login, ranks, resources, resuming, rules_of_data
 from hpcdl.parallel._mesh import MeshConfig
 from hpcdl.spec import (
     ClusterSpec,
-    DataSpec,
     ExperimentSpec,
-    ModelSpec,
     OptimSpec,
     ParallelSpec,
     PeftSpec,
-    TaskSpec,
     TrainerSpec,
 )
 from hpcdl.spec.parallel import ParallelDims
-
-BYTE_VOCABULARY = 260
-"""256 bytes and the tokenizer's four special tokens."""
 
 
 def broken(parts: dict[str, Any]) -> list[Fault]:
@@ -44,14 +38,14 @@ def broken(parts: dict[str, Any]) -> list[Fault]:
     ]
 
 
-def malformed(parts: dict[str, Any]) -> bool:
-    """Whether a rule of form is broken: then the value is wrong whatever stands beside it."""
-    return any(
-        True
+def of_form(parts: dict[str, Any]) -> list[Fault]:
+    """Faults of the rules of form: the value is wrong whatever stands beside it."""
+    return [
+        fault
         for needs, rule in RULES
         if rule in OF_FORM and all(need in parts for need in needs)
-        for _ in rule(*(parts[need] for need in needs))
-    )
+        for fault in rule(*(parts[need] for need in needs))
+    ]
 
 
 def is_open(parallel: ParallelSpec | None) -> bool:
@@ -118,148 +112,6 @@ def runs_dir_is_a_folder(runs_dir: str) -> Iterator[Fault]:
             problem="is no folder's name",
             allowed="a path without line breaks and colons",
             fix="runs_dir=runs",
-        )
-
-
-def model_has_a_source(model: ModelSpec) -> Iterator[Fault]:
-    """Random weights need a shape; everything else brings its own."""
-    if model.source == "random" and model.shape is None and model.mlp is None:
-        yield Fault(
-            key="model",
-            value=model.name,
-            problem="has no weights: none of path, hub_id and package is set, and no shape for random ones",
-            allowed="model.path, model.hub_id, model.package or model.shape",
-            fix="model.path=/path/of/the/model",
-        )
-
-
-def shape_is_a_transformer(model: ModelSpec) -> Iterator[Fault]:
-    """Heads share the width evenly, and query heads share key and value heads evenly."""
-    shape = model.shape
-    if shape is None:
-        return
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    if shape.head_dim is None and shape.hidden_size % heads:
-        near = _nearest_divisor(shape.hidden_size, heads)
-        yield Fault(
-            key="model.shape.num_attention_heads",
-            value=str(heads),
-            problem=f"does not divide hidden_size {shape.hidden_size}",
-            allowed="a divisor of hidden_size, or set model.shape.head_dim",
-            nearest=str(near),
-            fix=f"model.shape.num_attention_heads={near}",
-        )
-    if heads % kv_heads:
-        near = _nearest_divisor(heads, kv_heads)
-        yield Fault(
-            key="model.shape.num_key_value_heads",
-            value=str(kv_heads),
-            problem=f"does not divide num_attention_heads {heads}",
-            allowed="a divisor of num_attention_heads",
-            nearest=str(near),
-            fix=f"model.shape.num_key_value_heads={near}",
-        )
-    width = shape.head_dim or shape.hidden_size // heads
-    if width % 2 and not (shape.head_dim is None and shape.hidden_size % heads):
-        yield Fault(
-            key="model.shape.head_dim",
-            value=str(width),
-            problem="the rotary embedding turns pairs of numbers, so a head's width must be even",
-            allowed="an even number; hidden_size / num_attention_heads where null",
-            fix=f"model.shape.head_dim={width + 1}",
-        )
-
-
-def scaling_says_how(model: ModelSpec) -> Iterator[Fault]:
-    """Transformers wants to know the kind of a rotary scaling."""
-    scaling = model.shape.rope_scaling if model.shape else None
-    if scaling is not None and not isinstance(scaling.get("rope_type"), str):
-        yield Fault(
-            key="model.shape.rope_scaling",
-            value=", ".join(scaling),
-            problem="does not say which scaling: rope_type is missing",
-            allowed="rope_type (linear, dynamic, yarn, llama3, …) with its own keys, or null",
-            fix="+model.shape.rope_scaling.rope_type=linear",
-        )
-
-
-def bytes_fit_the_vocabulary(model: ModelSpec) -> Iterator[Fault]:
-    """The byte tokenizer gives numbers up to 259."""
-    if model.tokenizer == "byte" and model.shape is not None and model.shape.vocab_size < BYTE_VOCABULARY:
-        yield Fault(
-            key="model.shape.vocab_size",
-            value=str(model.shape.vocab_size),
-            problem="is too small for the byte tokenizer: 256 bytes and 4 special tokens",
-            allowed=f"at least {BYTE_VOCABULARY}",
-            fix=f"model.shape.vocab_size={BYTE_VOCABULARY}",
-        )
-
-
-def random_weights_have_a_tokenizer(model: ModelSpec) -> Iterator[Fault]:
-    """Random weights come without a tokenizer of their own."""
-    if model.source == "random" and model.shape is not None and model.tokenizer == "auto":
-        yield Fault(
-            key="model.tokenizer",
-            value="auto",
-            problem="there are no weights that a tokenizer could lie beside: this model is random",
-            allowed="byte",
-            fix="model.tokenizer=byte",
-        )
-
-
-def sequence_fits_the_model(data: DataSpec, model: ModelSpec) -> Iterator[Fault]:
-    """No position beyond those the model was made for."""
-    limit = model.shape.max_position_embeddings if model.shape else None
-    if limit is not None and data.seq_len > limit:
-        yield Fault(
-            key="data.seq_len",
-            value=str(data.seq_len),
-            problem=f"is longer than the model's max_position_embeddings {limit}",
-            allowed=f"8 to {limit}",
-            nearest=str(limit),
-            fix=f"data.seq_len={limit}",
-        )
-
-
-def data_has_a_source(data: DataSpec) -> Iterator[Fault]:
-    """Files for text and jsonl, a dataset for hf."""
-    if data.kind in ("text", "jsonl") and not data.paths:
-        yield Fault(
-            key="data.paths",
-            value="[]",
-            problem=f"data={data.kind} needs at least one file",
-            allowed="files or globs",
-            fix="'data.paths=[/path/of/the/files/*.txt]'",
-        )
-    if data.kind == "hf" and not data.dataset:
-        yield Fault(
-            key="data.dataset",
-            value="null",
-            problem="data=hf needs a dataset",
-            allowed="a datasets name or a local folder",
-            fix="data.dataset=wikitext",
-        )
-
-
-def task_has_what_it_takes(task: TaskSpec, data: DataSpec, model: ModelSpec) -> Iterator[Fault]:
-    """Text for all tasks that read some, and for them no network that plays."""
-    if not getattr(tasks.get(task.name), "READS_TEXT", True):
-        return  # says itself what it needs
-    if data.kind == "none":
-        yield Fault(
-            key="data",
-            value="none",
-            problem=f"task={task.name} reads text",
-            allowed="pydoc, text, jsonl, hf, synthetic",
-            fix="data=pydoc",
-        )
-    if model.mlp is not None:
-        yield Fault(
-            key="model",
-            value=model.name,
-            problem=f"task={task.name} is for language models, and this network plays an environment",
-            allowed="another model; or task=policy_gradient",
-            fix="task=policy_gradient",
         )
 
 
@@ -356,22 +208,17 @@ def best_is_known(trainer: TrainerSpec) -> Iterator[Fault]:
     )
 
 
-def _nearest_divisor(number: int, near: int) -> int:
-    divisors = (d for d in range(1, number + 1) if number % d == 0)
-    return min(divisors, key=lambda d: (abs(d - near), d))
-
-
 RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("name",), name_is_a_folder),
     (("runs_dir",), runs_dir_is_a_folder),
-    (("model",), model_has_a_source),
-    (("model",), shape_is_a_transformer),
-    (("model",), scaling_says_how),
-    (("model",), bytes_fit_the_vocabulary),
-    (("model",), random_weights_have_a_tokenizer),
-    (("data", "model"), sequence_fits_the_model),
-    (("data",), data_has_a_source),
-    (("task", "data", "model"), task_has_what_it_takes),
+    (("model",), rules_of_data.model_has_a_source),
+    (("model",), rules_of_data.shape_is_a_transformer),
+    (("model",), rules_of_data.scaling_says_how),
+    (("model",), rules_of_data.bytes_fit_the_vocabulary),
+    (("model",), rules_of_data.random_weights_have_a_tokenizer),
+    (("data", "model"), rules_of_data.sequence_fits_the_model),
+    (("data",), rules_of_data.data_has_a_source),
+    (("task", "data", "model"), rules_of_data.task_has_what_it_takes),
     (("train", "peft"), full_trains_all),
     (("optim", "trainer"), warm_up_ends),
     (("trainer", "seed"), resuming.goes_on),
@@ -390,6 +237,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("runs_dir", "cluster"), resources.output_has_a_name),
     (("cluster",), resources.extra_is_extra),
     (("cluster",), resources.lines_are_lines),
+    *((("cluster",), rule) for rule in (*kubernetes.RULES, *login.RULES, *containers.RULES)),
+    (("runs_dir", "cluster"), containers.runs_can_be_shown),
 )
 """Which sections each rule needs, in the order in which faults are shown."""
 
@@ -397,15 +246,19 @@ OF_FORM: frozenset[Callable[..., Iterator[Fault]]] = frozenset(
     {
         name_is_a_folder,
         runs_dir_is_a_folder,
-        model_has_a_source,
-        data_has_a_source,
-        scaling_says_how,
+        rules_of_data.model_has_a_source,
+        rules_of_data.data_has_a_source,
+        rules_of_data.scaling_says_how,
         ranks.degrees_count_ranks,
         resources.partition_is_known,
         resources.slurm_understands,
         resources.output_has_a_name,
         resources.extra_is_extra,
         resources.lines_are_lines,
+        *kubernetes.RULES,
+        *login.RULES,
+        *containers.RULES,
+        containers.runs_can_be_shown,
     }
 )
 """Rules that a value breaks by itself, like a slip of the pen. What breaks another rule only doesn't go with the

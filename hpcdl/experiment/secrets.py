@@ -13,6 +13,10 @@ from hpcdl import secrets
 from hpcdl.errors import Fault
 
 ALLOWED = f"secrets in the environment that launches, or in {secrets.FILE} (NAME=VALUE lines, chmod 600)"
+_REFERENCE = re.compile(
+    r"cluster\.kubernetes\.(?:secrets\.\w+=[a-z0-9][-a-z0-9.]*/[-._a-zA-Z0-9]+|tolerations\.\d+\.key=.*)"
+)
+"""A secret of a Kubernetes cluster that is only named, and a taint's key, which is none."""
 _LEAST_KNOWN = 16
 """A shorter value of the environment may stand in a config by chance."""
 
@@ -45,9 +49,15 @@ def _in(key: str, value: Any) -> Iterator[Fault]:
         for index, below in enumerate(value):
             yield from _in(f"{key}.{index}", below)
     elif (isinstance(value, str) and value) or (isinstance(value, int) and not isinstance(value, bool)):
-        found = _found(key.rpartition(".")[2], str(value))
+        name = "" if _REFERENCE.fullmatch(f"{key}={value}") else key.rpartition(".")[2]
+        found = _found(name, str(value))
         if found:
             yield _fault(key, found)
+
+
+def _name_of(key: str) -> str:
+    """The last name of a dotted key; a place in a list has its list's."""
+    return next((part for part in reversed(key.split(".")) if not part.isdigit()), "")
 
 
 @cache
@@ -106,14 +116,14 @@ def hidden(found: Iterable[Fault], plain: Mapping[str, Any]) -> list[Fault]:
     ]
 
 
-def _values(name: str, value: Any) -> Iterator[str]:
+def _values(key: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
-        for key, below in value.items():
-            yield from _values(str(key), below)
+        for name, below in value.items():
+            yield from _values(f"{key}.{name}".lstrip("."), below)
     elif isinstance(value, list | tuple):
-        for below in value:
-            yield from _values(name, below)
+        for index, below in enumerate(value):
+            yield from _values(f"{key}.{index}", below)
     elif isinstance(value, str):
-        if secrets.is_value(name, value):
+        if secrets.is_value(_name_of(key), value) and not _REFERENCE.fullmatch(f"{key}={value}"):
             yield value
         yield from (each.value for each in secrets.find(value))

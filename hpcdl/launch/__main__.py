@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from hpcdl.errors import HpcdlError
 from hpcdl.launch import after, arguments, modes, planning, points, report, sweep
 from hpcdl.launch.compose import CONFIG_NAME, Composer
+from hpcdl.spec import LaunchOptions
 
 INTERRUPTED = 130
+Plan = Callable[[Sequence[sweep.Point], LaunchOptions], list[points.Planned]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +31,34 @@ def _main(argv: Sequence[str]) -> int:
     if modes.wanted(flags):
         return modes.show(flags)
     composer = Composer(config_dir=flags.config_dir, config_name=flags.config_name or CONFIG_NAME)
-    asked = sweep.read(composer, flags.overrides, multirun=flags.multirun)
+    drafts = sweep.compose(composer, flags.overrides, multirun=flags.multirun)
+    if any(_login_host(draft.composed.plain) for draft in drafts.drafts):
+        from hpcdl.launch import remote
+
+        return remote.launch(drafts)
+    return go_on(drafts, composer)
+
+
+def _login_host(plain: Mapping[str, Any]) -> Any:
+    cluster = plain.get("cluster")
+    return cluster.get("login_host") if isinstance(cluster, dict) else None
+
+
+def go_on(drafts: sweep.Drafts, composer: Composer, plan: Plan = points.plan) -> int:
+    """All that comes after composing; returns the exit code.
+
+    Args:
+        drafts: what was composed, here or on another machine.
+        composer: makes the configs of changes that would help.
+        plan: says what is to be done about each point.
+
+    Raises:
+        HpcdlError: something is wrong with it; the exit code tells what.
+    """
+    asked = sweep.judge(drafts)
     options = asked.options
     parents = after.find(options, {point.spec.cluster.kind for point in asked.points})
-    fitting = planning.fitting(points.plan(asked.points, options), asked, composer)
+    fitting = planning.fitting(plan(asked.points, options), asked, composer)
     planned, asked = fitting.planned, fitting.asked
     for line in fitting.warnings:
         print(f"warning: {line}", file=sys.stderr)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hpcdl.runs.reconcile import View
 
 _JOB = re.compile(r"\d+(_\d+)?")
+_FOLLOW = "hpcdl follow RUN && hpcdl launch … (without after): the second begins once the first has succeeded"
 _OVERRIDE = re.compile(r"(\+{0,2}after)=(.*)", re.DOTALL)
 
 
@@ -41,6 +42,8 @@ def find(options: LaunchOptions, kinds: Collection[str]) -> tuple[Parent, ...]:
         options: with `after`.
         kinds: the kinds of the clusters that it launches on.
 
+    Pods that wait for other runs would hold what these wait for, so nothing on Kubernetes waits.
+
     Raises:
         ConfigError: `after` names nothing, or something that failed or can't be waited for; carries every fault.
     """
@@ -56,6 +59,10 @@ def find(options: LaunchOptions, kinds: Collection[str]) -> tuple[Parent, ...]:
             faults += error.faults
             continue
         parents.update({parent.name: parent for parent in found})
+    if "kubernetes" in kinds and parents and not faults:
+        waits = ", ".join(parents)
+        problem = f"Kubernetes' Jobs can't wait for one another, and {waits} is not over"
+        faults += _bad(options.after, problem, _FOLLOW).faults
     if faults:
         raise ConfigError(faults)
     return tuple(parents.values())
@@ -92,8 +99,9 @@ def _parent(word: str, view: View, kinds: Collection[str]) -> Parent:
         why = f": {state.reason}" if state.reason else ""
         problem = f"{name} is {state.state} and will not succeed{why}"
         raise _bad(word, problem, f"hpcdl resubmit {state.run_id}, then launch this again")
-    if "slurm" in kinds and state.kind == "local":
-        raise _bad(word, f"{name} runs on this machine: Slurm's queue can't wait for it", "cluster=local")
+    if "slurm" in kinds and state.kind != "slurm":
+        where = "runs on this machine" if state.kind == "local" else "runs on Kubernetes"
+        raise _bad(word, f"{name} {where}: Slurm's queue can't wait for it", "cluster=local")
     if state.kind == "slurm" and state.job_id is None:
         raise _bad(
             word, f"{name} has no job in Slurm's queue yet ({state.reason})", "launch this again in a moment"

@@ -83,6 +83,11 @@ class Agent:
         self._superseded = ""
 
     @property
+    def signals(self) -> tuple[int, ...]:
+        """All that came, those before this try included."""
+        return tuple(self._signals)
+
+    @property
     def unheard(self) -> tuple[int, ...]:
         """Signals that came too late to be acted on."""
         return tuple(self._signals[self._acted :])
@@ -97,8 +102,9 @@ class Agent:
             preflight.readable(self.run, self.place.name)
             cluster = torchrun.resources(self.run)
             end = closing.Closing(self.run, self.place, self.attempt, cluster, self._say, self._reached)
-            if self.place.first and self.place.kind == "slurm":
-                before_this.tell(self.run, self.attempt, cluster.max_requeues)
+            if self.place.first and self.place.kind != "local":
+                by = "Slurm" if self.place.kind == "slurm" else "Kubernetes"
+                before_this.tell(self.run, self.attempt, cluster.max_requeues, by)
             self._preflight()
             self._judge = judging.Judge(self.run, self.place, self.attempt, end, cluster.max_restarts)
             left = self._torchrun(cluster)
@@ -181,7 +187,8 @@ class Agent:
         environment |= {**self._guard.environment, strays.AGENT: strays.name_of_this_agent()}
         environment |= scratch.caches(environment)
         argv = torchrun.command(cluster, sys.executable, meeting, log_dir, self._worker)
-        self._log = Log(self.run.logs / f"{self.place.name}-try{self.attempt}.log")
+        copy = sys.stdout.fileno() if self.place.kind == "kubernetes" else None  # what kubectl logs shows
+        self._log = Log(self.run.logs / f"{self.place.name}-try{self.attempt}.log", copy)
         self._log.say(f"try {self.attempt} on {self.place.name}, job {self.place.job_id or 'local'}")
         try:
             self._child = Torchrun(argv, environment, self._log)
@@ -315,11 +322,12 @@ class Agent:
             self._killed = True
             self._child.kill()
             return
-        if self.place.kind == "local" and self._acted == 1:
+        if self.place.kind != "slurm" and self._acted == 1:
             # Under Slurm the workers got it themselves: signals go to every process of the step. Once only:
             # a second one would kill a Python that has saved its checkpoint and is on its way out.
             self._child.signal_workers(signal.SIGUSR2)
-        if self.place.first and not self.run.stop_file.exists():
+        # Of several pods perhaps only this one is told to end.
+        if (self.place.first or self.place.kind == "kubernetes") and not self.run.stop_file.exists():
             # For workers that are still importing, with the signal ignored: they look here at each step.
             with contextlib.suppress(OSError):  # the disk is full: they have the signal, unless they import
                 write_atomic(self.run.stop_file, f"{name}\n")

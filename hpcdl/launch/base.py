@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from hpcdl.runs.parents import Parent
 from hpcdl.spec import ClusterSpec
+from hpcdl.spec.container import Mount
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a run's nodes are given where they can't read what the launcher writes."""
+
+    text: str
+    """The content of spec.yaml."""
+    attempt: int
+    """Which launch of the run it is (RunState.attempt)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +42,11 @@ class JobRequest:
     """What must have succeeded first."""
     code: Path | None = None
     """The copy of hpcdl that the job runs (hpcdl.launch.frozen); null: what is installed."""
+    specs: Mapping[Path, Given] = field(default_factory=dict)
+    """By run directory, where the text that is submitted holds the specs (Kubernetes)."""
+
+    mounts: tuple[Mount, ...] = ()
+    """What a container shows of the nodes' files (hpcdl.launch.containers)."""
 
     @property
     def after_jobs(self) -> tuple[str, ...]:

@@ -14,12 +14,13 @@ from hpcdl.runs.store import RunDir
 _LAST_WORDS = frozenset({"started", "restarting", "requeued", "failed", "finished", "cancelled", "submitted"})
 
 
-def lost(run: RunDir, attempt: str) -> tuple[str, dict[str, Any]] | None:
+def lost(run: RunDir, attempt: str, by: str = "Slurm") -> tuple[str, dict[str, Any]] | None:
     """The event that tells of it; None where that try has said how it ended.
 
     Args:
         run: the run.
         attempt: this try.
+        by: whose job it is: who else may have ended it.
     """
     events = [event for event in run.events() if event.get("event") in _LAST_WORDS]
     if not events:
@@ -33,9 +34,9 @@ def lost(run: RunDir, attempt: str) -> tuple[str, dict[str, Any]] | None:
     if started is None or started.get("try") == attempt:
         return None
     names = [str(name) for name in started.get("node_list", ())]
-    down = nodes.down(names)
+    down = nodes.down(names) if by == "Slurm" else {}
     where = ", ".join(f"{name} is {state}" for name, state in down.items())
-    why = f"a node was lost: {where}" if down else "a node was lost, or Slurm has ended it"
+    why = f"a node was lost: {where}" if down else f"a node was lost, or {by} has ended it"
     message = f"try {started.get('try')} on {', '.join(names)} left no last word: {why}"
     return progress.LOST, {
         "try": started.get("try"),
@@ -46,18 +47,19 @@ def lost(run: RunDir, attempt: str) -> tuple[str, dict[str, Any]] | None:
     }
 
 
-def tell(run: RunDir, attempt: str, max_requeues: int) -> None:
+def tell(run: RunDir, attempt: str, max_requeues: int, by: str = "Slurm") -> None:
     """Tells of it, and ends the run where that goes on and on: Slurm itself never stops starting a job anew.
 
     Args:
         run: the run.
         attempt: this try.
         max_requeues: cluster.max_requeues. What Slurm does by itself it may do some times in any case.
+        by: whose job it is.
 
     Raises:
         RunFailedError: so many tries were lost without any progress.
     """
-    event = lost(run, attempt)
+    event = lost(run, attempt, by)
     if event is None:
         return
     past = progress.history(run.events(), int(attempt.partition(".")[0]))

@@ -92,6 +92,11 @@ def _first_start(overrides: Sequence[str], environment: Mapping[str, str], token
         )
     if point.spec.cluster.kind != "slurm":
         raise UsageError("this is a Slurm job: leave cluster=local out")
+    if point.spec.cluster.container != "none":
+        raise UsageError(
+            f"cluster.container={point.spec.cluster.container}: this script was sent without a container\n"
+            "fix: hpcdl launch …, or fill HPCDL_INSIDE in, in a copy of slurm/torchrun.sbatch, and leave the key out"
+        )
     (planned,) = points.plan([point], options)
     if planned.action == "done":
         print(f"{planned.run.path} is complete already; force=true makes a new run", file=sys.stderr)

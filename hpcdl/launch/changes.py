@@ -289,9 +289,15 @@ def _joined(changes: Sequence[Change]) -> Change:
 def _composed(change: Change, point: Point, composer: Composer) -> ExperimentSpec | None:
     """The point with a change; None where the rules refuse it."""
     overrides, faults = composer.parse(change.overrides)
-    groups = {override.key_or_group for override in overrides}
-    kept = [each for each in point.overrides if each.key_or_group not in groups]
-    composed = composer.compose([*kept, *overrides])
+    if point.plain is not None:
+        # Its files are on another machine: what chooses another file can't be tried here.
+        if any(composer.is_choice(override) for override in overrides):
+            return None
+        composed = composer.changed(dict(point.plain), overrides)
+    else:
+        groups = {override.key_or_group for override in overrides}
+        kept = [each for each in point.overrides if each.key_or_group not in groups]
+        composed = composer.compose([*kept, *overrides])
     if faults or composed.faults:
         return None
     return experiment.check(composed.plain).spec

@@ -69,10 +69,15 @@ class Log:
 
     `2026-01-31T12:00:00.000+00:00 [rank 0] text`; `[torchrun]` and `[agent]` stand where a rank would. A secret
     of the environment that somebody prints is not in it.
+
+    Args:
+        path: the file.
+        copy: a descriptor that gets the same; None: nobody does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, copy: int | None = None) -> None:
         self._descriptor = open_to_write(path, os.O_WRONLY | os.O_APPEND)
+        self._copy = copy
         self._lost = 0
         """Lines that found no room."""
 
@@ -90,8 +95,9 @@ class Log:
         self._append("".join(f"{stamp} [agent] {line}\n" for line in text.splitlines()).encode())
 
     def _append(self, data: bytes) -> None:
-        data = secrets.of_this_process().hide_bytes(data)
-        left = data
+        data = left = secrets.of_this_process().hide_bytes(data)
+        if self._copy is not None:
+            _write_all(self._copy, data)
         if self._lost:
             left = f"\n[agent] {self._lost} lines are not here: the disk was full\n".encode() + data
         try:
@@ -100,6 +106,12 @@ class Log:
             self._lost = 0
         except OSError:  # nothing that is only told may end the training
             self._lost += data.count(b"\n")
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        while data:
+            data = data[os.write(descriptor, data) :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

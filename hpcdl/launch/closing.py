@@ -149,6 +149,8 @@ class Closing:
             )
             causes.record(self._run, self._attempt, self._place.node, own)
         tell(True)
+        if self._place.kind == "kubernetes":
+            return 1  # the first pod is made anew, and says what follows
         if left.told and left.cause is not None:
             return self._after_the_first(left, in_a_hurry)
         self._wait_for_the_first()
@@ -198,7 +200,7 @@ class Closing:
         events = self._run.events()
         limits = progress.Limits(
             max_restarts=self._cluster.max_restarts if in_place else 0,
-            max_requeues=self._cluster.max_requeues if self._place.kind == "slurm" else 0,
+            max_requeues=self._cluster.max_requeues if self._place.kind != "local" else 0,
             can_exclude=is_lost or self._cluster.exclude_failed_nodes,
             spare=spare,
         )
@@ -278,6 +280,11 @@ class Closing:
         """Keeps the job that goes on off the nodes that are to blame; what the event says of it."""
         if not decided.exclude:
             return {}
+        if self._place.kind == "kubernetes":
+            return {
+                "exclude": [],
+                "not_excluded": "Kubernetes chooses the node: kubectl cordon keeps pods off one",
+            }
         if not self._cluster.exclude_failed_nodes:
             return {"exclude": [], "not_excluded": "cluster.exclude_failed_nodes is false"}
         done = nodes.exclude(job_id, decided.exclude, self._cluster.nodes)

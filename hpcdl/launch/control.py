@@ -14,6 +14,7 @@ from typing import Literal
 from hpcdl import secrets
 from hpcdl.errors import SchedulerError
 from hpcdl.launch.lost import NO_ANSWER, LostAnswer
+from hpcdl.runs import outside
 from hpcdl.runs.patience import Patience
 from hpcdl.runs.submissions import SBATCH_LIMIT_S
 
@@ -137,19 +138,23 @@ def submit(script: Path) -> str:
         LostAnswer: whether it got through is not known.
         SchedulerError: it was refused, or there is no sbatch here; with Slurm's own words.
     """
-    given = {
-        word.partition(b"=")[0].decode() for word in Path("/proc/self/environ").read_bytes().split(b"\0")
-    }
-    # What was read from the user's file of secrets since this process began: the next job reads it there.
-    unset = {*job_variables(os.environ), *(n for n in os.environ if secrets.is_name(n) and n not in given)}
-    environment = {key: value for key, value in os.environ.items() if key not in unset}
-    done = run(["sbatch", "--parsable", str(script)], SBATCH_LIMIT_S, environment)
+    done = run(["sbatch", "--parsable", str(script)], SBATCH_LIMIT_S, submitting())
     if done.returncode != 0:
         raise LostAnswer(said(done)) if _unanswered(done) else SchedulerError(said(done))
     found = re.match(r"(\d+)(;|$)", done.stdout.strip())
     if found is None:
         raise LostAnswer(f"sbatch said {done.stdout.strip()!r}")
     return found.group(1)
+
+
+def submitting() -> dict[str, str]:
+    """The environment of a job that is submitted from inside this one."""
+    given = {
+        word.partition(b"=")[0].decode() for word in Path("/proc/self/environ").read_bytes().split(b"\0")
+    }
+    # What was read from the user's file of secrets since this process began: the next job reads it there.
+    unset = {*job_variables(os.environ), *(n for n in os.environ if secrets.is_name(n) and n not in given)}
+    return {key: value for key, value in os.environ.items() if key not in unset}
 
 
 def job_variables(environment: Mapping[str, str]) -> list[str]:
@@ -164,7 +169,12 @@ def job_variables(environment: Mapping[str, str]) -> list[str]:
 def run(
     command: list[str], limit_s: float = _LIMIT_S, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs one of Slurm's commands; one that is missing gives code 127, one that hangs 124."""
+    """Runs one of Slurm's commands; one that is missing gives code 127, one that hangs 124.
+
+    Inside of a container it is run outside, which knows by itself what environment a job is given.
+    """
+    if outside.is_here():
+        return outside.run(command, "", limit_s)
     try:
         return subprocess.run(
             command,

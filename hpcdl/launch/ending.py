@@ -30,7 +30,7 @@ class Seen:
     """What the agent knows once torchrun has ended."""
 
     kind: str
-    """`local` or `slurm`."""
+    """`local`, `slurm` or `kubernetes`."""
     code: int
     """torchrun's exit code."""
     outcome: Outcome | None
@@ -94,6 +94,8 @@ def decide(seen: Seen, ask: Callable[[], JobFate], cause: Callable[[], tuple[Sta
         ended = _ended_by_slurm(ask(), f"{how}, before a checkpoint was saved")
         if ended is not None:
             return ended
+    if seen.signals and seen.kind == "kubernetes":
+        return _told_by_kubelet("before a checkpoint was saved")
     state, reason = cause()
     return Ending(state=state, reason=reason, exit_code=1)
 
@@ -104,6 +106,8 @@ def _stopped(seen: Seen, outcome: Outcome, ask: Callable[[], JobFate]) -> Ending
     word = (outcome.reason.split() or ["?"])[0]
     if not word.startswith(("signal", "SIG")):
         return Ending(state="CANCELLED", reason=f"{word}; {saved}", exit_code=INTERRUPTED)
+    if seen.kind == "kubernetes":
+        return _told_by_kubelet(saved)
     first = seen.signals[0] if seen.signals else outcome.reason.split()[-1].removeprefix("SIG")
     if first == "INT" or seen.kind != "slurm":
         return Ending(state="CANCELLED", reason=f"stopped by SIG{first}; {saved}", exit_code=INTERRUPTED)
@@ -116,6 +120,14 @@ def _stopped(seen: Seen, outcome: Outcome, ask: Callable[[], JobFate]) -> Ending
     limit = fate.fate != "preempted" and ("USR2" in seen.signals or fate.fate == "timeout")
     late: State = "TIMEOUT" if limit else "PREEMPTED"
     return Ending(state=late, reason=f"stopped by SIG{first}; {saved}", exit_code=1, requeue=True)
+
+
+def _told_by_kubelet(how: str) -> Ending:
+    """A pod was told to end: preempted, drained, or its Job was deleted, which nobody tells the pod. If it was
+    preempted, it is made anew; where the Job is gone, whoever looks from outside says so (hpcdl.runs.kube.judge).
+    """
+    reason = f"a pod was told to end by Kubernetes; {how}"
+    return Ending(state="PREEMPTED", reason=reason, exit_code=1, requeue=True)
 
 
 def _ended_by_slurm(fate: JobFate, how: str) -> Ending | None:

@@ -69,9 +69,12 @@ class Code:
 def here() -> Code | None:
     """The code of this process, as it is on the disk; None where pip has installed it."""
     package = Path(hpcdl.__file__).resolve().parent
-    if any(part in _INSTALLED for part in package.parts):
-        return None
-    return read(package)
+    return None if is_installed(package) else read(package)
+
+
+def is_installed(package: Path) -> bool:
+    """Whether pip has put the package where it is."""
+    return any(part in _INSTALLED for part in package.parts)
 
 
 def identity() -> str:
@@ -84,7 +87,9 @@ def read(package: Path) -> Code:
     """A package's files and what belongs to it beside it, and a digest of them."""
     files: dict[str, tuple[bytes, int]] = {}
     left_out = []
-    folders = [package, *(beside for name in _BESIDE if (beside := package.parent / name).is_dir())]
+    folders = [package]
+    if not is_installed(package):  # there other packages lie beside it
+        folders += [beside for name in _BESIDE if (beside := package.parent / name).is_dir()]
     for path in sorted(path for folder in folders for path in _files(folder)):
         name, found = path.relative_to(package.parent).as_posix(), path.stat()
         if found.st_size > LARGEST_FILE or secrets.is_file(name):
@@ -94,8 +99,18 @@ def read(package: Path) -> Code:
     digest = hashlib.sha256()
     for name, (content, _) in files.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    commit, changed = code.commit_of(package)
-    return Code(digest.hexdigest()[:16], package, files, tuple(left_out), commit, changed)
+    name = digest.hexdigest()[:16]
+    commit, changed = _told(package.parent / _ABOUT, name) or code.commit_of(package)
+    return Code(name, package, files, tuple(left_out), commit, changed)
+
+
+def _told(about: Path, digest: str) -> tuple[str, bool] | None:
+    """What git said of a copy where it was made; None where this is none, or was changed."""
+    try:
+        record = json.loads(about.read_text(encoding="utf-8"))
+        return (str(record["commit"]), bool(record["changed"])) if record["digest"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -126,11 +141,7 @@ def write(folder: Path) -> None:
     if not folder.exists():
         made = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
         try:
-            _copy(found, made)
-            about = {"identity": found.identity, "from": str(found.package), "left_out": found.left_out}
-            (made / _ABOUT).write_text(
-                json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            copy(found, made)
             made.chmod(0o777 & ~_umask())
             made.rename(folder)
         except OSError:
@@ -141,19 +152,29 @@ def write(folder: Path) -> None:
     private.require_mine(folder)
 
 
-def _copy(found: Code, target: Path) -> None:
+def copy(found: Code, target: Path) -> None:
     """The files, with their times: what Python has compiled of them stays valid, and is taken along."""
+    about = {
+        "identity": found.identity,
+        "digest": found.digest,
+        "commit": found.commit,
+        "changed": found.changed,
+        "from": str(found.package),
+        "left_out": found.left_out,
+    }
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    (target / _ABOUT).write_text(text, encoding="utf-8")
     for name, (content, time_ns) in found.files.items():
-        source, copy = found.package.parent / name, target / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(content)
-        os.utime(copy, ns=(time_ns, time_ns))
+        source, made = found.package.parent / name, target / name
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_bytes(content)
+        os.utime(made, ns=(time_ns, time_ns))
         for compiled in (
             source.parent.glob(f"__pycache__/{source.stem}.*.pyc") if source.suffix == ".py" else ()
         ):
-            (copy.parent / "__pycache__").mkdir(exist_ok=True)
+            (made.parent / "__pycache__").mkdir(exist_ok=True)
             with contextlib.suppress(OSError):  # being written anew in this moment
-                shutil.copyfile(compiled, copy.parent / "__pycache__" / compiled.name)
+                shutil.copyfile(compiled, made.parent / "__pycache__" / compiled.name)
 
 
 def _umask() -> int:

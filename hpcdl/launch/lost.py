@@ -33,6 +33,13 @@ NO_ANSWER = re.compile(
 """What sbatch says when it has not heard from the controller, or not all of it."""
 KILLED = frozenset({124, 137})
 """`timeout`'s own exit codes for a command that it has ended."""
+HINTS = {
+    "job submit limit": "fix: the same launch submits what is missing, once jobs of yours have ended; "
+    "with cluster.max_array_size=N it sends arrays of N tasks, as many as fit",
+    "Invalid job array specification": "fix: cluster.max_array_size=N, at most what "
+    "`scontrol show config | grep MaxArraySize` says",
+}
+"""What to do about a refusal, by some of its words."""
 INTERRUPTED = (
     "interrupted while submitting; hpcdl status tells, a minute later at most, whether there is a job"
 )
@@ -84,7 +91,8 @@ def told(error: Exception) -> Exception:
     said = one_line(words) or " ".join(text.split()) or f"sbatch ended with code {code} and said nothing"
     if not text or NO_ANSWER.search(text):
         return LostAnswer(said)
-    return SchedulerError(f"sbatch refused the job: {said}")
+    hints = [hint for words, hint in HINTS.items() if words.lower() in text.lower()]
+    return SchedulerError("; ".join([f"sbatch refused the job: {said}", *hints]))
 
 
 def submit(

@@ -43,6 +43,7 @@ class Peers:
     def __init__(self, place: Place, attempt: str, lost_after_s: float) -> None:
         assert place.head is not None
         self._first = place.first
+        self._in_pods = place.kind == "kubernetes"
         self._known: set[str] = set()
         self._failed_since = 0.0
         secret = f"{place.token}/{place.index}/{attempt}"
@@ -52,7 +53,10 @@ class Peers:
             others = place.nodes[1:]
             self._pulse: Pulse = Listener(place.head, port, secret, others, lost_after_s)
         else:
-            self._pulse = Caller(place.head, port, secret, place.name, place.nodes[0], lost_after_s)
+            self._pulse = Caller(
+                place.head, port, secret, place.name, place.nodes[0], lost_after_s,
+                was_there=place.kind == "kubernetes",
+            )  # fmt: skip
 
     def news(self) -> list[str]:
         """Nodes whose agents are heard of for the first time; on the first node only."""
@@ -72,7 +76,8 @@ class Peers:
         if not self._first:
             # Its supervisor or Slurm decides, or this node's agent (hpcdl.launch.survivor).
             return Over(words=words, cause=node_lost(loss.node, loss.last_heard, loss.why))
-        silent = {loss.node: loss.why} if not loss.closed else nodes.silent([loss.node])
+        gone = not loss.closed or self._in_pods  # a pod ends with its agent
+        silent = {loss.node: loss.why} if gone else nodes.silent([loss.node])
         return Over(words=words, cause=cause_of(loss, silent.get(loss.node, "")), lost=tuple(silent))
 
     def _failed(self) -> Over | None:

@@ -16,7 +16,7 @@ class Place:
     """One node of one job; `kind` local: this machine, no scheduler."""
 
     kind: str
-    """`slurm`, or `local`."""
+    """`slurm`, `kubernetes` (hpcdl.launch.kube.pod), or `local`."""
     index: int
     """Line of runs.txt that this job carries: its array task."""
     node: int

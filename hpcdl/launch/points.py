@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpcdl.errors import UsageError
 from hpcdl.experiment.resolve import absolute
-from hpcdl.launch import auto, frozen
-from hpcdl.launch.base import JobRequest
+from hpcdl.launch import auto, containers, frozen
+from hpcdl.launch.base import Given, JobRequest
 from hpcdl.launch.slurm import chunks, throttles
+from hpcdl.launch.spec_text import SpecTexts
 from hpcdl.launch.sweep import Point
+from hpcdl.plan import nodes
 from hpcdl.runs import foretold
 from hpcdl.runs.parents import Parent
 from hpcdl.runs.state import ACTIVE
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from hpcdl.runs.reconcile import View
 
 Action = Literal["new", "resume", "active", "done"]
+SLURMS_OWN = 1001
+"""MaxArraySize where a site hasn't changed it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,12 +179,20 @@ def batches(planned: Sequence[Planned], options: LaunchOptions, after: Sequence[
             shapes.append((item.spec.cluster, [item]))
     made = []
     for shape, members in shapes:
-        arrays = chunks(members, shape.max_array_size)
+        arrays = chunks(members, _array_size(shape) if len(members) > 1 else 1)
         shares = throttles(shape.array_parallelism, len(arrays))
         for share, runs in zip(shares, arrays, strict=True):
             cluster = dataclasses.replace(shape, array_parallelism=share)
             made.append(Batch(request=request(runs, cluster, options, after), runs=runs))
     return made
+
+
+def _array_size(cluster: ClusterSpec) -> int:
+    """Tasks of one array at most."""
+    if cluster.max_array_size is not None:
+        return cluster.max_array_size
+    said = nodes.max_array_size() if cluster.kind == "slurm" else None
+    return max(1, said) if said is not None else SLURMS_OWN
 
 
 def request(
@@ -192,16 +204,26 @@ def request(
     """
     content = "\n".join(f"{item.run.path} {item.attempt}" for item in runs)
     names = {item.spec.name for item in runs}
+    in_pods = cluster.kind == "kubernetes"  # whose image has a Python and an hpcdl of its own
     return JobRequest(
         token=hashlib.sha256(content.encode()).hexdigest()[:12],
         name=names.pop() if len(names) == 1 else "hpcdl-sweep",
         cluster=cluster,
         runs_dir=runs_folder(options),
         run_dirs=tuple(item.run.path for item in runs),
-        python=cluster.python or sys.executable,
+        python=cluster.python or ("python" if in_pods else sys.executable),
         parents=tuple(after),
-        code=frozen.folder_in(runs_folder(options)),
+        code=None if in_pods else frozen.folder_in(runs_folder(options)),
+        specs=_given(runs) if in_pods else {},
+        mounts=containers.mounts(cluster, runs_folder(options), (item.spec for item in runs), os.environ),
     )
+
+
+def _given(runs: Sequence[Planned]) -> dict[Path, Given]:
+    texts = SpecTexts()
+    return {
+        item.run.path: Given(text=texts.text(item.spec, item.notes), attempt=item.attempt) for item in runs
+    }
 
 
 def as_if_forced(

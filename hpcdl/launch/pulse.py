@@ -76,6 +76,22 @@ class _Line:
             self.socket.send(data)
 
 
+def tell_failed(address: str, port: int, secret: str, name: str) -> None:
+    """Tells the first node's agent that a node's part of a try has failed, in the place of an agent that is gone.
+
+    Args:
+        address: of the first node.
+        port: where its agent listens.
+        secret: the try's.
+        name: the node's.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    with socket.create_connection((address, port), timeout=_CONNECT_S) as made:
+        made.sendall(f"{secret} {name}\n".encode() + _FAILED + _BYE)
+
+
 class Pulse:
     """One agent's side: a Listener on the first node, a Caller on the others."""
 
@@ -241,12 +257,22 @@ class Caller(Pulse):
         name: this node's.
         first: the first node's name.
         lost_after_s: silence after which the first node is lost.
+        was_there: whether the first node's agent has begun this try already: then nobody there is silence too.
     """
 
     def __init__(
-        self, address: str, port: int, secret: str, name: str, first: str, lost_after_s: float
+        self,
+        address: str,
+        port: int,
+        secret: str,
+        name: str,
+        first: str,
+        lost_after_s: float,
+        *,
+        was_there: bool = False,
     ) -> None:
         super().__init__(lost_after_s)
+        self._was_there = was_there
         self._target = (address, port)
         self._hello = f"{secret} {name}\n".encode()
         self._first = first
@@ -285,7 +311,13 @@ class Caller(Pulse):
 
     def _connect(self) -> _Line | None:
         """Until the first node listens; nobody is lost who was never there."""
+        began, began_at = time.monotonic(), now()
         while not self._leaving.wait(BEAT_S / 4):
+            if self._was_there and time.monotonic() - began > self._lost_after_s:
+                why = f"its agent can't be reached for {time.monotonic() - began:.0f} s"
+                with self._lock:
+                    self._losses.append(Loss(node=self._first, why=why, last_heard=began_at, closed=False))
+                return None
             try:
                 made = socket.create_connection(self._target, timeout=_CONNECT_S)
                 made.sendall(self._hello)

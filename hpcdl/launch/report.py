@@ -90,7 +90,7 @@ def _one(item: Planned, options: LaunchOptions) -> None:
     if item.action == "done":
         print_result(item)
         print("force=true makes a new run of the same experiment")
-    elif state.kind == "slurm" or item.action == "active":
+    elif state.kind != "local" or item.action == "active":
         _next(state.run_id, options)
 
 
@@ -135,7 +135,7 @@ def _many(planned: Sequence[Planned], asked: Asked, sweep: str) -> None:
     if len(planned) > SHOWN:
         print(f"  … and {len(planned) - SHOWN} more: hpcdl status {sweep or '--all'}")
     _left_out(asked.refused, sweep)
-    if sweep and any(item.spec.cluster.kind == "slurm" for item in planned):
+    if sweep and any(item.spec.cluster.kind != "local" for item in planned):
         _next(sweep, options, compare=True)
 
 

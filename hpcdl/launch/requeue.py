@@ -54,10 +54,13 @@ def again(run: RunDir, place: Place, how: How, say: Callable[[str], None]) -> Ag
     Args:
         run: the run.
         place: this job.
-        how: cluster.requeue.
+        how: cluster.requeue. A run of Kubernetes' goes on in the same Job: its pods wait for each other, and those
+            that are gone are made anew (hpcdl.launch.kube).
         say: takes a remark for the log.
     """
     assert place.job_id is not None
+    if place.kind == "kubernetes":
+        return Again(job_id=place.job_id, details={"way": "pods"})
     why = ""
     if how != "requeue":
         why = successor.obstacle(run, place, forced=how == "successor")

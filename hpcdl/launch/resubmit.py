@@ -263,7 +263,7 @@ def submit(chosen: Chosen) -> int:
             report.dry_run(made, [])
             continue
         code = max(code, running.launch(level, made, asked))
-        sent += [item.run for item in level if item.spec.cluster.kind == "slurm"]
+        sent += [item.run for item in level if item.spec.cluster.kind != "local"]
         if code == running.INTERRUPTED:
             return code
     if options.wait and sent:

@@ -110,7 +110,7 @@ def _stay_here(
 
 
 def _is_away(item: Planned) -> bool:
-    return item.action != "done" and (item.spec.cluster.kind == "slurm" or item.action == "active")
+    return item.action != "done" and (item.spec.cluster.kind != "local" or item.action == "active")
 
 
 def wait_for(runs: Sequence[RunDir], options: LaunchOptions) -> int:

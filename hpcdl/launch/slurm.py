@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpcdl.errors import SchedulerError
-from hpcdl.launch import control, lost, template, torchrun
+from hpcdl.launch import containers, control, lost, template, torchrun
 from hpcdl.launch.base import JobRequest
 from hpcdl.runs.scheduler import COMMENT
 from hpcdl.runs.submissions import SBATCH_LIMIT_S
@@ -61,12 +61,15 @@ class SlurmBackend:
     def render(self, request: JobRequest) -> str:
         """The whole script: header, this job's variables, setup and teardown lines, the template's body."""
         cluster = request.cluster
+        inside = containers.program(request)
+        srun_args = (*cluster.srun_args, *containers.srun_args(request))
         variables = [
-            f"# Each node's agent starts: {torchrun.preview(cluster, request.python)}",
+            f"# Each node's agent starts: {torchrun.preview(cluster, inside[-1] if inside else request.python)}",
             f"HPCDL_PYTHON={shlex.quote(request.python)}",
             f"HPCDL_CODE={shlex.quote(str(request.code or ''))}",
             f"HPCDL_RUNS_FILE={shlex.quote(str(request.folder / 'runs.txt'))}",
-            f"HPCDL_SRUN_ARGS=({' '.join(shlex.quote(a) for a in cluster.srun_args)})",
+            f"HPCDL_SRUN_ARGS=({' '.join(shlex.quote(a) for a in srun_args)})",
+            *(template.array("HPCDL_INSIDE", inside) if inside else ()),
         ]
         lines = ["#!/bin/bash", *_header(request), "", *variables, *template.frame_arrays(cluster), ""]
         return "\n".join(lines) + "\n" + template.body()
@@ -86,6 +89,7 @@ class SlurmBackend:
                 "fix: launch from a login node of the cluster, or run here with cluster=local"
             )
         request.folder.mkdir(parents=True, exist_ok=True)
+        containers.make_caches(request)
         return lost.submit(request, lambda: _sbatch(text))
 
 

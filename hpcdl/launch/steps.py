@@ -1,4 +1,5 @@
-"""The job's steps, seen from its first node: `python -m hpcdl.launch.steps RUNS_FILE [INDEX] -- srun OPTION…`.
+"""The job's steps, seen from its first node:
+`python -m hpcdl.launch.steps RUNS_FILE [INDEX] -- srun OPTION… [-- PROGRAM…]`.
 
 One srun starts an agent on each node. Usually that is all: the job ends with srun's own code. But the first
 node's agent can be killed before it has said what follows, by whoever kills it, or by srun, which ends the whole
@@ -13,10 +14,14 @@ left, or goes into the queue again.
     the first node, this process    Slurm, which queues the job again or calls it FAILED; the next poll sees it
 
 A new try in the same job needs no wait in the queue: another srun, on the nodes that answer.
+
+PROGRAM is what the agent is started with inside of a container (hpcdl.launch.containers), instead of this Python; then
+Slurm's commands are run here for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,13 +33,14 @@ from pathlib import Path
 
 from hpcdl import secrets
 from hpcdl.errors import HpcdlError, SupersededError, UsageError
-from hpcdl.launch import causes, closing, network, nodes, peers, progress, torchrun
+from hpcdl.launch import causes, closing, control, network, nodes, peers, progress, torchrun
 from hpcdl.launch.causes import Cause
 from hpcdl.launch.child import started_at
 from hpcdl.launch.job import run_path
 from hpcdl.launch.place import Place, find
 from hpcdl.launch.requeue import HANDED_OVER
-from hpcdl.runs import fence
+from hpcdl.runs import fence, outside
+from hpcdl.runs.scheduler import run_command
 from hpcdl.runs.state import ACTIVE, RunState
 from hpcdl.runs.store import RunDir, now
 
@@ -59,6 +65,7 @@ class Steps:
         runs_file: `<submission>/runs.txt`.
         srun: srun and its options, without the program.
         agent: the program: the Python and its arguments, RUNS_FILE and INDEX among them.
+        inside: the environment in which srun starts it, where that is inside of a container.
     """
 
     run: RunDir
@@ -66,6 +73,7 @@ class Steps:
     runs_file: Path
     srun: Sequence[str]
     agent: Sequence[str]
+    inside: Mapping[str, str] | None = None
     _signals: list[int] = field(default_factory=list)
     _passed: int = 0
 
@@ -85,7 +93,11 @@ class Steps:
     def _step(self) -> int:
         """One srun; its exit code."""
         number = self.place.again or 0
-        environment = {**os.environ, "HPCDL_AGAIN": str(number), "HPCDL_NODES": " ".join(self.place.nodes)}
+        environment = {
+            **(self.inside or os.environ),
+            "HPCDL_AGAIN": str(number),
+            "HPCDL_NODES": " ".join(self.place.nodes),
+        }
         srun = [*self.srun]
         if number:
             count = len(self.place.nodes)
@@ -228,10 +240,11 @@ def main(argv: Sequence[str]) -> int:
     """Runs the job's steps; returns the job's exit code.
 
     Args:
-        argv: RUNS_FILE, outside of an array the line of it, `--`, srun and its options.
+        argv: RUNS_FILE, outside of an array the line of it, `--`, srun and its options; `--` and what it starts
+            inside of a container.
     """
     try:
-        own, srun = _split(argv)
+        own, srun, program = _split(argv)
         runs_file = Path(own[0])
         place = find(runs_file, int(own[1]) if len(own) == 2 else None, os.environ)
         place = replace(place, node=0, again=0)
@@ -239,14 +252,35 @@ def main(argv: Sequence[str]) -> int:
     except (HpcdlError, OSError) as error:
         print(f"hpcdl: {os.uname().nodename}: {error}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, HpcdlError) else 1
-    return Steps(run, place, runs_file, srun, [sys.executable, *_AGENT, *own]).main()
+    steps = Steps(run, place, runs_file, srun, [*(program or [sys.executable]), *_AGENT, *own])
+    if not program:
+        return steps.main()
+    from hpcdl.launch import containers  # and with it the whole spec, which few jobs need here
+
+    with contextlib.closing(outside.Outside(_command_for_the_inside)) as other:
+        steps.inside = containers.environment({**os.environ, outside.VARIABLE: other.name})
+        return steps.main()
 
 
-def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    cut = argv.index("--") if "--" in argv else -1
-    if cut not in (1, 2) or len(argv) == cut + 1:
-        raise UsageError("usage: python -m hpcdl.launch.steps RUNS_FILE [INDEX] -- srun OPTION…")
-    return argv[:cut], argv[cut + 1 :]
+def _command_for_the_inside(command: Sequence[str], text: str, limit_s: float) -> outside.Done:
+    """Runs what an agent in a container asks for. A job is given this environment, not the container's."""
+    if command[0] == "sbatch":
+        return control.run(list(command), limit_s, control.submitting())
+    return run_command(command, text, limit_s)
+
+
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    """RUNS_FILE and INDEX; srun and its options; the program inside, empty without a container."""
+    parts: list[list[str]] = [[]]
+    for word in argv:
+        if word == "--" and len(parts) < 3:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    if len(parts[0]) not in (1, 2) or not all(parts) or len(parts) == 1:
+        usage = "usage: python -m hpcdl.launch.steps RUNS_FILE [INDEX] -- srun OPTION… [-- PROGRAM…]"
+        raise UsageError(usage)
+    return parts[0], parts[1], parts[2] if len(parts) == 3 else ()
 
 
 if __name__ == "__main__":

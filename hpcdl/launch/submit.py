@@ -18,6 +18,7 @@ stay PENDING without a job until it does (hpcdl.launch.lost).
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -33,13 +34,13 @@ from hpcdl.launch import backends, code, frozen, lost
 from hpcdl.launch.base import JobRequest
 from hpcdl.launch.child import started_at
 from hpcdl.launch.points import Batch, Planned
+from hpcdl.launch.spec_text import SpecTexts
 from hpcdl.launch.sweep import Refused
 from hpcdl.runs import contact, parents, private
 from hpcdl.runs.files import locked, write_atomic, write_json
 from hpcdl.runs.query import SWEEPS
 from hpcdl.runs.state import RunState
 from hpcdl.runs.store import RunDir, decide_job, note, now, read_submission
-from hpcdl.spec.plain import dump_yaml, to_plain
 
 FEW = 8
 """Up to so many runs each file is synced by itself; above, the disk is synced once."""
@@ -119,7 +120,7 @@ def _submit(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> 
         raise
     if job_id is not None:
         job_id = decide_job(request.runs_dir, request.token, job_id)
-        contact.answered(request.runs_dir)
+        contact.answered(request.runs_dir, request.cluster.kind)
     _link_latest(request.runs_dir, mine[-1].run)
     return Submitted(runs=mine, job_id=job_id)
 
@@ -174,31 +175,10 @@ def _claim(request: JobRequest, runs: Sequence[Planned], sweep: str | None) -> t
     return tuple(mine)
 
 
-class SpecTexts:
-    """Experiments as YAML. The points of a sweep share most of their sections, so each is written once."""
-
-    def __init__(self) -> None:
-        self._sections: dict[int, tuple[object, str]] = {}
-
-    def text(self, item: Planned) -> str:
-        """The content of spec.yaml: the same as the whole spec's in one go."""
-        spec = dataclasses.replace(item.spec, code=frozen.identity())
-        head = "".join(f"# {note}\n" for note in item.notes)
-        return head + "".join(self._section(f.name, getattr(spec, f.name)) for f in dataclasses.fields(spec))
-
-    def _section(self, name: str, value: object) -> str:
-        if not dataclasses.is_dataclass(value):
-            return dump_yaml({name: value})
-        known = self._sections.get(id(value))
-        if known is None:
-            known = self._sections[id(value)] = (value, dump_yaml({name: to_plain(value)}))
-        return known[1]
-
-
 def _claim_new(item: Planned, claim: Claim, index: int) -> bool:
     draft = RunDir(claim.corner / item.run.path.name)
     draft.path.mkdir()
-    write_atomic(draft.spec_file, claim.texts.text(item), durable=claim.durable)
+    write_atomic(draft.spec_file, claim.texts.text(item.spec, item.notes), durable=claim.durable)
     if claim.sweep is not None:
         write_json(draft.path / "sweep.json", {"sweep": claim.sweep}, durable=False)
     draft.write_state(first_state(item, claim.request, index), durable=claim.durable)
@@ -211,11 +191,16 @@ def _claim_new(item: Planned, claim: Claim, index: int) -> bool:
             f"{item.run.path.parent} belongs to {private.owner(item.run.path.parent)}, and you may not write in it\n"
             "fix: another name=…, or runs_dir=… of your own"
         ) from error
-    except OSError:
-        if not item.run.state_file.exists():
+    except OSError as error:
+        if item.run.state_file.exists():
+            shutil.rmtree(draft.path)
+            return False
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        shutil.rmtree(draft.path)
-        return False
+        raise UsageError(
+            f"{item.run.path} is there already and is no run: it has no {item.run.state_file.name}\n"
+            "fix: move it away, or another name=… or runs_dir=…"
+        ) from error
     return True
 
 
@@ -260,7 +245,7 @@ def _claim_again(item: Planned, claim: Claim, index: int) -> bool:
     if claimed.submission != request.token or claimed.array_index != index:
         return False
     # What the cluster is asked for may have changed: it is no part of the run's identity.
-    write_atomic(item.run.spec_file, claim.texts.text(item), durable=claim.durable)
+    write_atomic(item.run.spec_file, claim.texts.text(item.spec, item.notes), durable=claim.durable)
     item.run.stop_file.unlink(missing_ok=True)
     if claim.sweep is not None:
         write_json(item.run.path / "sweep.json", {"sweep": claim.sweep}, durable=False)

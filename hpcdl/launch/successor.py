@@ -19,7 +19,7 @@ from hpcdl.errors import SchedulerError
 from hpcdl.launch import control, lost
 from hpcdl.launch.child import started_at
 from hpcdl.launch.place import Place
-from hpcdl.runs import chain, private, submissions
+from hpcdl.runs import chain, outside, private, submissions
 from hpcdl.runs.files import write_atomic, write_json
 from hpcdl.runs.patience import Patience
 from hpcdl.runs.scheduler import COMMENT, Slurm
@@ -62,7 +62,7 @@ def obstacle(run: RunDir, place: Place, *, forced: bool) -> str:
     script = run.runs_dir / SUBMISSIONS / place.token / "job.sh"
     if place.token.startswith("hand-") or not script.exists():
         return "the job was submitted by hand"
-    if shutil.which("sbatch") is None:
+    if shutil.which("sbatch") is None and not outside.is_here():
         return "there is no sbatch on this node"
     if forced:
         return ""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.types import RunMode
@@ -17,7 +17,7 @@ from hpcdl import experiment
 from hpcdl.errors import ConfigError, Fault
 from hpcdl.experiment import sections, words
 from hpcdl.launch import after, auto
-from hpcdl.launch.compose import Composer
+from hpcdl.launch.compose import Composed, Composer
 from hpcdl.spec import ExperimentSpec, LaunchOptions
 
 if TYPE_CHECKING:
@@ -42,6 +42,33 @@ class Point:
     """How parallel=auto came to its strategy; None where it was given."""
     overrides: tuple[Override, ...] = ()
     """What makes it, none of them a sweep."""
+    plain: Mapping[str, Any] | None = None
+    """What it was composed to, where that was done on another machine, which has its files; else None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """One point as it was composed: nothing was looked up for it yet, neither files nor other runs."""
+
+    label: str
+    """As a point's."""
+    composed: Composed
+    typed: frozenset[str]
+    """Keys of the command line."""
+    overrides: tuple[Override, ...] = ()
+    """What makes it; empty where it was composed on another machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafts:
+    """All that a command line asks for, composed."""
+
+    drafts: tuple[Draft, ...]
+    """At least one."""
+    faults: tuple[Fault, ...] = ()
+    """Of the command line itself."""
+    elsewhere: bool = False
+    """Whether they were composed on another machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +117,15 @@ def read(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Asked:
         ConfigError: a fault of form in any point, or no point can be, or one can't with `strict=true`; carries
             every fault of all of them.
     """
+    return judge(compose(composer, texts, multirun=multirun))
+
+
+def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Drafts:
+    """What a command line asks for, composed and not looked at yet; arguments as `read` has them.
+
+    Raises:
+        ConfigError: the sweep has no end.
+    """
     overrides, faults = composer.parse([after.spelled(text) for text in texts])
     if multirun:
         overrides = _from_files(composer, overrides) + overrides
@@ -100,19 +136,33 @@ def read(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Asked:
     if any(override.is_sweep_override() for point in expanded for override in point):
         expanded = [tuple(o for o in point if not o.is_sweep_override()) for point in expanded[:1]]
     labels = _labels(overrides, expanded) if multirun else [""]
-    checked = [_check(composer, point, faults) for point in expanded]
+    return Drafts(
+        drafts=tuple(
+            Draft(
+                label=label,
+                composed=composer.compose(point),
+                typed=frozenset(override.key_or_group for override in point),
+                overrides=tuple(point),
+            )
+            for label, point in zip(labels, expanded, strict=True)
+        ),
+        faults=tuple(faults),
+    )
+
+
+def judge(asked: Drafts) -> Asked:
+    """What was composed, validated; raises what `read` does."""
+    labels, faults = [draft.label for draft in asked.drafts], asked.faults
+    checked = [_check(draft.composed, faults) for draft in asked.drafts]
     swept_options = _swept_options([c.options for c in checked if c.options])
     if faults or swept_options or _are_wrong(checked):
         raise ConfigError((*faults, *_merged(labels, checked), *swept_options))
     chooser = auto.Chooser()
-    chosen = [
-        chooser.choose(item, {override.key_or_group for override in point})
-        for item, point in zip(checked, expanded, strict=True)
-    ]
+    chosen = [chooser.choose(item, draft.typed) for item, draft in zip(checked, asked.drafts, strict=True)]
     checked = [item for item, _ in chosen]
     if _are_wrong(checked):
         raise ConfigError(_merged(labels, checked))
-    return _sorted_out(labels, checked, [found for _, found in chosen], expanded)
+    return _sorted_out(asked, checked, [found for _, found in chosen])
 
 
 def _merged(labels: Sequence[str], checked: Sequence[experiment.Checked]) -> tuple[Fault, ...]:
@@ -129,20 +179,17 @@ def _are_wrong(checked: Sequence[experiment.Checked]) -> bool:
 
 
 def _sorted_out(
-    labels: Sequence[str],
-    checked: Sequence[experiment.Checked],
-    searched: Sequence[Found | None],
-    expanded: Sequence[tuple[Override, ...]],
+    asked: Drafts, checked: Sequence[experiment.Checked], searched: Sequence[Found | None]
 ) -> Asked:
     made, refused = [], []
-    for number, (label, item, found) in enumerate(zip(labels, checked, searched, strict=True)):
+    for number, (draft, item, found) in enumerate(zip(asked.drafts, checked, searched, strict=True)):
+        label = draft.label
         if item.spec is None:
             # First what was swept: of the rest, nobody has asked for anything new.
             faults = sorted(item.faults, key=lambda fault: f"{fault.key}=" not in label)
             refused.append(Refused(label=label, faults=tuple(faults), number=number))
         else:
             run_id = experiment.digest(item.spec)
-            overrides = expanded[number]
             made.append(
                 Point(
                     label=label,
@@ -150,7 +197,8 @@ def _sorted_out(
                     run_id=run_id,
                     number=number,
                     found=found,
-                    overrides=overrides,
+                    overrides=draft.overrides,
+                    plain=draft.composed.plain if asked.elsewhere else None,
                 )
             )
     options = checked[0].options
@@ -263,9 +311,8 @@ def _labels(overrides: Sequence[Override], expanded: Sequence[tuple[Override, ..
     return [" ".join(str(o.input_line) for o in point if o.get_key_element() in swept) for point in expanded]
 
 
-def _check(composer: Composer, point: Sequence[Override], unread: Sequence[Fault]) -> experiment.Checked:
+def _check(composed: Composed, unread: Sequence[Fault]) -> experiment.Checked:
     """One point; `unread` are the faults of overrides that could not even be read, and so are not in it."""
-    composed = composer.compose(point)
     if not composed.faults and not unread:
         return experiment.check(composed.plain)
     doubtful = {fault.key.split(".")[0] for fault in (*composed.faults, *unread)} | composed.incomplete

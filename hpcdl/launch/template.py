@@ -46,10 +46,10 @@ def frame() -> str:
 
 def frame_arrays(cluster: ClusterSpec) -> list[str]:
     """What the frame takes: the cluster's own lines."""
-    return [*_array("HPCDL_SETUP", cluster.setup), *_array("HPCDL_TEARDOWN", cluster.teardown)]
+    return [*array("HPCDL_SETUP", cluster.setup), *array("HPCDL_TEARDOWN", cluster.teardown)]
 
 
-def _array(name: str, items: Sequence[str]) -> list[str]:
+def array(name: str, items: Sequence[str]) -> list[str]:
     """A bash array as lines of a script, every item quoted."""
     if not items:
         return [f"{name}=()"]

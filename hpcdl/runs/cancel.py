@@ -113,6 +113,8 @@ def _cancel(
     running = [view for view in sent if not _in_queue(view)]
     for view in running:
         _ask_to_stop(view, how, say)
+    # Pods that are told to end have their time to save, and may not see the wish.
+    _scancel([view for view in running if view.state.kind == "kubernetes"], how, slurm, waits)
     direct = [*waiting, *(view for view in running if how.now)]
     _scancel(direct, how, slurm, waits)
     waiting_now = {view.run for view in waiting}
@@ -126,15 +128,23 @@ def _cancel(
 
 
 def _scancel(views: Sequence[View], how: How, slurm: Slurm, waits: Patience) -> None:
-    """Tells Slurm, again and again within the limit; the wish is kept meanwhile, and where it was in vain.
+    """Tells the scheduler, again and again within the limit; the wish is kept meanwhile, and where it was in vain.
 
     Raises:
         SchedulerError: Slurm did not answer in time.
     """
     jobs = [view.state.job_id for view in views if view.state.kind == "slurm" and view.state.job_id]
-    while jobs:
+    in_pods = [view for view in views if view.state.kind == "kubernetes" and view.state.state in ACTIVE]
+    while jobs or in_pods:
         try:
-            return slurm.cancel(jobs)
+            if in_pods:
+                from hpcdl.runs.kube import look as in_cluster  # few have any
+
+                for view in in_pods:  # for pods that see it, and for whoever looks once the Job is gone
+                    wish.make(view.run, now=how.now)
+                in_cluster.end(in_pods, now=how.now)
+                in_pods = []
+            return slurm.cancel(jobs) if jobs else None
         except SchedulerError as error:
             for view in views:
                 wish.make(view.run, now=how.now)
@@ -144,11 +154,11 @@ def _scancel(views: Sequence[View], how: How, slurm: Slurm, waits: Patience) -> 
 
 def _is_unsent(view: View) -> bool:
     """Whether no job of its is known yet."""
-    return view.state.kind == "slurm" and not view.state.job_id
+    return view.state.kind != "local" and not view.state.job_id
 
 
 def _in_queue(view: View) -> bool:
-    return view.state.kind == "slurm" and view.state.state == "PENDING"
+    return view.state.kind != "local" and view.state.state == "PENDING"
 
 
 def _ask_to_stop(view: View, how: How, say: Callable[[str], None]) -> None:
@@ -197,9 +207,15 @@ def _finish(
     late = [view for view in views if view.state.state in ACTIVE]
     for view in late:
         say(f"{view.state.run_id} has not stopped within {how.limit_s:g} s")
-    _scancel(views, how, slurm, waits)
-    on_slurm = _wait([view for view in late if view.state.kind == "slurm"], KILLED_S, slurm, poll_s)
-    ended = {view.run: view for view in on_slurm}
+    _scancel([view for view in views if view.state.kind == "slurm"], how, slurm, waits)
+    _scancel(
+        [view for view in late if view.state.kind == "kubernetes"],
+        dataclasses.replace(how, now=True),
+        slurm,
+        waits,
+    )
+    away = _wait([view for view in late if view.state.kind != "local"], KILLED_S, slurm, poll_s)
+    ended = {view.run: view for view in away}
     return [ended.get(view.run, view) for view in views]
 
 

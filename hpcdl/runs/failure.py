@@ -300,5 +300,10 @@ def last_words(path: Path | None, window: int = 8192) -> str:
         return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Slurm's own farewell ("Exited with exit code 1") says less than what stands before it.
-    telling = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: ")) or "error" in line]
+    slurms = ("srun: ", "slurmstepd: ")
+    telling = [
+        line
+        for line in lines
+        if not line.startswith(slurms) or ("error" in line and "Exited with exit code" not in line)
+    ]
     return (telling or lines or [""])[-1]

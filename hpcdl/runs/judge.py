@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -47,18 +48,20 @@ class Verdict:
 def agent_gone(run: RunDir, state: RunState, *, rebooted: bool) -> Verdict:
     """A local run whose agent is no longer there and left no final state."""
     how = "the machine was restarted" if rebooted else "killed (kill -9, or the kernel for want of memory)"
-    return _ended(run, state, "FAILED", f"the agent, process {state.agent_pid}, left no last word: {how}")
+    return ended_by_itself(
+        run, state, "FAILED", f"the agent, process {state.agent_pid}, left no last word: {how}"
+    )
 
 
 def never_started(why: str) -> Verdict:
     """A run that never reached its scheduler, or its turn on this machine."""
     reason = f"never started: {why}; launch it again"
-    return _final("FAILED", reason, None, "failed", traceback="")
+    return final("FAILED", reason, None, "failed", traceback="")
 
 
 def in_vain(why: str, found_by: str = "poll") -> Verdict:
     """A run that waited for another one, which has not succeeded."""
-    return _final("CANCELLED", f"{why}; {NO_LOG}", None, "cancelled", by="dependency", found_by=found_by)
+    return final("CANCELLED", f"{why}; {NO_LOG}", None, "cancelled", by="dependency", found_by=found_by)
 
 
 def forgotten(run: RunDir, state: RunState) -> Verdict:
@@ -69,15 +72,15 @@ def forgotten(run: RunDir, state: RunState) -> Verdict:
     """
     gone = f"Slurm knows no job {state.job_id} any more"
     if failure.log_files(run, state.attempt):
-        return _ended(run, state, "FAILED", f"{gone}, and its agent left no last word")
+        return ended_by_itself(run, state, "FAILED", f"{gone}, and its agent left no last word")
     output = failure.own_output(run, state)
     if output is None and (vain := parents.failed(parents.of_submission(run.runs_dir, state.submission))):
         return in_vain(vain)
     if output is None:
-        return _final("CANCELLED", f"cancelled while pending; {NO_LOG}", None, "cancelled", by="scancel")
+        return final("CANCELLED", f"cancelled while pending; {NO_LOG}", None, "cancelled", by="scancel")
     said = failure.last_words(output)
     reason = f"{gone}; it ended before its agent had started{': ' + said if said else ''}"
-    return _ended(run, state, "FAILED", reason)
+    return ended_by_itself(run, state, "FAILED", reason)
 
 
 def by_slurm(run: RunDir, state: RunState, job: Job) -> Verdict | None:
@@ -157,29 +160,29 @@ def _by_end(run: RunDir, state: RunState, job: Job) -> Verdict:
         reason = (
             f"cancelled while pending; {NO_LOG}" if never_ran and not job.node_list else "cancelled (scancel)"
         )
-        return _final("CANCELLED", reason, job.exit_code, "cancelled", ended=job.end, by="scancel")
+        return final("CANCELLED", reason, job.exit_code, "cancelled", ended=job.end, by="scancel")
     if job.state in words:
         word = job.state if job.state in ("TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED") else "FAILED"
-        return _final(word, words[job.state], job.exit_code, "failed", ended=job.end, traceback="")
+        return final(word, words[job.state], job.exit_code, "failed", ended=job.end, traceback="")
     reason = _exit_words(job)
     if never_ran:
         said = failure.last_words(failure.own_output(run, state))
         reason += f" before the agent had started{': ' + said if said else ''}"
-    return _ended(run, state, "FAILED", reason, exit_code=job.exit_code, ended=job.end)
+    return ended_by_itself(run, state, "FAILED", reason, exit_code=job.exit_code, ended=job.end)
 
 
 def _exit_words(job: Job) -> str:
     code = job.exit_code
     if code is None:
         return "the job failed"
-    if code > 128:
+    if 128 < code <= 128 + signal.SIGRTMAX:
         return f"the job ended with exit code {code} (signal {code - 128})"
     if code == 0:
         return "Slurm counts the job as done, but training left no outcome"
     return f"the job ended with exit code {code}"
 
 
-def _ended(
+def ended_by_itself(
     run: RunDir,
     state: RunState,
     word: str,
@@ -192,24 +195,32 @@ def _ended(
     out = failure.outcome(run)
     slurm_failed = exit_code not in (None, 0)
     if out.get("status") == "finished" and not slurm_failed:
-        return _final("COMPLETED", "", 0, "finished", ended=ended, step=out.get("step"))
+        return final("COMPLETED", "", 0, "finished", ended=ended, step=out.get("step"))
     if out.get("status") == "stopped" and not slurm_failed:
         why = f"stopped at step {out.get('step')}: {out.get('reason')}"
         if state.kind == "local" or out.get("reason") == "cancel":
-            return _final("CANCELLED", why, exit_code, "cancelled", ended=ended, by=str(out.get("reason")))
+            return final("CANCELLED", why, exit_code, "cancelled", ended=ended, by=str(out.get("reason")))
         reason = f"{why}, and was not put back into the queue"
     cause = failure.root_cause(run)
     if cause is not None and cause.out_of_memory:
         word = "OUT_OF_MEMORY"
     traceback = cause.traceback if cause else ""
-    return _final(
-        word, cause.text if cause else reason, exit_code, "failed", ended=ended, traceback=traceback
-    )
+    return final(word, cause.text if cause else reason, exit_code, "failed", ended=ended, traceback=traceback)
 
 
-def _final(
+def final(
     word: str, reason: str, exit_code: int | None, kind: str, *, ended: str | None = None, **details: Any
 ) -> Verdict:
+    """The end of a run that a look has found.
+
+    Args:
+        word: the state.
+        reason: why.
+        exit_code: the run's, where it is known.
+        kind: of the event.
+        ended: when; None: now.
+        **details: for the event.
+    """
     if word != "COMPLETED":
         # Slurm counts some ends with code 0 (a node's failure, the time limit): no 0 for what has failed.
         exit_code = exit_code or (None if word == "CANCELLED" else 1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcdl.errors import UsageError
+from hpcdl.errors import SchedulerError, UsageError
 from hpcdl.runs import failure, first, words
 from hpcdl.runs.hurry import hurry
 from hpcdl.runs.judge import NO_LOG
@@ -249,6 +249,27 @@ def _lines(path: Path) -> Iterator[str]:
             yield line.rstrip("\n")
 
 
+def _show_pods(view: View, wanted: Wanted, write: Callable[[str], None], say: Callable[[str], None]) -> bool:
+    """What the pods have printed, where this machine doesn't see their volume; whether there was anything."""
+    from hpcdl.runs.kube import look as in_cluster  # few have any
+
+    try:
+        found = in_cluster.pod_logs(view.run, view.state)
+    except SchedulerError as error:
+        say(f"the pods' logs can't be had: {error}")
+        return True
+    chosen = {name: text for name, text in found.items() if text and _is_of(name, wanted.node)}
+    for line in merge([text.splitlines() for text in chosen.values()]):
+        if wanted.line(line):
+            write(line)
+    return bool(chosen)
+
+
+def _is_of(pod: str, node: str | None) -> bool:
+    """Whether a pod, whose name ends with five letters of Kubernetes', is that node."""
+    return node is None or pod == node or pod.rpartition("-")[0] == node
+
+
 def _show_nothing(
     view: View, wanted: Wanted, write: Callable[[str], None], say: Callable[[str], None]
 ) -> None:
@@ -259,6 +280,8 @@ def _show_nothing(
         names = ", ".join(path.name for path in existing)
         raise UsageError(f"no log of that node or try; there are: {names}")
     output = failure.own_output(run, state)
+    if state.kind == "kubernetes" and _show_pods(view, wanted, write, say):
+        return
     if output is not None and output.stat().st_size:
         say(f"the agent wrote no log; this is the job's own output, {output}")
         for line in _lines(output):

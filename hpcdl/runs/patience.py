@@ -1,4 +1,4 @@
-"""Waiting for a Slurm that doesn't answer: 1, 2, 4, … 30 s between tries, bounded, and each wait is said."""
+"""Waiting for a scheduler that doesn't answer: 1, 2, 4, … 30 s between tries, bounded, and each wait is said."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def delay_s(failures: int) -> float:
     return min(FIRST_S * GROWTH ** (failures - 1), MOST_S)
 
 
-def words(why: str, delay: float) -> str:
+def words(why: str, delay: float, who: str = "Slurm") -> str:
     """What is said of a wait.
 
     Args:
         why: the command's own words.
         delay: seconds until the next try.
+        who: does not answer.
     """
-    return f"Slurm does not answer ({why}); next try in {max(1, round(delay))} s"
+    return f"{who} does not answer ({why}); next try in {max(1, round(delay))} s"
 
 
 @dataclass(slots=True)
@@ -60,13 +61,15 @@ class Patience:
     clock: Callable[[], float] = time.monotonic
     tries: int = 0
     """Failures so far."""
+    who: str = "Slurm"
+    """Who doesn't answer."""
     _since: float = field(init=False)
 
     def __post_init__(self) -> None:
         self._since = self.clock()
 
     def wait(self, why: str) -> bool:
-        """Says that Slurm has not answered, and waits before the next try; False where it has been enough.
+        """Says that there was no answer, and waits before the next try; False where it has been enough.
 
         Args:
             why: the command's own words.
@@ -76,6 +79,6 @@ class Patience:
         if left <= 0 or MISSING in why:
             return False
         delay = min(delay_s(self.tries), left)
-        self.say(words(why, delay))
+        self.say(words(why, delay, self.who))
         self.sleep(delay)
         return True

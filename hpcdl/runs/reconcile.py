@@ -96,6 +96,10 @@ def reconcile(
     active = [v for v in views if v.state.state in ACTIVE]
     on_slurm = [v for v in active if v.state.kind == "slurm"]
     checked = {v.run: _check_local(v) for v in active if v.state.kind == "local"}
+    if in_pods := [v for v in active if v.state.kind == "kubernetes"]:
+        from hpcdl.runs.kube import look as in_cluster  # few have any
+
+        checked.update(in_cluster.check(in_pods, patience))
     unsent = [v for v in on_slurm if not v.state.job_id]
     checked.update({v.run: v for v in _find_submitted(unsent, slurm, patience)})
     with_id = [v for v in on_slurm if v.state.job_id] + [
@@ -119,7 +123,7 @@ def look(run: RunDir, slurm: Slurm | None = None) -> View:
     return reconcile([View(run=run, state=run.read_state())], slurm)[0]
 
 
-def _apply(view: View, verdict: Verdict | None) -> View:
+def apply(view: View, verdict: Verdict | None) -> View:
     """Writes a verdict down; where the state has changed meanwhile, what stands there now is shown."""
     if verdict is None:
         return view
@@ -171,13 +175,13 @@ def _check_unborn(view: View) -> View:
 def _apply_fresh(view: View, verdict: Verdict) -> View:
     """Like `_apply`, unless the agent has spoken between our reading and its process's end."""
     fresh = view.run.read_state()
-    return _apply(view, verdict) if fresh == view.state else dataclasses.replace(view, state=fresh)
+    return apply(view, verdict) if fresh == view.state else dataclasses.replace(view, state=fresh)
 
 
 def _check_slurm(view: View, job: Job | None, away: str, slurm: Slurm) -> View:
     view = dataclasses.replace(view, job=job)
     if job is None and away:
-        return _unknown(view, away)
+        return unknown(view, away)
     if job is None or job.ended:
         # Its agent may have been killed after it had submitted the job that goes on.
         with contextlib.suppress(SchedulerError, UsageError):
@@ -185,18 +189,26 @@ def _check_slurm(view: View, job: Job | None, away: str, slurm: Slurm) -> View:
             if handed is not None:
                 return dataclasses.replace(view, state=handed, job=None)
     if job is not None:
-        return _apply(view, judge.by_slurm(view.run, view.state, job))
-    return _apply(view, judge.forgotten(view.run, view.state))
+        return apply(view, judge.by_slurm(view.run, view.state, job))
+    return apply(view, judge.forgotten(view.run, view.state))
 
 
-def _unknown(view: View, away: str) -> View:
-    """Nobody could be asked: the last that is known, and since when."""
-    since = max(contact.last_answer(view.run.runs_dir) or "", view.state.started or "", view.state.created)
+def unknown(view: View, away: str, who: str = "Slurm", kind: str = "slurm") -> View:
+    """Nobody could be asked: the last that is known, and since when.
+
+    Args:
+        view: the run.
+        away: why.
+        who: was asked.
+        kind: of its cluster.
+    """
+    answered = contact.last_answer(view.run.runs_dir, kind) or ""
+    since = max(answered, view.state.started or "", view.state.created)
     sign = view.run.last_sign()
     known = f"{view.state.state} when last known"
     if sign is not None and sign > since and view.state.state == "RUNNING":
         known += f", last sign of life {judge.clock(sign)}"
-    reason = f"unknown since {judge.clock(since)} ({known}); Slurm does not answer: {away}"
+    reason = f"unknown since {judge.clock(since)} ({known}); {who} does not answer: {away}"
     state = dataclasses.replace(view.state, state="UNKNOWN", reason=reason)
     return dataclasses.replace(view, state=state, unchecked=away, since=since)
 
@@ -240,5 +252,5 @@ def _check_submitted(view: View, away: str) -> View:
     if submissions.may_still_come(runs_dir, state.submission, state.created):
         return dataclasses.replace(view, state=dataclasses.replace(state, reason="is being submitted"))
     if away:
-        return _unknown(view, away)
-    return _apply(view, judge.never_started("its launcher ended before sbatch had answered"))
+        return unknown(view, away)
+    return apply(view, judge.never_started("its launcher ended before sbatch had answered"))

@@ -93,7 +93,7 @@ def files(run: RunDir, record: dict[str, Any]) -> list[tuple[str, Path]]:
 
 def _facts(record: dict[str, Any]) -> list[str]:
     speed, memory, mfu = (record.get(k) for k in ("tokens_per_s", "peak_memory_bytes", "mfu"))
-    done = [f"{record.get('steps', '?')} steps"]
+    done = [f"{record['steps']} steps"] if "steps" in record else []  # eval and export train none
     if record.get("tokens"):
         done.append(f"{record['tokens']:,} tokens")
     if record.get("env_steps"):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 
 from hpcdl.errors import SchedulerError
+from hpcdl.runs import outside
 from hpcdl.runs.patience import MISSING
 from hpcdl.runs.slurm_text import (
     ACCOUNT_FIELDS,
@@ -67,6 +68,8 @@ def _environment() -> dict[str, str]:
 
 def run_command(command: Sequence[str], text: str, limit_s: float) -> subprocess.CompletedProcess[str]:
     """Runs one Slurm command; a missing one, or one that doesn't answer in time, gives rc 127 or 124."""
+    if outside.is_here():
+        return outside.run(command, text, limit_s)
     try:
         return subprocess.run(
             command,

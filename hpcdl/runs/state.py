@@ -32,9 +32,10 @@ class RunState:
     reason: str = ""
     """Why: the queue's reason, or the first line of what went wrong."""
     kind: str
-    """The cluster's kind: `local` or `slurm`."""
+    """The cluster's kind: `local`, `slurm` or `kubernetes`."""
     job_id: str | None = None
-    """The scheduler's id; an array task as `123_4`. Null until it is submitted or has started."""
+    """The scheduler's id; an array task as `123_4`, a Job of Kubernetes' by its name. Null until it is submitted or has
+    started."""
     submission: str | None = None
     """Token of the submission that carries the run: a folder below `<runs_dir>/.submissions/`."""
     array_index: int | None = None

@@ -111,7 +111,8 @@ class RunDir:
         if state.job_id is None and state.submission is not None:
             job_id = self._submission(state.submission, submissions).get("job_id")
             if job_id is not None:
-                task = "" if state.array_index is None else f"_{state.array_index}"
+                mark = "-" if state.kind == "kubernetes" else "_"  # a Job's own name
+                task = "" if state.array_index is None else f"{mark}{state.array_index}"
                 state = dataclasses.replace(state, job_id=f"{job_id}{task}")
         return state
 
@@ -257,8 +258,10 @@ _TYPES = {
     for field in dataclasses.fields(RunState)
     if field.name != "node_list"
 }
+_JOB = re.compile(r"\d+(_\d+)?|[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+"""A job of Slurm's, or one of Kubernetes'."""
 _NAMES = {
-    "job_id": re.compile(r"\d+(_\d+)?"),
+    "job_id": _JOB,
     "submission": re.compile(r"\w[\w.-]*"),
     "running_try": re.compile(r"[\d.]*"),
 }
@@ -283,7 +286,7 @@ def read_submission(runs_dir: Path, token: str, file: str = "submission.json") -
         record = json.loads(read_text(runs_dir / SUBMISSIONS / token / file))
     except (OSError, json.JSONDecodeError):
         return {}
-    if not isinstance(record, dict) or not re.fullmatch(r"\d+(_\d+)?", str(record.get("job_id") or 0)):
+    if not isinstance(record, dict) or not _JOB.fullmatch(str(record.get("job_id") or 0)):
         return {}  # somebody else may have written it
     return dict(record)
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from hpcdl.spec.kubernetes import KubernetesSpec
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionLimits:
@@ -32,8 +34,8 @@ class PartitionLimits:
 class ClusterSpec:
     """Placement and resources. Null leaves a setting to the cluster's own default."""
 
-    kind: Literal["local", "slurm"]
-    """`local`: torchrun on this machine; `slurm`: sbatch, detached."""
+    kind: Literal["local", "slurm", "kubernetes"]
+    """`local`: torchrun on this machine; `slurm`: sbatch, detached; `kubernetes`: a Job of pods, detached."""
     nodes: Annotated[int, Ge(1)] = 1
     """Nodes (sbatch --nodes)."""
     min_nodes: Annotated[int, Ge(1)] | None = None
@@ -81,6 +83,23 @@ class ClusterSpec:
     """Environment variables of the workers."""
     python: str | None = None
     """Python on the compute nodes; null: the one that launches."""
+    login_host: str | None = None
+    """The cluster's login node, `user@host` or a name of ~/.ssh/config: submit there over ssh; null: from here."""
+    login_dir: str = "hpcdl-runs"
+    """Folder of all runs there, on a disk that every node sees; a relative one counts from the home directory."""
+    login_python: str | None = None
+    """Python there, with hpcdl's dependencies; null: cluster.python, or else python3 of a login shell."""
+    container: Literal["none", "apptainer", "pyxis"] = "none"
+    """What the agents and workers of a Slurm job run inside of: `apptainer exec`, or srun's pyxis plug-in."""
+    container_image: str | None = None
+    """The image. Apptainer: a .sif file, a sandbox folder, docker://…; pyxis: a .sqsh file, REGISTRY#IMAGE:TAG."""
+    container_mounts: tuple[str, ...] = ()
+    """More of the node's files inside of it: SRC, SRC:DST or SRC:DST:ro, absolute. The folder of the runs, caches, /tmp
+    and what the experiment names are there anyway."""
+    container_python: str = "python3"
+    """Python inside of it."""
+    container_args: tuple[str, ...] = ()
+    """More options of `apptainer exec`, or of srun for pyxis, as they stand."""
     max_restarts: Annotated[int, Ge(0)] = 3
     """Restarts in place, on the same nodes, after a worker or an agent has died, without progress in a row. A
     fault of the config or the code isn't tried again."""
@@ -96,10 +115,13 @@ class ClusterSpec:
     """Silence of a node's agent, in seconds, after which the others take the node for lost."""
     array_parallelism: Annotated[int, Ge(1)] = 100
     """Array tasks that run at a time (the `%` of --array)."""
-    max_array_size: Annotated[int, Ge(2)] = 1001
-    """The cluster's MaxArraySize: the highest array index is one less."""
+    max_array_size: Annotated[int, Ge(1)] | None = None
+    """Tasks of one array at most; a longer sweep becomes several. Null: the cluster's MaxArraySize, as Slurm says it
+    (1001 where it can't be asked)."""
     partitions: dict[str, PartitionLimits] = field(default_factory=dict)
     """What this site's partitions have, by name; checked before submission."""
+    kubernetes: KubernetesSpec | None = None
+    """What only a Kubernetes cluster is told; null elsewhere."""
 
     @property
     def world_size(self) -> int:

@@ -13,6 +13,7 @@ PLACES = {"run": "run"}
 PLANNED = False
 """Whether the closed form of a training step's memory (hpcdl.plan) is this task's too: nothing is trained."""
 KINDS = {
+    "executorch": ("int8", "f32", "int4"),
     "gguf": ("q8_0", "f32", "f16", "bf16", "q5_1", "q5_0", "q4_1", "q4_0"),
     "onnx": ("int8", "f32", "int4"),
     "safetensors": ("bf16", "f16", "f32"),

@@ -48,7 +48,7 @@ def about(row: Row, width: int) -> list[Text]:
 
 def _where(row: Row) -> Text:
     state = row.state
-    kind = f"job {state.job_id}" if state.job_id and state.kind == "slurm" else state.kind
+    kind = f"job {state.job_id}" if state.job_id and state.kind != "local" else state.kind
     count = f"{state.nodes} node{'s' if state.nodes != 1 else ''}"
     if state.node_list:
         shown = ", ".join(state.node_list[:4]) + (", …" if len(state.node_list) > 4 else "")

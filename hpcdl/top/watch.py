@@ -134,7 +134,7 @@ class Watch:
         return [
             View(run=reader.run, state=reader.state)
             for reader in list(self._shown.values())
-            if reader.state is not None and reader.state.state in ACTIVE and reader.state.kind == "slurm"
+            if reader.state is not None and reader.state.state in ACTIVE and reader.state.kind != "local"
         ]
 
     def _judge(self, views: Sequence[View]) -> None:

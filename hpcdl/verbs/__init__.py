@@ -13,6 +13,7 @@ from hpcdl.byname import Folder
 
 ORDER = (
     "plan",
+    "config",
     "status",
     "top",
     "logs",
@@ -32,6 +33,7 @@ class Verb(Protocol):
     """What a file of this folder offers."""
 
     HELP: str
+    """And, where its words name runs, `RUNS`: the option that they lie in."""
 
     def add(self, parser: argparse.ArgumentParser) -> None:
         """Its words and options."""

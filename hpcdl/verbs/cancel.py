@@ -7,6 +7,7 @@ import argparse
 from hpcdl.verbs._common import CONFIRM_FROM, confirmed, say
 
 HELP = "save a checkpoint and end runs (a name: all its runs)"
+RUNS = "runs"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

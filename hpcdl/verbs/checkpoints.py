@@ -7,6 +7,7 @@ import argparse
 from hpcdl.verbs._common import console, print_json
 
 HELP = "what a run can go on from; 1 if any of it is damaged"
+RUNS = "run"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

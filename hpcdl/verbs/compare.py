@@ -7,6 +7,7 @@ import argparse
 from hpcdl.verbs._common import console, left_out, print_json, remark
 
 HELP = "runs side by side: what differed, what came out, which is best"
+RUNS = "runs"
 
 SORTS = (
     *("tokens_per_s", "efficiency", "step_s", "memory", "comm", "loss", "eval_loss"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 HELP = "progress of runs until they are over; exits as they do"
+RUNS = "runs"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import argparse
 from hpcdl.verbs._common import count, remark
 
 HELP = "what a run's ranks print, of all nodes in the order of time"
+RUNS = "run"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import argparse
 from hpcdl.verbs._common import left_out, say
 
 HELP = "a run or a sweep as one page: curves, memory, timeline, cost, config"
+RUNS = "runs"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

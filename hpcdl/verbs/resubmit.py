@@ -7,6 +7,7 @@ import argparse
 from hpcdl.verbs._common import CONFIRM_FROM, aside, confirmed
 
 HELP = "runs that ended too early go on from their last checkpoint"
+RUNS = "words"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

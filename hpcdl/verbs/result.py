@@ -7,6 +7,7 @@ import argparse
 from hpcdl.verbs._common import console, print_json
 
 HELP = "what a finished run has achieved"
+RUNS = "run"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

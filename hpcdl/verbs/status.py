@@ -8,6 +8,7 @@ from hpcdl.errors import UsageError
 from hpcdl.verbs._common import console, count, left_out, print_json
 
 HELP = "the last runs as a table, or all about one"
+RUNS = "runs"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import argparse
 from hpcdl.verbs._common import console, left_out, say
 
 HELP = "active runs live: progress, loss, memory, ranks, logs"
+RUNS = "runs"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

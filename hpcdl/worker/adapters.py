@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hpcdl.distributed.shards import header
 from hpcdl.errors import HpcdlError
-from hpcdl.worker.foreign import refuse_imports
+from hpcdl.foreign import refuse_imports
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

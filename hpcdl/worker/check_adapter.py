@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hpcdl.compress import quant
+from hpcdl.foreign import ONLY_WEIGHTS, refuse_imports
 from hpcdl.runs.spec import read_spec
 from hpcdl.runs.store import RunDir
 from hpcdl.spec import ExperimentSpec
-from hpcdl.worker.foreign import ONLY_WEIGHTS, refuse_imports
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Relative: bf16 has 8 bits of mantissa, and autocast rounds elsewhere than a bf16 model."""

@@ -22,7 +22,11 @@ class Gathering:
 
     def __init__(self, values: Sequence[float | Tensor], device: torch.device) -> None:
         """Sends `values`; every rank must give as many, in the same order of calls."""
-        mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+        plain = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
+        mine = torch.tensor(plain, dtype=torch.float64, device=device)  # in one go: a tensor each costs 10 µs
+        for place, value in enumerate(values):
+            if isinstance(value, Tensor):
+                mine[place] = value.detach()
         self._everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         self._work = dist.all_gather(self._everyone, mine, async_op=True)
         _on_their_way.add(self)

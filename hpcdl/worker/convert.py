@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from hpcdl.errors import HpcdlError
+from hpcdl.foreign import NO_CODE, ONLY_WEIGHTS
 from hpcdl.worker.cache import cache_dir, once
-from hpcdl.worker.foreign import NO_CODE, ONLY_WEIGHTS
 from hpcdl.worker.process import die_with_parent
 
 VERSION = 1

@@ -31,9 +31,10 @@ def exit_code(error: BaseException) -> int:
 def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
     """Writes `errors/try<t>-restart<n>-rank<r>.json` and prints the traceback.
 
-    A user's fault (HpcdlError) is printed without one: its message says it all.
+    A user's fault (HpcdlError) has none: its message says it all.
     """
-    text = secrets.hide("".join(traceback.format_exception(error)))
+    told = isinstance(error, HpcdlError)
+    text = "" if told else secrets.hide("".join(traceback.format_exception(error)))
     message = secrets.hide(str(error))
     # Another rank's death shows here as a broken connection: the time decides who was first.
     record = {
@@ -47,7 +48,7 @@ def report(run: RunDir, who: Process, step: int, error: BaseException) -> None:
         "traceback": text,
         "peak_memory_bytes": _peak_memory_bytes(),
     }
-    print(f"error: {message}" if isinstance(error, HpcdlError) else text, file=sys.stderr, flush=True)
+    print(f"error: {message}" if told else text, file=sys.stderr, flush=True)
     try:
         run.errors.mkdir(exist_ok=True)
         write_json(run.errors / f"try{who.attempt}-restart{who.restart}-rank{who.rank}.json", record)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from hpcdl import compress
 from hpcdl.errors import HpcdlError
+from hpcdl.foreign import ONLY_WEIGHTS
 from hpcdl.spec import ExperimentSpec, ModelShape, ModelSpec
 from hpcdl.worker.convert import package_folder
-from hpcdl.worker.foreign import ONLY_WEIGHTS
 from hpcdl.worker.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 
 if TYPE_CHECKING:

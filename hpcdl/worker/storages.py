@@ -225,7 +225,9 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _keep(self, tensor: Tensor) -> Tensor:
         for storage in storages(tensor):
             self.tracker.turn(storage, "activations")
-        return tensor
+        # An operation that saves its own result would hold itself: where the graph is kept (a pipeline that splits its
+        # backward pass), it would never be let go.
+        return tensor if tensor.grad_fn is None else tensor.detach()
 
     def __enter__(self) -> Watching:
         undo = self._undo

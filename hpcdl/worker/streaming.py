@@ -30,9 +30,9 @@ from hpcdl.distributed.decoder import inner, is_tied
 from hpcdl.distributed.held import Matrix
 from hpcdl.distributed.shards import Piece
 from hpcdl.errors import HpcdlError
+from hpcdl.foreign import NO_CODE
 from hpcdl.spec import ExperimentSpec
 from hpcdl.worker.cache import cache_dir, once
-from hpcdl.worker.foreign import NO_CODE
 
 VERSION = 1
 """Part of the cache's name: raise it when what is written changes."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpcdl.errors import HpcdlError
+from hpcdl.foreign import NO_CODE
 from hpcdl.spec.model import BYTE_TOKENIZER
-from hpcdl.worker.foreign import NO_CODE
 
 Message = Mapping[str, str]
 """One turn of a conversation: `{"role": "user" | "assistant" | "system", "content": …}`."""

@@ -33,7 +33,7 @@ ANSWERS, SILENT = "127.0.0.1", "127.0.0.2"
 
 def request(count: int = 1, *, runs_dir: Path = Path("/shared/runs"), **fields: Any) -> JobRequest:
     """A submission of `count` runs; the other fields are ClusterSpec's and JobRequest's own."""
-    own = {k: fields.pop(k) for k in ("token", "name", "python", "code") if k in fields}
+    own = {k: fields.pop(k) for k in ("token", "name", "python", "code", "mounts") if k in fields}
     jobs = fields.pop("after_jobs", ())
     own["parents"] = tuple(Parent(run=None, name=f"job {job}", job_id=job) for job in jobs)
     values = {"token": TOKEN, "name": "lora", "python": "/shared/env/bin/python", **own}

@@ -96,6 +96,11 @@ def test_faults_are_shown_as_everywhere(capsys: pytest.CaptureFixture[str]) -> N
     [
         ([], {}, "there is no Slurm job here"),
         ([*TINY, "cluster=local"], JOB, "leave cluster=local out"),
+        (
+            [*TINY, "cluster.container=apptainer", "cluster.container_image=docker://x"],
+            JOB,
+            "fill HPCDL_INSIDE in",
+        ),
         ([*TINY, "after=40"], JOB, "sbatch --dependency=afterok:JOB"),
     ],
 )

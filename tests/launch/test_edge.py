@@ -56,10 +56,9 @@ def test_what_export_is_asked_wrongly_is_said(tmp_path: Path, capsys: pytest.Cap
     for words, message in (
         (
             ["llama_tiny", "--to", "ggfu"],
-            "--to ggfu: there is no such one; nearest: gguf\nallowed: gguf, onnx",
+            "--to ggfu: there is no such one; nearest: gguf\nallowed: executorch, gguf, onnx, safetensors",
         ),
         (["llama_tiny", "--to", "gguf", "--quant", "q8"], "--quant q8: there is no such one; nearest: q8_0"),
-        (["llama_tiny", "--to", "executorch"], "--to executorch: not there yet: the decoder and its cache"),
         (["llama_tiny", "--to", "onnx"], "--out DIR: llama_tiny is no run"),
         (["llama_tiny", "--to", "onnx", "--out", str(tmp_path)], f"{tmp_path} is there already"),
         (["llama_tiny", "--to", "onnx", "--check", str(tmp_path)], "there is no model.onnx in"),

@@ -54,8 +54,8 @@ def test_cfg_takes_keys_that_only_the_spec_knows(folder: Path, capsys: pytest.Ca
 def test_help_says_what_there_is(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, flag)
     for part in (
-        "+experiment=lora_llama", "experiment: cartpole, cartpole_reinforce, distill_pruned", "cluster: local",
-        "dry_run=true",
+        "+experiment=lora_llama", "experiment: cartpole, cartpole_reinforce, distill_pruned",
+        "cluster: kubernetes, local", "dry_run=true",
         "parsable=true", "force=true", "-m", "--config-dir", "$(python -m hpcdl.launch -sc install=bash)", "Exit codes",
     ):  # fmt: skip
         assert part in text, part

@@ -67,6 +67,7 @@ def test_submit_returns_at_once_and_the_run_goes_on(tmp_path: Path) -> None:
     assert BACKEND.submit(request, text) is None
     assert (request.folder / "job.sh").read_text() == text
     until(lambda: (runs[0].path / "pid-0").exists(), "the worker has started")
+    until(lambda: runs[0].read_state().agent_pid, "the agent has said which process it is")
     state = runs[0].read_state()
     record = json.loads((request.folder / "runner.json").read_text())
     assert Path(f"/proc/{record['pid']}/task/{record['pid']}/children").read_text().split() == [

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hpcdl.launch.__main__ import main
+from hpcdl.plan import nodes
 from hpcdl.runs.store import RunDir
 from tests.fake_slurm import FakeSlurm
 
@@ -358,6 +359,32 @@ def test_an_array_that_is_too_long_is_split(slurm: FakeSlurm, capsys: pytest.Cap
     ]
     assert arrays == ["#SBATCH --array=0-2%1", "#SBATCH --array=0-1%1", "#SBATCH --array=0-1%1"]
     assert len(runs) == 7
+
+
+def test_an_array_is_no_longer_than_slurm_says(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fact 5: MaxArraySize bounds the index, and the cluster knows it best."""
+    slurm.set(defaults="MaxArraySize            = 4\n", refuse="")
+    nodes.configuration.cache_clear()
+    try:
+        launch(capsys, "-m", "seed=range(0,9)")
+    finally:
+        nodes.configuration.cache_clear()
+    arrays = [
+        line for call in slurm.calls("sbatch") for line in call["script"].splitlines() if "--array" in line
+    ]
+    assert arrays == ["#SBATCH --array=0-2%3"] * 3
+
+
+def test_a_limit_of_jobs_is_told_with_what_to_do(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = "job submit limit, user's size and/or time limits"
+    slurm.set(refuse=f"Batch job submission failed: Job violates accounting/QOS policy ({limit})")
+    assert main([*TINY, "-m", "seed=1,2,3"]) == 3
+    err = capsys.readouterr().err
+    assert limit in err and "the same launch submits what is missing" in err
+    slurm.set(refuse="")
+    assert len(launch(capsys, "-m", "seed=1,2,3")) == 3
 
 
 def test_equal_points_are_one_run(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,11 @@ def test_all_ranks_and_loaders_are_in_the_file_and_steps_go_on(agents: Agents) -
         run, node, lambda one: len(one.processes) == 8 and all((rank.step or 0) > 2 for rank in one.ranks)
     )
     later = sampled(
-        run, node, lambda one: all((r.step or 0) > (sample.ranks[0].step or 0) for r in one.ranks)
+        run,
+        node,
+        lambda one: (
+            one.time > sample.time and all((r.step or 0) > (sample.ranks[0].step or 0) for r in one.ranks)
+        ),
     )
     (run.path / "enough").touch()
     assert agents.end(process) == (0, "")

@@ -32,6 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(expected, "LIMIT_S", 120.0)
     nodes.ask.cache_clear()
     nodes.defaults.cache_clear()
+    nodes.configuration.cache_clear()
     return tmp_path
 
 

@@ -116,6 +116,13 @@ def test_who_never_came_is_not_lost(first: Listener, port: int) -> None:
     assert caller.losses == () and first.losses == ()
 
 
+def test_a_first_node_that_was_there_and_is_gone_is_lost(port: int) -> None:
+    caller = Caller(HERE, port, "job", "n2", "n1", 1.5, was_there=True)
+    (loss,) = until(lambda: caller.losses, "the loss")
+    assert (loss.node, loss.closed) == ("n1", False) and "can't be reached" in loss.why
+    caller.leave()
+
+
 def test_a_node_is_told_from_its_agent() -> None:
     loss = Loss(node="n2", why="the connection to its agent broke", last_heard="T", closed=True)
     agent, node = cause_of(loss, ""), cause_of(loss, "no answer within 3 s")

@@ -11,6 +11,7 @@ import pytest
 from hpcdl.errors import SchedulerError
 from hpcdl.launch import backends, template
 from hpcdl.launch.slurm import BACKEND, chunks, throttles
+from hpcdl.spec.container import Mount
 from tests.fake_slurm import FakeSlurm
 from tests.launch.making import GOLDEN, golden, request
 
@@ -41,6 +42,35 @@ SCRIPTS = {
     "slurm-array.sh": request(12, array_parallelism=5, partition="debug", time_min=10),
     "slurm-gres.sh": request(gres="gpu:a100:4", gpus_per_node=4, processes_per_node=4, cpus_per_process=8),
     "slurm-all-options.sh": request(3, runs_dir=Path("/shared/my runs/100%"), **ALL_OPTIONS),
+    "slurm-apptainer.sh": request(
+        nodes=2,
+        gpus_per_node=2,
+        processes_per_node=2,
+        container="apptainer",
+        container_image="/images/my train.sif",
+        container_args=("--env", "NCCL_DEBUG=INFO, WARN"),
+        code=Path("/shared/runs/.code/0123456789abcdef"),
+        mounts=(
+            Mount.of("/tmp"),
+            Mount.of("/shared/runs"),
+            Mount.of("/shared/texts, old", read_only=True),
+            Mount(source="/opt/site", target="/opt/x"),
+        ),
+    ),
+    "slurm-pyxis.sh": request(
+        gres="gpu:a100:4",
+        srun_args=("--mpi=none",),
+        container="pyxis",
+        container_image="nvcr.io#nvidia/pytorch:25.09-py3",
+        container_python="/opt/venv/bin/python",
+        container_args=("--container-writable",),
+        code=Path("/shared/runs/.code/0123456789abcdef"),
+        mounts=(
+            Mount.of("/tmp"),
+            Mount.of("/shared/runs"),
+            Mount.of("/shared/texts", read_only=True),
+        ),
+    ),
 }
 
 

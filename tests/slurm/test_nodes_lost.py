@@ -60,9 +60,11 @@ def on_two_nodes(cluster: Cluster, *words: str) -> tuple[Launched, Launched, str
 
 
 def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Cluster) -> None:
-    doomed = cluster.launch_one(*SHORT, *TWO_NODES)
-    calm = cluster.launch_one(*SHORT, *ONE_NODE, 'cluster.extra=["--nodelist=c3"]')
-    shaken = cluster.launch_one(*SHORT, *ONE_NODE, "trainer.keep_last=3", 'cluster.extra=["--nodelist=c4"]')
+    # As long as it takes: on a machine that is busy, 400 steps may be over before the second harm is done.
+    endless = (*SHORT, *ONE_NODE, "optim.schedule=constant", "trainer.max_steps=20000")
+    doomed = cluster.launch_one(*SHORT, *TWO_NODES, "optim.schedule=constant")
+    calm = cluster.launch_one(*endless, 'cluster.extra=["--nodelist=c3"]')
+    shaken = cluster.launch_one(*endless, "trainer.keep_last=3", 'cluster.extra=["--nodelist=c4"]')
     head, other = event(cluster, doomed, "started")["node_list"]
     assert {head, other} == {"c1", "c2"}
     cluster.wait_step(doomed, 25)
@@ -75,7 +77,14 @@ def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Clus
         kill_agent(cluster, shaken, "c4")
         second = event(cluster, shaken, "restarting", 2)
         assert (second["kind"], second["in_place"], second["nodes"]) == ("killed", "job", ["c4"])
-        ended, _, restarted = cluster.wait_done([doomed, calm, shaken])
+        (ended,) = cluster.wait_done([doomed])
+    resumed = event(cluster, shaken, "resumed", 2)
+    # Each is let run until it has what the others are compared by.
+    cluster.wait_step(shaken, resumed["step"] + 20)
+    cluster.run("hpcdl", "cancel", shaken.run_id)
+    cluster.wait_step(calm, max(400, resumed["step"] + 20))
+    cluster.run("hpcdl", "cancel", calm.run_id)
+    restarted, _ = (cluster.wait_state(run.run_id, "CANCELLED") for run in (shaken, calm))
     requeued = event(cluster, doomed, "requeued")
     assert (requeued["node"], requeued["exclude"], requeued["kind"]) == (other, [other], "node")
     assert requeued["reason"].startswith("NodeLost: the node is lost: ")
@@ -85,9 +94,13 @@ def test_a_node_an_agent_and_a_worker_are_lost_and_no_loss_changes(cluster: Clus
     assert (ended["requeues"], ended["restarts"]) == (1, 0)
     assert (restarted["requeues"], restarted["restarts"]) == (0, 2)
     assert tries(cluster, shaken) == ["0.0", "0.0.1"]
+    expected = cluster.losses(calm)
     for run in (doomed, shaken):
         assert all(each["step"] > 0 for each in cluster.events(run, "resumed")), "from a checkpoint"
-        assert cluster.losses(run) == cluster.losses(calm), "bit for bit"
+        losses = cluster.losses(run)
+        common = range(1, min(max(losses), max(expected)) + 1)
+        assert len(common) > max(each["step"] for each in cluster.events(run, "resumed"))
+        assert [losses[step] for step in common] == [expected[step] for step in common], "bit for bit"
 
 
 @pytest.mark.slow

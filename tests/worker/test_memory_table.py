@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
 import pytest
 
+from hpcdl.distributed import stages as layout
+from hpcdl.plan.schedules import order
 from hpcdl.runs import memory as report
 from tests.worker.conftest import Finished, Workers
 
@@ -150,3 +153,36 @@ def test_a_tensor_that_cannot_be_looked_into_ends_no_training(monkeypatch: pytes
         found = weight.detach() * 2
     assert found.tolist() == [2.0, 2.0, 2.0]
     assert "RuntimeError: no storage here" in watching.fault
+
+
+def test_a_pipeline_goes_in_the_order_that_is_planned() -> None:
+    """Every schedule, rank by rank, as torch's own classes lay it out."""
+    from torch.distributed.pipelining import schedules
+
+    names = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    compared = 0
+    for name, kind in layout.SCHEDULES.items():
+        made = getattr(schedules, kind.torch_name)
+        for ranks, at_once in itertools.product((2, 3, 4), (2, 4, 6, 8, 9, 12)):
+            if kind.one_stage or layout.does_not_fit(name, ranks, at_once):
+                continue  # of one stage a rank torch's own list is for display, and off by one
+            each = kind.stages_per_rank
+            for rank in range(ranks):
+                held = layout.held_by(kind.placement, rank, ranks, ranks * each)
+                schedule = made.__new__(made)
+                schedule.pp_group_size, schedule.n_local_stages, schedule._n_microbatches = (
+                    ranks,
+                    each,
+                    at_once,
+                )
+                schedule.num_stages = schedule._num_stages = ranks * each
+                schedule.microbatches_per_round = at_once // max(1, at_once // ranks)
+                actions = [a for a in schedule._calculate_single_rank_operations(rank) if a is not None]
+                theirs = [
+                    (names[one.computation_type.name], held.index(one.stage_index), one.microbatch_index)
+                    for action in actions
+                    for one in (action.sub_actions or (action,))
+                ]
+                assert [tuple(op) for op in order(name, ranks, rank, each, at_once)] == theirs
+                compared += 1
+    assert compared > 100

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hpcdl import foreign
 from hpcdl.distributed.decoder import PLAIN_HEADS, Stage, inner, trunk
 from hpcdl.distributed.distillation import Mix, linear_distillation
 from hpcdl.distributed.engine import Engine
@@ -17,7 +18,7 @@ from hpcdl.distributed.losses import linear_cross_entropy
 from hpcdl.errors import HpcdlError
 from hpcdl.spec import ExperimentSpec, ModelSpec
 from hpcdl.tasks.distill import PACKAGE, Config
-from hpcdl.worker import foreign, model
+from hpcdl.worker import model
 from hpcdl.worker.tasks import pretrain
 
 CUTS_DOCUMENTS = pretrain.CUTS_DOCUMENTS

@@ -32,7 +32,7 @@ def main() -> int:
     request = Request(
         spec=read_spec(given.spec), adapters=tuple(given.adapter), out=given.out, options=given.options
     )
-    quant.hide_unused(quant.needs(request.spec))
+    quant.hide_unused(quant.needs(request.spec, request.options.get("to")))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no part of the answer
             tool = importlib.import_module(f"{__package__}.{given.tool}")

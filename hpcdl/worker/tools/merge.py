@@ -18,13 +18,13 @@ from torch import Tensor
 from hpcdl.distributed import shards
 from hpcdl.distributed.losses import IGNORE
 from hpcdl.errors import HpcdlError
+from hpcdl.foreign import ONLY_WEIGHTS
 from hpcdl.runs.files import write_json
 from hpcdl.spec import ExperimentSpec
 from hpcdl.worker import adapters, merging, model, process
 from hpcdl.worker.cache import make_readable
 from hpcdl.worker.data.batches import batch
 from hpcdl.worker.data.prepare import open_dataset
-from hpcdl.worker.foreign import ONLY_WEIGHTS
 from hpcdl.worker.metrics import resident_peak_bytes
 from hpcdl.worker.tokenizer import Tokenizer
 from hpcdl.worker.tools import Request

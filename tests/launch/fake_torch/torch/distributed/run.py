@@ -21,7 +21,7 @@ args = parser.parse_args()
 
 for name in args.signals_to_handle.split(","):
     signal.signal(getattr(signal, name), lambda n, _: sys.exit(128 + n))
-node = int(os.environ.get("SLURM_NODEID", 0))
+node = int(os.environ.get("SLURM_NODEID") or os.environ.get("JOB_COMPLETION_INDEX") or 0)
 
 
 def say(text):
