@@ -39,6 +39,7 @@ def draw_curves(curves: Curves, path: Path) -> None:
     """Draws them into a PNG; no display, no pyplot state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
 
     train, heldout = curves.taken, curves.heldout
@@ -59,6 +60,7 @@ def draw_curves(curves: Curves, path: Path) -> None:
         axes.annotate(
             f"{value:.{curves.digits}f}", (step, value), textcoords="offset points", color=HELDOUT, fontsize=9,
             fontweight="bold", xytext=(8 if index == 0 else -8, 9), ha="left" if index == 0 else "right",
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # readable where it lies on a curve
         )  # fmt: skip
     axes.set_title(curves.title, loc="left", fontsize=11, fontweight="bold", color="#222222", pad=10)
     axes.set_xlabel("step", color=GREY)
