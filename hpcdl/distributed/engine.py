@@ -122,8 +122,9 @@ class Engine:
         """Norm of the whole model's gradient, each element counted once, summed in fp64."""
         dims = self.grid.dims
         copies = dims.world_size // dims.pp
+        grads = [p.grad for p in self.counted() if p.grad is not None]
         square = math.fsum(
-            squares(p.grad) * shards(p.grad) / copies for p in self.counted() if p.grad is not None
+            part * shards(grad) / copies for grad, part in zip(grads, all_squares(grads), strict=True)
         )
         if any(shards(p) > 1 for p in self.trainable.values()) or dims.pp > 1:
             square = add_up(square, self.device)
@@ -251,6 +252,15 @@ def squares(tensor: Tensor) -> float:
     """Sum of squares of this rank's part, in fp64."""
     part = local(tensor)
     return float(torch.linalg.vector_norm(part, dtype=torch.float64).square()) if part.numel() else 0.0
+
+
+def all_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """`squares` of each, bit for bit; a GPU is waited for once."""
+    parts = [local(tensor) for tensor in tensors]
+    if not parts or not all(part.numel() for part in parts):
+        return [squares(part) for part in parts]
+    norms = torch._foreach_norm(parts, 2, dtype=torch.float64)
+    return cast("list[float]", torch.stack(norms).square().tolist())
 
 
 def add_up(value: float, device: torch.device) -> float:

@@ -27,9 +27,13 @@ class Gathering:
         for place, value in enumerate(values):
             if isinstance(value, Tensor):
                 mine[place] = value.detach()
-        self._everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        self._work = dist.all_gather(self._everyone, mine, async_op=True)
-        _on_their_way.add(self)
+        self._everyone = [mine]
+        self._work: Any = None
+        ranks = dist.get_world_size()
+        if ranks > 1:
+            self._everyone = [torch.empty_like(mine) for _ in range(ranks)]
+            self._work = dist.all_gather(self._everyone, mine, async_op=True)
+            _on_their_way.add(self)
 
     def wait(self) -> Tensor:
         """All ranks' values, `(ranks, len(values))`, fp64, on the CPU.

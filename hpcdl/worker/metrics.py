@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from hpcdl.runs.store import RunDir, now
 
 if TYPE_CHECKING:
     import torch
+
+
+_MARK = re.compile(rb"VmHWM:\s+(\d+) kB")
 
 
 class Metrics:
@@ -134,9 +138,10 @@ def resident_peak_bytes() -> int:
 
 def _kernels_mark() -> int:
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        with open("/proc/self/status", "rb") as file:  # noqa: PTH123 a quicker one: each step asks
+            text = file.read()
+        if found := _MARK.search(text):
+            return int(found[1]) * 1024
     except OSError:
         pass
     scale = 1 if os.uname().sysname == "Darwin" else 1024
