@@ -23,6 +23,7 @@ from hpcdl.launch import __main__ as launch
 from hpcdl.launch import code, secret_file, sweep
 from hpcdl.launch.compose import Composer
 from hpcdl.runs import cancel, private, query, terminal, wish
+from hpcdl.runs import hurry as hurrying
 from hpcdl.runs.files import append_line, locked, read_lines, write_json
 from hpcdl.runs.hurry import hurry
 from hpcdl.runs.reconcile import read, reconcile
@@ -384,6 +385,7 @@ def test_looking_at_another_users_run_touches_no_job_of_ours(
     run = make_run(tmp_path / "runs", state="PENDING", kind="slurm", job_id="7_0")
     wish.make(run, now=True)
     run.event("requeued")
+    monkeypatch.setattr(hurrying, "SETTLED_S", 0.0)
     if theirs:
         give_away(run.path, monkeypatch)
     hurry(reconcile(read([run]).views, slurm.slurm()), slurm.slurm())

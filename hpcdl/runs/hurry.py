@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from hpcdl.runs import private
 from hpcdl.runs.reconcile import View
@@ -18,6 +19,8 @@ from hpcdl.runs.store import RunDir
 
 AHEAD_S = 5.0
 """A job that would start sooner is left alone."""
+SETTLED_S = 3.0
+"""Since the requeue; some clocks are a second off."""
 
 
 def hurry(views: Iterable[View], slurm: Slurm | None = None) -> list[View]:
@@ -31,7 +34,7 @@ def _hurry(view: View, slurm: Slurm) -> View:
     if job is None or job_id is None or not job.waiting or job.reason != "BeginTime" or job.start is None:
         return view
     ahead = datetime.fromisoformat(job.start) - datetime.now(UTC)
-    if ahead < timedelta(seconds=AHEAD_S) or not requeued(view.run) or not private.is_mine(view.run.path):
+    if ahead < timedelta(seconds=AHEAD_S) or not _settled(view.run) or not private.is_mine(view.run.path):
         return view
     if not slurm.start_now(job_id):
         return view
@@ -42,7 +45,20 @@ def _hurry(view: View, slurm: Slurm) -> View:
 
 def requeued(run: RunDir) -> bool:
     """Whether a job of the run's present launch has been put back into the queue."""
+    return _requeue(run) is not None
+
+
+def _requeue(run: RunDir) -> dict[str, Any] | None:
+    """The event that tells of it."""
     for event in reversed(run.events()):
         if event.get("event") in ("requeued", "submitted"):
-            return bool(event["event"] == "requeued")
-    return False
+            return event if event["event"] == "requeued" else None
+    return None
+
+
+def _settled(run: RunDir) -> bool:
+    """Whether a job was put back, and its last try's end is over on its nodes."""
+    event = _requeue(run)
+    if event is None:
+        return False
+    return datetime.now(UTC) - datetime.fromisoformat(event["time"]) >= timedelta(seconds=SETTLED_S)

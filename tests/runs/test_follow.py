@@ -17,6 +17,7 @@ from hpcdl.runs import follow as following
 from hpcdl.runs.feed import Feed
 from hpcdl.runs.files import write_json
 from hpcdl.runs.follow import exit_code, follow, follow_all
+from hpcdl.runs import hurry as hurrying
 from hpcdl.runs.hurry import hurry
 from hpcdl.runs.reconcile import read, reconcile
 from hpcdl.runs.store import RunDir, now
@@ -167,7 +168,9 @@ def test_a_requeued_job_is_asked_to_start_now(runs_dir: Path, fake: FakeSlurm) -
     assert "hastened" in [e["event"] for e in run.events()]
 
 
-def test_a_look_asks_for_the_start_as_well(runs_dir: Path, fake: FakeSlurm) -> None:
+def test_a_look_asks_for_the_start_as_well(
+    runs_dir: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(runs_dir, job_id="4_0", requeues=1)
     fake.jobs["4"] = [FakeJob("PENDING", "0", "BeginTime", start="2099-01-01T10:00:00")]
     update = ["scontrol", "update", "jobid=4_0", "StartTime=now"]
@@ -179,6 +182,8 @@ def test_a_look_asks_for_the_start_as_well(runs_dir: Path, fake: FakeSlurm) -> N
     run.event("submitted", attempt=1)
     assert look().startswith("BeginTime: ") and update not in fake.calls, "the user's own begin time"
     run.event("requeued", reason="signal USR2", requeues=1)
+    assert look().startswith("BeginTime: ") and update not in fake.calls, "its node would refuse it yet"
+    monkeypatch.setattr(hurrying, "SETTLED_S", 0.0)
     assert look().startswith("requeued; asked to start now, ") and update in fake.calls
     assert run.events()[-1]["event"] == "hastened"
 

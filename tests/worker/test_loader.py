@@ -145,7 +145,9 @@ def test_a_dead_worker_is_the_users_error(
         loader.micro_batches(2)
 
 
-def test_an_error_with_its_workers_alive_stays_what_it_is(part: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_with_its_workers_alive_stays_what_it_is(
+    part: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader = Loader(part, reading(), CPU)
     loader.micro_batches(1)
     monkeypatch.setattr(loader, "_batches", Dying(OSError(5, "Input/output error"), exitcode=None))

@@ -135,7 +135,9 @@ class Loader:
         for worker in getattr(self._batches, "_workers", ()):
             worker.join(1)  # its connection breaks a moment before it is gone
             if worker.exitcode:
-                return f"DataLoader worker (pid {worker.pid}) exited unexpectedly (exit code {worker.exitcode})"
+                return (
+                    f"DataLoader worker (pid {worker.pid}) exited unexpectedly (exit code {worker.exitcode})"
+                )
         return ""
 
     def close(self) -> None:
