@@ -42,8 +42,8 @@ to 1.0 times).
 """
 ARENA = 88 * MIB
 """The same whatever the tensors' size: a tiny model's 35 MiB in 300 steps for 20 MiB, and up to 107 MiB for 19 MiB
-where every block is computed again (benchmarks/planner.py, the deep model under LoRA). With 60 MiB three of forty points
-drawn by chance, all in bf16, took up to 22 MiB more than was planned (seed 8)."""
+where every block is computed again (benchmarks/planner.py, the deep model under LoRA). With 60 MiB three of forty
+points drawn by chance, all in bf16, took up to 22 MiB more than was planned (seed 8)."""
 MAPPED = 32 * MIB
 """A piece from this size on is given back when it is freed (glibc's highest M_MMAP_THRESHOLD)."""
 RESULT = 48 * MIB
