@@ -122,12 +122,13 @@ def queue_reason(job: Job, state: RunState) -> str:
 
 def _waiting(run: RunDir, state: RunState, job: Job) -> Verdict:
     reason = queue_reason(job, state)
-    if job.reason == "Dependency":
+    # Until its scheduler has looked at a new job, Slurm gives no reason at all (a second, or ten on a busy one).
+    if job.reason in ("", "Dependency"):
         waits = parents.waits_for(parents.of_submission(run.runs_dir, state.submission))
-        before = chain.link(run.runs_dir, state.submission)
+        before = chain.link(run.runs_dir, state.submission) if job.reason else None
         if before is not None:
             waits = f"waits for the end of job {before.job_id}, which it goes on with"
-        reason = f"{job.reason}: {waits}" if waits else reason
+        reason = f"Dependency: {waits}" if waits else reason
     if state.state == "PENDING":
         return Verdict(changes={"reason": reason}, write=False)
     # Slurm put it back itself (pre-empted, a node failed): the agent had no time to say so. The agent of
