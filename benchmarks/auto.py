@@ -91,6 +91,8 @@ class Contender:
     """The median step of each round."""
     failed: str = ""
     """Why it can't be, or what it said as it failed."""
+    chosen: str = ""
+    """What parallel=auto came to."""
 
     @property
     def step_s(self) -> float:
@@ -208,7 +210,7 @@ def measure(contender: Contender, base: Sequence[str], runs_dir: Path) -> None:
     contender.steps_s.append(median(steps))
     if contender.name == AUTO:
         notes = (run / "spec.yaml").read_text().splitlines()
-        contender.overrides = (*contender.overrides, notes[0].removeprefix("# parallel=auto chose "))[:2]
+        contender.chosen = notes[0].removeprefix("# parallel=auto chose ")
     print(f"{contender.name}: {contender.steps_s[-1] * 1000:.1f} ms", file=sys.stderr, flush=True)
 
 
@@ -225,7 +227,7 @@ def judged(shape: str, everyone: Sequence[Contender], folder: Path) -> dict[str,
     ratio = paired_ratio(auto.steps_s, best.steps_s)
     return {
         "shape": shape,
-        "chosen": auto.overrides[-1],
+        "chosen": auto.chosen,
         "step_s": {contender.name: contender.step_s for contender in (auto, *ran)},
         "failed": {contender.name: contender.failed.strip() for contender in others if contender.failed},
         "best": best.name,
