@@ -108,9 +108,11 @@ class _Queue:
 
 
 def _worst(best: Mapping[Any, tuple[float, Choice]]) -> float:
-    """What a mesh must stay below to be among those that are told."""
+    """What a mesh must stay below to be among those that are told, or be chosen because it is simpler."""
     times = sorted(value for value, _ in best.values())
-    return times[RUNNERS_UP] if len(times) > RUNNERS_UP else float("inf")
+    if len(times) <= RUNNERS_UP:
+        return float("inf")
+    return max(times[RUNNERS_UP], (1 + search_told.EQUAL) * times[0])
 
 
 def _alike(mesh: Choice) -> tuple[object, ...]:

@@ -11,8 +11,12 @@ from hpcdl.plan.found import Found, Judged, Lost
 from hpcdl.plan.search_costs import Costs
 from hpcdl.plan.search_space import Choice
 
-EQUAL = 0.01
-"""Two step times that differ by less than this share are equal: the simpler choice wins."""
+EQUAL = 0.05
+"""Two step times that differ by less than this share are equal: the simpler choice wins.
+
+Half of what a predicted step time is wrong by (docs/planner.md): a smaller lead says nothing of the measured
+step, and the simpler way has less that a prediction can miss.
+"""
 
 
 def chosen(costs: Costs, fitting: list[Choice], possible: int, most: int) -> Found:

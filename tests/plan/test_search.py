@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hpcdl import experiment
 from hpcdl.plan import found as words
-from hpcdl.plan import search_space, search_view
+from hpcdl.plan import search_space, search_told, search_view
 from hpcdl.plan.found import Found
 from hpcdl.plan.records import Device, Hardware, Links
 from hpcdl.plan.search import search
@@ -129,6 +129,18 @@ def test_a_small_model_on_one_node_is_copied() -> None:
     chosen = search(small, gpus(1, 8)).chosen
     assert chosen is not None
     assert chosen.choice.strategy == "ddp" and chosen.choice.checkpointing == "none"
+
+
+def test_of_two_that_are_about_as_quick_the_simpler_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What predictions can't tell apart: fewer dimensions win."""
+    spec, hardware = large("8b", 2, 8, trainer__global_batch_size=32), gpus(2, 8)
+    monkeypatch.setattr(search_told, "EQUAL", 0.0)
+    quickest = search(spec, hardware).chosen
+    monkeypatch.setattr(search_told, "EQUAL", 10.0)
+    found = search(spec, hardware)
+    assert quickest is not None and found.chosen is not None
+    assert quickest.choice.effort > found.chosen.choice.effort == (1, 0, 0, 0, 0)
+    assert any("quicker, and less simple" in reason for reason in found.reasons)
 
 
 def test_8b_with_lora_on_one_small_gpu_recomputes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import Any
@@ -161,11 +162,22 @@ def test_a_server_that_hangs_is_told(workers: Workers) -> None:
 
 
 def _stop_one(workers: Workers, rank: int, said: str) -> None:
-    """One rank is frozen: the other ends the run with a word, and doesn't hang."""
+    """One rank is frozen: the other ends the run with a word, and doesn't hang.
+
+    A step also has a collective, which waits as long as gloo does. Where the other one has come there, the
+    frozen one goes on and is frozen again.
+    """
     run = workers.make(**SERVER, parallel__rpc_timeout_s=2.0, trainer__max_steps=100000)
+    log = run.path / "log.txt"
     pids = workers.start(run, 2)
-    until(lambda: run.step() >= 2, "the second step")
-    os.kill(pids[rank], signal.SIGSTOP)
+    for _ in range(20):
+        begun = run.step()
+        until(lambda begun=begun: run.step() >= begun + 2, "two more steps")  # type: ignore[misc]
+        os.kill(pids[rank], signal.SIGSTOP)
+        with contextlib.suppress(AssertionError):
+            until(lambda: said in log.read_text(), "the word", seconds=10)
+            break
+        os.kill(pids[rank], signal.SIGCONT)
     failed = workers.finish(run)
     assert failed.codes[1 - rank] == 1
     assert said in failed.log
