@@ -138,6 +138,8 @@ class Worker:
 
     def measure(self, folder: Path) -> None:
         """Turns of both ways; the first of each is not counted: it imports, and makes the buffers."""
+        import torch
+
         from hpcdl.runs.store import RunDir
         from hpcdl.worker.checkpoint import Checkpointer
         from hpcdl.worker.keeping import Keeper
@@ -145,6 +147,9 @@ class Worker:
 
         run = RunDir(folder)
         keeper = Keeper(run, self.who, self.spec.trainer)
+        agreed = [keeper.token]  # as a training's ranks do when they choose where to begin
+        torch.distributed.broadcast_object_list(agreed, src=0)
+        (keeper.token,) = agreed
         self.saver = Checkpointer(run, self.who, self.engine, self.spec, keeper, data_digest="none")
         turns = [self._turn() for _ in range(self.args.rounds + 1)][1:]
         if self.who.is_first:

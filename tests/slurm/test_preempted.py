@@ -44,7 +44,11 @@ def test_preempted_and_then_out_of_time_it_goes_on_bit_for_bit(cluster: Cluster)
     again = wait_event(cluster, disturbed, "started", 3)
     assert again["job_id"] == late["job_id"] != disturbed.job_id
     assert seconds(late["time"], again["time"]) < AGAIN_S, cluster.story(disturbed.run_id)
-    assert "ExitCode=75:0" in cluster.shell(f"scontrol show job {disturbed.job_id}")
+    cluster.until(  # Slurm is still ending the one when the other has begun
+        lambda: "ExitCode=75:0" in cluster.shell(f"scontrol show job {disturbed.job_id}") or None,
+        "the exit code of the job that has a successor",
+        story=lambda: cluster.shell(f"scontrol show job {disturbed.job_id}"),
+    )
     status = cluster.status(disturbed.job_id)
     assert status["run_id"] == disturbed.run_id, "the old job's id still names it"
     assert (status["requeues"], status["job_id"]) == (2, late["job_id"])

@@ -132,7 +132,7 @@ def test_asynchronous_converges_on_a_convex_problem(workers: Workers, optimizer:
 @pytest.mark.parametrize("max_staleness", [0, 3])
 def test_a_slow_worker_stays_within_the_bound(workers: Workers, max_staleness: int) -> None:
     settings = {"asynchronous": True, "max_staleness": max_staleness, "timeout_s": 60}
-    served = convex(workers, "param_server", 3, settings=settings, steps=25, slow=1, slow_s=0.01)
+    served = convex(workers, "param_server", 3, settings=settings, steps=25, slow=1, slow_s=0.1)
     most = served["report"]["staleness_max"]
     assert most <= 2 * (2 * max_staleness + 1)
     if max_staleness:
