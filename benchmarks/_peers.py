@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import random
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +21,18 @@ CHECKOUT = HERE.parent
 def cache() -> Path:
     """Where the environments are: outside the checkout."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpcdl-bench"
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on, below those that the kernel gives to outgoing connections.
+
+    One that the kernel gave us could be given to another program's connection before ours has bound it.
+    """
+    for port in random.sample(range(10_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port among a hundred between 10000 and 32000")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _peers import HERE, LIGHTNING
+from _peers import HERE, LIGHTNING, free_port
 from _turns import Program, start
 
 TORCH, AGAIN = "torch", "torch, again"
@@ -62,11 +61,13 @@ def start_program(name: str, folder: Path, regime: Regime, ranks: int, steps: in
     argv = [str(python), str(HERE / "peers" / "loops.py"), name.partition(",")[0], str(folder)]
     if ranks == 1:
         return Program(name, [start(argv, env, log)], log, ranks)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     # as torchrun sets them
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    env |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(ranks),
+        "GROUP_RANK": "0",
+    }
     env |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "bench"}
     each = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     return Program(name, [start(argv, one, log) for one in each], log, ranks)

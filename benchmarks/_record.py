@@ -6,10 +6,13 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from _peers import CHECKOUT
 
 from hpcdl.runs.files import write_json
 
@@ -70,7 +73,7 @@ def write(folder: Path, record: Record) -> None:
         good = last if last.fault is None else last.before
         record = Record(**{**_fields(record), "before": good})
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{record.name}.json", asdict(record))
+    write_json(folder / f"{record.name}.json", _without_places(asdict(record)))
 
 
 def read(folder: Path, name: str) -> Record | None:
@@ -83,6 +86,18 @@ def read_all(folder: Path) -> dict[str, Record]:
     """The last records, by name."""
     found = (read(folder, file.stem) for file in sorted(folder.glob("*.json")))
     return {record.name: record for record in found if record is not None}
+
+
+def _without_places(plain: Any) -> Any:
+    """The same without the folders of this machine: a traceback names them, and the page is read elsewhere."""
+    if isinstance(plain, dict):
+        return {key: _without_places(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [_without_places(value) for value in plain]
+    if isinstance(plain, str):
+        for place, name in ((sys.prefix, "VENV"), (str(CHECKOUT), "."), (str(Path.home()), "~")):
+            plain = plain.replace(f"{place}/", f"{name}/")
+    return plain
 
 
 def _from(plain: dict[str, Any]) -> Record:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -167,8 +168,10 @@ def peak_bytes(pid: int) -> int:
 
 
 def last_words(log: Path) -> str:
-    """The end of a program's output."""
-    return log.read_text(errors="replace").strip()[-1500:] if log.exists() else "(no output)"
+    """The error that a program has ended with, or its last line."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: ?)?[\w.]+(Error|Exception)\b", line)]
+    return (errors or lines or ["(no output)"])[-1][:500]
 
 
 def start(argv: Sequence[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from _peers import free_port
 from _results import tell
 from _timing import machine, markdown, paired_ratio
 
@@ -81,13 +81,10 @@ def run(args: argparse.Namespace, processes: int, scratch: Path) -> dict[str, An
     """One world size: its processes, and what its first one has written."""
     folder = scratch / str(processes)
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": str(args.threads),
